@@ -1,0 +1,193 @@
+"""What a network costs in weights, multiply-accumulates and units, for any mask, in closed form.
+
+Within a group all units cost the same, so that the cost depends on the number of open units per
+group alone: a polynomial (bilinear for convolutions and Dense layers), exact for whole numbers
+and differentiable in between.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_polar.coupling import Coupling, couple, rules_of
+from keras_polar.graph import trace
+from keras_polar.rules import Rule, Site, Term
+from keras_polar.rules.base import weight_terms
+from keras_polar.units import Ids
+
+MEASURES = ("weights", "macs", "units")
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A sum of products of open counts, one variable per group.
+
+    Attributes:
+        coefficients: one whole number per product.
+        factors: the variables of each product, padded with -1 for "times one".
+    """
+
+    coefficients: tuple[int, ...]
+    factors: tuple[tuple[int, ...], ...]
+
+    def __call__(self, counts: Any) -> Any:
+        """The exact value (int) for whole counts, one per group."""
+        known = [*map(int, counts), 1]
+        return sum(
+            c * math.prod(known[i] for i in f)
+            for c, f in zip(self.coefficients, self.factors, strict=True)
+        )
+
+    def expected(self, counts: Any, scale: float) -> Any:
+        """The value divided by `scale`, as a differentiable float32 tensor.
+
+        Args:
+            counts: tensor of shape (groups,), open units per group, fractions allowed.
+        """
+        known = ops.concatenate([counts, ops.ones((1,), counts.dtype)])
+        index = np.asarray(self.factors, "int32") % (len(counts) + 1)
+        products = ops.prod(ops.take(known, index, axis=0), axis=-1)
+        return ops.sum(products * (np.asarray(self.coefficients) / scale).astype("float32"))
+
+    def get_config(self) -> dict:
+        return {"coefficients": self.coefficients, "factors": self.factors}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Polynomial":
+        factors = tuple(map(tuple, config["factors"]))
+        return cls(tuple(config["coefficients"]), factors)
+
+
+def polynomial(coupling: Coupling, measure: str) -> Polynomial:
+    """The cost of a coupled graph in one of `MEASURES`, as a function of open counts."""
+    total: Counter = Counter()
+    for term in terms(coupling):
+        coefficient = getattr(term, measure)
+        if coefficient:
+            _add_product(total, coefficient, [_linear(coupling, f) for f in term.factors])
+    width = max([1, *map(len, total)])
+    padded = [(*key, *[-1] * (width - len(key))) for key in total]
+    return Polynomial(tuple(total.values()), tuple(padded))
+
+
+def _linear(coupling: Coupling, vector: Ids) -> Counter:
+    """Open elements of an id vector: {group: elements per open unit, -1: fixed elements}."""
+    groups = np.where(vector >= 0, coupling.group_of[vector], -1)
+    found = Counter(groups.tolist())
+    return Counter({g: n if g < 0 else n // coupling.groups[g].units for g, n in found.items()})
+
+
+def _add_product(total: Counter, coefficient: int, forms: list[Counter]) -> None:
+    def times(products: Counter, form: Counter) -> Counter:
+        out: Counter = Counter()
+        for key, a in products.items():
+            for group, b in form.items():
+                out[tuple(sorted((*key, group))) if group >= 0 else key] += a * b
+        return out
+
+    total.update(reduce(times, forms, Counter({(): coefficient})))
+
+
+def terms(coupling: Coupling) -> list[Term]:
+    """Every cost term of a graph; weights and units of a shared layer once."""
+    seen: set[int] = set()
+    found = []
+    for site, rule in rules_of(coupling):
+        found += site_terms(site, rule, first_call=id(site.op) not in seen)
+        seen.add(id(site.op))
+    return found
+
+
+def site_terms(site: Site, rule: Rule, first_call: bool = True) -> list[Term]:
+    """The cost terms of one call."""
+    own = []
+    if first_call:
+        own += weight_terms(site, rule.weights(site.op))
+        own += [Term((site.axes[p],), units=1) for p in site.produces]
+    return own + rule.macs(site)
+
+
+# --- the public report -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """The cost of one layer; a shared layer's weights stand at its first call."""
+
+    name: str
+    kind: str
+    output_shape: tuple
+    weights: int
+    macs: int
+    units: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs; `rows` has one entry per layer.
+
+    Attributes:
+        weights: as `model.count_params()`.
+        macs: multiply-accumulates of convolutions and Dense layers for one sample. Unknown spatial
+            sizes count as 1; `sizes_known` says whether there are any.
+        units: channels and neurons that weight layers produce.
+    """
+
+    weights: int
+    macs: int
+    units: int
+    sizes_known: bool
+    rows: tuple[CostRow, ...]
+
+    def __str__(self) -> str:
+        from keras_polar.report import cost_table
+
+        return cost_table(self)
+
+
+def cost(model: Any) -> Cost:
+    """Counts weights, multiply-accumulates and units of a functional model, layer by layer.
+
+    Args:
+        model: a functional or built Sequential Keras model.
+
+    Returns:
+        `Cost` with the totals as ints, and `.rows`; `print(cost(model))` shows a table.
+
+    Raises:
+        TypeError: the model is not functional.
+
+    Example:
+
+        >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
+        36
+    """
+    coupling = couple(trace(model))
+    seen: set[int] = set()
+    rows = []
+    for site, rule in rules_of(coupling):
+        rows.append(_row(site, site_terms(site, rule, id(site.op) not in seen)))
+        seen.add(id(site.op))
+    totals = {m: sum(getattr(r, m) for r in rows) for m in MEASURES}
+    return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows))
+
+
+def sizes_known(coupling: Coupling) -> bool:
+    """Whether every tensor a layer computes has a static shape (but for the batch)."""
+    computed = [s for s in coupling.sites if s.produces]
+    return all(
+        None not in coupling.graph.specs[i].shape[1:] for s in computed for i in s.call.outputs
+    )
+
+
+def _row(site: Site, own: list[Term]) -> CostRow:
+    def total(measure: str) -> int:
+        return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
+
+    shape = site.specs[site.call.outputs[0]].shape
+    return CostRow(site.name, type(site.op).__name__, shape, *map(total, MEASURES))

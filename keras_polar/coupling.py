@@ -1,0 +1,245 @@
+"""Which units of a model belong together, and which of them can go.
+
+Residual sums, element-wise products and the like tie units of several layers into one class: they
+go together or not at all. Classes that the same layers make and read in the same way form a
+`Group`, the level at which gates decide and costs are counted.
+
+Example: in `y = conv2(relu(conv1(x))) + x0` with `x0 = conv0(x)`, channel 3 of conv0 and channel 3
+of conv2 are one class; all of these form one group "conv0" with layers (conv0, conv2), while the
+channels of conv1 form a group of their own.
+"""
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_polar.graph import Graph, refs_in
+from keras_polar.rules import Rule, Site, rule_for
+from keras_polar.rules.base import sizes
+from keras_polar.units import Ids, Units, along, compact, look_up, nobody
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Classes of units with the same makers and readers, hence interchangeable in cost.
+
+    Attributes:
+        name: of the first producing layer; numbered where one layer feeds several groups.
+        layers: names of the producing layers.
+        roots: the classes, as the smallest id of each, int32 of shape (units,).
+        site: index of the first producing call.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    roots: np.ndarray
+    site: int
+
+    @property
+    def units(self) -> int:
+        return len(self.roots)
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """The units of a graph.
+
+    Attributes:
+        sites: one per call of the graph, in order, with the ids of its tensors.
+        roots: id -> smallest id of its class, int32 of shape (ids,).
+        reasons: root -> why that class stays.
+        groups: the prunable classes, grouped.
+        group_of: id -> index of its group, -1 if it stays; int32 of shape (ids,).
+        index_of: id -> index of its class within the group; int32 of shape (ids,).
+    """
+
+    graph: Graph
+    sites: tuple[Site, ...]
+    roots: np.ndarray
+    reasons: dict[int, str]
+    groups: tuple[Group, ...]
+    group_of: np.ndarray
+    index_of: np.ndarray
+
+    def flags(self, masks: Iterable) -> np.ndarray:
+        """Per-group masks (bool, one per group) -> one flag per id, True where it stays."""
+        flags = np.ones(len(self.roots), bool)
+        for group, mask in zip(self.groups, masks, strict=True):
+            flags[group.roots] = mask
+        return flags[self.roots] if len(flags) else flags
+
+    def produced(self) -> dict[str, Ids]:
+        """Layer name -> ids of the units it makes, shape (units of the layer,)."""
+        return {s.name: s.axes[p] for s in self.sites for p in s.produces}
+
+
+def couple(graph: Graph, ignore: Iterable[str] = ()) -> Coupling:
+    """Follows the units through a graph.
+
+    Args:
+        ignore: names of layers (glob patterns) that keep all their units.
+
+    Raises:
+        ValueError: a pattern of `ignore` matches no layer.
+    """
+    units = Units()
+    sites = _flow(graph, units)
+    _pin_ignored(sites, units, ignore)
+    _make_rectangular(sites, units)
+    roots = units.roots()
+    reasons = units.pinned(roots)
+    groups = _groups(sites, roots, reasons)
+    return Coupling(graph, sites, roots, reasons, groups, *_places(groups, roots))
+
+
+def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
+    ids: dict[int, Ids] = {i: nobody(sizes(graph.specs[i].shape)) for i in refs_in(graph.inputs)}
+    shared: dict[int, dict] = {}
+    sites = []
+    for call in graph.calls:
+        axes = shared.setdefault(id(call.op), {})
+        site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
+        site.outputs = rule_for(call.op).flow(site)
+        ids.update(zip(call.outputs, site.outputs, strict=True))
+        sites.append(site)
+    for i in refs_in(graph.outputs):
+        units.pin(ids[i], "is an output of the model")
+    return tuple(sites)
+
+
+def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:
+    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+        matches = [s for s in sites if _matches(s, pattern)]
+        if not matches:
+            names = sorted({s.name for s in sites if s.produces})
+            raise ValueError(
+                f"ignore: expected names or glob patterns of layers; {pattern!r} matches none. "
+                f"Layers with units: {', '.join(names)}."
+            )
+        for site in matches:
+            for vector in site.axes.values():
+                units.pin(vector, f"ignored by {pattern!r}")
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(n, pattern) for n in (site.name, site.op.name))
+
+
+def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
+    """Ties units until every tensor can be cut along one axis at a time.
+
+    A tensor whose units vary along several axes (heads and channels of a reshaped Dense, say)
+    could otherwise lose scattered elements, and nothing rectangular would remain. The axis with
+    the most distinct units stays free.
+    """
+    arrays = [ids for site in sites for ids in site.outputs if _spans_several(ids)]
+    while arrays:
+        roots = units.roots()
+        arrays = [a for a in arrays if _spans_several(_rooted(a, roots))]
+        for ids in arrays[:1]:
+            _tie_to_best_axis(ids, roots, units)
+
+
+def _rooted(ids: Ids, roots: np.ndarray) -> Ids:
+    return look_up(roots, compact(ids)[0], -1)
+
+
+def _spans_several(ids: Ids) -> bool:
+    (small,) = compact(ids)
+    return sum(_differs(small, axis) for axis in range(small.ndim)) > 1
+
+
+def _differs(ids: Ids, axis: int) -> bool:
+    return bool((ids != ids.take([0], axis)).any())
+
+
+def _tie_to_best_axis(ids: Ids, roots: np.ndarray, units: Units) -> None:
+    (small,) = compact(ids)
+    rooted = _rooted(ids, roots)
+    lines = {a: np.moveaxis(rooted, a, 0).reshape(rooted.shape[a], -1) for a in range(small.ndim)}
+    best = max(lines, key=lambda a: len(np.unique(lines[a][:, 0])))
+    vector = np.moveaxis(small, best, 0).reshape(small.shape[best], -1)[:, 0]
+    units.tie(small, along(vector, best, small.shape), "belongs to a tensor with fixed elements")
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+def _groups(sites: tuple[Site, ...], roots: np.ndarray, reasons: dict) -> tuple[Group, ...]:
+    signatures = _signatures(sites, roots)
+    is_free = roots == np.arange(len(roots))
+    is_free[list(reasons)] = False
+    free = np.flatnonzero(is_free).astype(np.int32)
+    makers = _makers(sites, roots)
+    _, first, inverse = np.unique(signatures[free], return_index=True, return_inverse=True)
+    names: dict[str, int] = {}
+    found = []
+    for label in np.argsort(first):
+        members = free[inverse == label]
+        if len(members) > 1 and makers.get(int(members[0])):
+            found.append(_group(members, makers[int(members[0])], sites, names))
+    return tuple(found)
+
+
+def _group(members: np.ndarray, makers: list[int], sites: tuple, names: dict) -> Group:
+    first = sites[makers[0]].name
+    number = names[first] = names.get(first, 0) + 1
+    name = first if number == 1 else f"{first}:{number}"
+    return Group(name, tuple(dict.fromkeys(sites[i].name for i in makers)), members, makers[0])
+
+
+def _signatures(sites: tuple[Site, ...], roots: np.ndarray) -> np.ndarray:
+    """For every class a number that says in which axes of which calls it appears how often."""
+    signatures = np.zeros(len(roots), np.uint64)
+    event = 0
+    for site in sites:
+        for vector in site.axes.values():
+            event += 1
+            members, counts = np.unique(roots[vector[vector >= 0]], return_counts=True)
+            signatures[members] += _mix(np.uint64(event << 32) + counts.astype(np.uint64))
+    return signatures
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64: scatters small numbers over all 64 bits, so that sums do not collide."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _makers(sites: tuple[Site, ...], roots: np.ndarray) -> dict[int, list[int]]:
+    """Class -> indices of the calls that produce it, in order."""
+    makers: dict[int, list[int]] = {}
+    for i, site in enumerate(sites):
+        for name in site.produces:
+            for root in np.unique(roots[site.axes[name]]).tolist():
+                makers.setdefault(root, []).append(i)
+    return makers
+
+
+def _places(groups: tuple[Group, ...], roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    group_of, index_of = np.full(len(roots), -1, np.int32), np.zeros(len(roots), np.int32)
+    for i, group in enumerate(groups):
+        group_of[group.roots] = i
+        index_of[group.roots] = np.arange(group.units)
+    return (group_of[roots], index_of[roots]) if len(roots) else (group_of, index_of)
+
+
+def why_fixed(coupling: Coupling, vector: Ids) -> str:
+    """Why the units of a layer cannot be pruned; empty if they can."""
+    own = np.unique(coupling.roots[vector[vector >= 0]])
+    if (coupling.group_of[own] >= 0).any():
+        return ""
+    pinned = [coupling.reasons[r] for r in own.tolist() if r in coupling.reasons]
+    if pinned:
+        return pinned[0]
+    return "has one unit" if len(vector) == 1 else "all its units are tied into one"
+
+
+def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:
+    """Every call with its rule."""
+    return [(site, rule_for(site.op)) for site in coupling.sites]
+

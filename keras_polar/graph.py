@@ -1,0 +1,312 @@
+"""A functional model as a flat list of calls; the only file that touches Keras internals.
+
+`trace` turns a functional or Sequential model, nested models included, into a `Graph`: plain
+data that says which operation is called on which tensors, in order. `rebuild` runs such a graph
+on other tensors, which is how every new model of this library comes to be.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+from keras import tree
+from keras.src.activations import activations
+from keras.src.models.functional import Functional
+from keras.src.ops import core, image, math, nn, numpy
+
+_OP_MODULES = (numpy, nn, core, math, image, activations)
+
+
+def op_class(name: str) -> type:
+    """The class behind a function of `keras.ops`: `op_class("Add")` is what `x + y` records."""
+    for module in _OP_MODULES:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"keras.ops has no operation class named {name!r}.")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor of a graph wherever a call's arguments mention one."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Static shape (batch first, None where unknown) and dtype of a tensor."""
+
+    shape: tuple
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one operation: a layer or a `keras.ops` node."""
+
+    op: Any
+    name: str  # unique path: "backbone/conv1" for a layer of a nested model
+    args: tuple
+    kwargs: dict
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A model as data: `calls` in topological order over tensors numbered from 0."""
+
+    name: str
+    inputs: Any  # structure of Refs, as the model's own
+    outputs: Any
+    input_layers: tuple
+    calls: tuple[Call, ...]
+    specs: tuple[Spec, ...]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """A unique flat name for each operation, keyed by `id(op)`."""
+        return _flat_names([i.name for i in self.input_layers], self.calls)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def functional(model: Any) -> Any:
+    """The functional core of a Functional or Sequential model; None for anything else."""
+    if isinstance(model, keras.Sequential):
+        return model._functional if model.built else None
+    is_plain = isinstance(model, Functional) and type(model).call is Functional.call
+    return model if is_plain else None
+
+
+class _Tracer:
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.specs: list[Spec] = []
+
+    def new_tensor(self, tensor: Any) -> Ref:
+        self.specs.append(Spec(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype)))
+        return Ref(len(self.specs) - 1)
+
+    def run(self, core_model: Any, refs: list, path: str, training: Any) -> Any:
+        table = {id(x): ref for x, ref in zip(core_model.inputs, refs, strict=True)}
+        for node in _ordered_nodes(core_model):
+            if not node.is_input and all(id(x) in table for x in node.input_tensors):
+                outputs = self.node(node, table, path, training)
+                table.update((id(x), r) for x, r in zip(node.outputs, outputs, strict=True))
+        return tree.map_structure(lambda x: table[id(x)], core_model._outputs_struct)
+
+    def node(self, node: Any, table: dict, path: str, training: Any) -> list:
+        args, kwargs = _with_refs((node.arguments.args, node.arguments.kwargs), table)
+        op, name = node.operation, path + node.operation.name
+        if training is not None and getattr(op, "_call_has_training_arg", False):
+            kwargs = {**kwargs, "training": training}
+        inner, inputs = functional(op), _nested_inputs(op, args, kwargs)
+        if inner is not None and inputs is not None:
+            training = kwargs.get("training")
+            return tree.flatten(self.run(inner, inputs, name + "/", training))
+        outputs = [self.new_tensor(x) for x in node.outputs]
+        self.calls.append(Call(op, name, args, kwargs, refs_in((args, kwargs)), _ids(outputs)))
+        return outputs
+
+
+def trace(model: Any) -> Graph:
+    """The graph of a functional (or built Sequential) model, nested models flattened.
+
+    Raises:
+        TypeError: `model` is not a functional or built Sequential model.
+    """
+    core_model = functional(model)
+    if core_model is None:
+        raise TypeError(_not_functional(model))
+    tracer = _Tracer()
+    refs = [tracer.new_tensor(x) for x in core_model.inputs]
+    outputs = tracer.run(core_model, refs, "", None)
+    inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
+    layers = tuple(x._keras_history.operation for x in core_model.inputs)
+    return Graph(model.name, inputs, outputs, layers, tuple(tracer.calls), tuple(tracer.specs))
+
+
+def _not_functional(model: Any) -> str:
+    what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
+    if isinstance(model, keras.Sequential):
+        return (
+            f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
+            "first layer, or call `model.build(input_shape)`."
+        )
+    if isinstance(model, keras.Model):
+        return (
+            f"{what} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make it "
+            "functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+        )
+    return f"{what}. Pass a `keras.Model` built from `keras.Input` tensors."
+
+
+def _ordered_nodes(core_model: Any) -> Iterator:
+    for depth in sorted(core_model._nodes_by_depth, reverse=True):
+        yield from core_model._nodes_by_depth[depth]
+
+
+def _with_refs(structure: Any, table: dict) -> Any:
+    def swap(leaf: Any) -> Any:
+        return table.get(id(leaf), leaf) if isinstance(leaf, keras.KerasTensor) else leaf
+
+    return tree.map_structure(swap, structure)
+
+
+def _nested_inputs(op: Any, args: tuple, kwargs: dict) -> list | None:
+    """The Refs a nested model is called on, in the order of its inputs; None if unclear."""
+    inner = functional(op)
+    if inner is None:
+        return None
+    given = args[0] if args else kwargs.get("inputs")
+    if isinstance(given, dict) and not isinstance(inner._inputs_struct, dict):
+        given = [given.get(x.name) for x in inner.inputs]
+    flat = tree.flatten(given)
+    matches = len(flat) == len(inner.inputs) and all(isinstance(x, Ref) for x in flat)
+    return flat if matches else None
+
+
+def refs_in(structure: Any) -> tuple[int, ...]:
+    """Indices of the tensors a structure mentions, in order."""
+    return tuple(x.index for x in tree.flatten(structure) if isinstance(x, Ref))
+
+
+def _ids(refs: list) -> tuple[int, ...]:
+    return tuple(r.index for r in refs)
+
+
+def _flat_names(taken: list[str], calls: tuple[Call, ...]) -> dict[int, str]:
+    used, names = set(taken), {}
+    for call in calls:
+        if id(call.op) not in names:
+            names[id(call.op)] = _unused(call, used)
+            used.add(names[id(call.op)])
+    return names
+
+
+def _unused(call: Call, used: set) -> str:
+    candidates = [call.op.name, call.name.replace("/", "_")]
+    name = next((c for c in candidates if c not in used), candidates[-1])
+    number = 1
+    while name in used:
+        name, number = f"{candidates[-1]}_{number}", number + 1
+    return name
+
+
+# --- rewriting -------------------------------------------------------------------------------
+
+
+def bypass(graph: Graph, stands_for: Callable[[Call], int | None]) -> Graph:
+    """The graph without some of its calls.
+
+    Args:
+        stands_for: for a call, the index of the input tensor that takes the place of its output,
+            -1 to drop the call (nobody may read it), or None to keep it.
+    """
+    table: dict[int, int] = {}
+    calls = []
+    for call in graph.calls:
+        source = stands_for(call)
+        if source is None:
+            calls.append(_redirected(call, table))
+        elif source >= 0:
+            table[call.outputs[0]] = table.get(source, source)
+    return replace(graph, calls=tuple(calls), outputs=_redirect(graph.outputs, table))
+
+
+def _redirect(structure: Any, table: dict) -> Any:
+    def swap(leaf: Any) -> Any:
+        return Ref(table.get(leaf.index, leaf.index)) if isinstance(leaf, Ref) else leaf
+
+    return tree.map_structure(swap, structure)
+
+
+def _redirected(call: Call, table: dict) -> Call:
+    args, kwargs = _redirect((call.args, call.kwargs), table)
+    return replace(call, args=args, kwargs=kwargs, inputs=refs_in((args, kwargs)))
+
+
+def fill(structure: Any, values: dict[int, Any]) -> Any:
+    """The structure with every Ref replaced by its value."""
+
+    def swap(leaf: Any) -> Any:
+        return values[leaf.index] if isinstance(leaf, Ref) else leaf
+
+    return tree.map_structure(swap, structure)
+
+
+def new_inputs(graph: Graph) -> list:
+    """Fresh `keras.Input` tensors with the names, shapes and dtypes of the graph's."""
+    return [type(layer).from_config(layer.get_config()).output for layer in graph.input_layers]
+
+
+def rebuild(
+    graph: Graph, visit: Callable[[Call, dict[int, Any]], Any], model_class: type, **kwargs: Any
+) -> Any:
+    """A new model: `visit(call, values)` returns the outputs of each call in turn.
+
+    Args:
+        visit: gets the call and the tensors so far, keyed by the graph's tensor index.
+        model_class: `keras.Model` or a subclass without `__init__`.
+    """
+    inputs = new_inputs(graph)
+    values = dict(zip(refs_in(graph.inputs), inputs, strict=True))
+    for call in graph.calls:
+        outputs = tree.flatten(visit(call, values))
+        values.update(zip(call.outputs, outputs, strict=True))
+    struct = tree.pack_sequence_as(graph.inputs, inputs)
+    return model_class(struct, fill(graph.outputs, values), name=graph.name, **kwargs)
+
+
+# --- copying layers and operations -----------------------------------------------------------
+
+
+def clone(op: Any, name: str, **changes: Any) -> Any:
+    """A new operation with the same configuration but for `name` and `changes`; not built.
+
+    Raises:
+        TypeError: the layer cannot be made anew from its `get_config()`.
+    """
+    if not isinstance(op, keras.layers.Layer):
+        return _clone_op_node(op, name, changes)
+    try:
+        return type(op).from_config({**op.get_config(), "name": name, **changes})
+    except Exception as error:
+        if not op.weights and not changes:
+            return op  # nothing to train and nothing to copy (a Lambda, say): share it
+        raise TypeError(
+            f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
+            "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
+        ) from error
+
+
+def _clone_op_node(op: Any, name: str, changes: dict) -> Any:
+    config = getattr(op, "_auto_config", None)
+    if config is not None:
+        new = type(op)(**{**config.config, **changes})
+    else:  # arguments that Keras cannot serialise: a copy without the original's graph nodes
+        new = copy.copy(op)
+        new._inbound_nodes, new._outbound_nodes = [], []
+        for key, value in changes.items():
+            setattr(new, key, value)
+    new.name = name
+    return new
+
+
+def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> None:
+    """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`."""
+    for old, new in zip(source.variables, target.variables, strict=True):
+        new.assign(cut(old, keras.ops.convert_to_numpy(old)))
+    for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
+        new.trainable = old.trainable
+        if isinstance(new, keras.layers.Normalization):
+            new.finalize_state()  # its mean and variance are derived from its variables
+
+
+def _layers_of(op: Any) -> list:
+    # Parents first: setting `trainable` on a parent overwrites that of its children.
+    return list(op._flatten_layers()) if isinstance(op, keras.layers.Layer) else []

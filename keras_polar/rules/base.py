@@ -1,0 +1,236 @@
+"""What the library has to know about one operation, and the registry of who knows it.
+
+A `Rule` answers three questions about an operation: how ids flow through it (`flow`), how it is
+cut (`weights`, `config`, `arguments`), and what it computes (`macs`). The answers meet in the
+named *axes* of a layer: `flow` says that the kernel's "in" axis carries the ids of the input's
+channels and "out" fresh ones; `weights` says which axis of which variable is "in" or "out";
+`config` and `macs` are written in terms of how many of each remain. How many weights a layer has
+follows from `weights`.
+
+Example: the whole rule of a Dense layer::
+
+    class DenseRule(Rule):
+        def flow(self, site):
+            site.read("in", axis=-1)
+            return [site.produce("out", site.op.units, axis=-1)]
+
+        def weights(self, op):
+            return {"kernel": ("in", "out"), "bias": ("out",)}
+
+        def config(self, site, kept):
+            return {"units": kept.count(site.axes["out"])}
+
+        def macs(self, site):
+            return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, but=-1))]
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from keras_polar.graph import Call, Spec
+from keras_polar.units import Ids, Units, along, compact, look_up, nobody
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost that is a product: each coefficient times how many units of each factor are open.
+
+    Attributes:
+        factors: id vectors; nobody's elements (-1) always count as open.
+        weights: number of weights per combination of units.
+        macs: multiply-accumulates per sample and combination of units.
+        units: 1 for the units a layer produces.
+    """
+
+    factors: tuple[Ids, ...]
+    weights: int = 0
+    macs: int = 0
+    units: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which ids stay after pruning: `flags[id]`."""
+
+    flags: np.ndarray
+
+    def where(self, ids: Ids, axis: int = 0) -> np.ndarray:
+        """Indices along an axis at which anything stays."""
+        (small,) = compact(ids)
+        open_ = np.moveaxis(look_up(self.flags, small, True), axis, 0)
+        open_ = open_.reshape(len(open_), -1).any(axis=1)
+        return np.flatnonzero(np.broadcast_to(open_, ids.shape[axis]))
+
+    def size(self, ids: Ids, axis: int) -> int:
+        """Length of a tensor's axis after pruning."""
+        return len(self.where(ids, axis))
+
+    def count(self, vector: Ids) -> int:
+        """How many elements of an id vector stay."""
+        return self.size(vector, 0)
+
+    def all(self, vector: Ids) -> bool:
+        return self.count(vector) == len(vector)
+
+
+def line(ids: Ids, axis: int) -> Ids:
+    """The ids along one axis, taken at the start of all others."""
+    axis %= ids.ndim
+    return ids[tuple(slice(None) if i == axis else 0 for i in range(ids.ndim))]
+
+
+@dataclass(eq=False)
+class Site:
+    """One call of one operation, as a rule sees it.
+
+    Attributes:
+        inputs: id arrays of the input tensors, in the order of the call's arguments.
+        output_shapes: shapes of the outputs, batch and unknown sizes as 1.
+        outputs: id arrays of the output tensors, once `flow` has been asked.
+        axes: the layer's named id vectors; calls of a shared layer have the same ones.
+        reads: (input position, axis) whose closed units must arrive as zeros.
+    """
+
+    call: Call
+    specs: tuple[Spec, ...]
+    units: Units
+    inputs: list[Ids]
+    shared_axes: dict[str, Ids]
+    axes: dict[str, Ids] = field(default_factory=dict)
+    outputs: list[Ids] = field(default_factory=list)
+    reads: list[tuple[int, int]] = field(default_factory=list)
+    produces: list[str] = field(default_factory=list)
+
+    @property
+    def op(self) -> Any:
+        return self.call.op
+
+    @property
+    def name(self) -> str:
+        return self.call.name
+
+    @property
+    def output_shapes(self) -> list[tuple]:
+        return [sizes(self.specs[i].shape) for i in self.call.outputs]
+
+    def positions(self, tensor: int | None, but: int = -1, *, output: bool = False) -> int:
+        """Elements per sample of an input (or output) tensor with the axis `but` left out."""
+        index = (self.call.outputs if output else self.call.inputs)[tensor or 0]
+        shape = sizes(self.specs[index].shape)
+        return math.prod(shape[1:]) // shape[but]
+
+    # --- what `flow` can say ---
+
+    def follow(self, name: str, axis: int, tensor: int = 0) -> Ids:
+        """The units along `axis` pass through one by one (BatchNormalization, pooling)."""
+        ids = self.inputs[tensor]
+        self.tie_across(ids, axis)
+        return self.set_axis(name, line(ids, axis))
+
+    def read(self, name: str, axis: int, tensor: int = 0) -> Ids:
+        """All units along `axis` are read and mixed (Conv, Dense)."""
+        vector = self.follow(name, axis, tensor)
+        self.reads.append((tensor, axis % self.inputs[tensor].ndim))
+        return vector
+
+    def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:
+        """The layer makes `n` units of its own, along `axis` of its output."""
+        vector = self.shared_axes.get(name)
+        vector = self.set_axis(name, self.units.fresh(n) if vector is None else vector)
+        self.produces.append(name)
+        shape = self.output_shapes[output]
+        return along(vector, axis % len(shape), shape)
+
+    def set_axis(self, name: str, vector: Ids) -> Ids:
+        """Names an id vector; the calls of a shared layer get tied."""
+        known = self.shared_axes.setdefault(name, vector)
+        self.units.tie(known, vector, f"layer {self.name!r} is shared with a fixed input")
+        self.axes[name] = vector
+        return vector
+
+    def tie_across(self, ids: Ids, axis: int) -> None:
+        """Elements that differ only in the other axes belong to one unit."""
+        first = along(line(ids, axis), axis % ids.ndim, ids.shape)
+        self.units.tie(ids, first, f"fixed elements are mixed in at {self.name!r}")
+
+    def pin(self, ids: Ids, why: str) -> None:
+        self.units.pin(ids, f"{why} ({type(self.op).__name__} {self.name!r})")
+
+    def pin_all(self, why: str) -> list[Ids]:
+        """Pins every input; the outputs belong to nobody."""
+        for ids in self.inputs:
+            self.pin(ids, why)
+        return [nobody(shape) for shape in self.output_shapes]
+
+
+def sizes(shape: Iterable) -> tuple:
+    """A static shape with the batch and unknown sizes as 1."""
+    batch, *rest = shape or (1,)
+    return (1, *(1 if d is None else d for d in rest))
+
+
+class Rule:
+    """How one kind of operation behaves under pruning. The base class pins everything."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        """Ids of the outputs; ties, pins, reads and names axes on the way."""
+        return site.pin_all("no rule for this operation; see keras_polar.register")
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        """Variable (attribute name) -> the axis name, or None, of each of its axes."""
+        return {}
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        """Changes of the layer's config when only `kept` units remain."""
+        return {}
+
+    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+        """The call's arguments when only `kept` units remain."""
+        return site.call.args, site.call.kwargs
+
+    def macs(self, site: Site) -> list[Term]:
+        """Multiply-accumulates per sample of this call, as products of open units."""
+        return []
+
+
+def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
+    """One term per variable: its named axes are factors, all others count in full."""
+    terms, counted = [], 0
+    for attribute, names in weights.items():
+        variable = getattr(site.op, attribute, None)
+        if variable is not None:
+            terms.append(_variable_term(variable, names, site))
+            counted += math.prod(variable.shape)
+    rest = sum(math.prod(w.shape) for w in getattr(site.op, "weights", ())) - counted
+    return [*terms, Term((), weights=rest)] if rest else terms
+
+
+def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
+    factors = tuple(site.axes[n] for n in names if n in site.axes)
+    other = [size for size, n in zip(variable.shape, names, strict=True) if n not in site.axes]
+    return Term(factors, weights=math.prod(other))
+
+
+_REGISTRY: dict[type, Rule] = {}
+UNKNOWN = Rule()
+
+
+def add(rule: Rule, *classes: type) -> None:
+    """Registers `rule` for exactly these classes (subclasses may behave differently)."""
+    _REGISTRY.update((c, rule) for c in classes)
+
+
+def rule_for(op: Any) -> Rule:
+    """The rule of an operation; the one that pins everything if there is none."""
+    if getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False):
+        return UNKNOWN
+    return _REGISTRY.get(type(op), UNKNOWN)
+
+
+def find(layer_class: type) -> Rule | None:
+    """The registered rule of a class, or None."""
+    return _REGISTRY.get(layer_class)

@@ -1,0 +1,159 @@
+"""Operations that act on every element alone, on one tensor or on several."""
+
+from typing import Any
+
+import numpy as np
+from keras import KerasTensor, layers, ops, tree
+
+from keras_polar.graph import Ref, op_class
+from keras_polar.rules.base import Kept, Rule, Site, add, line
+from keras_polar.units import Ids, nobody, varies
+
+
+class ElementwiseRule(Rule):
+    """One tensor in, ids unchanged."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        return [np.broadcast_to(site.inputs[0], site.output_shapes[0])]
+
+
+class ScalarRule(ElementwiseRule):
+    """Element-wise as long as the layer's statistics or factors are scalars."""
+
+    def __init__(self, *attributes: str) -> None:
+        self.attributes = attributes
+
+    def flow(self, site: Site) -> list[Ids]:
+        if any(np.size(getattr(site.op, a)) != 1 for a in self.attributes):
+            return site.pin_all("has one constant per channel")
+        return super().flow(site)
+
+
+class MergeRule(Rule):
+    """Several tensors (or constants) in: units at the same position go together.
+
+    A tensor that is broadcast along an axis on which another one varies takes part as a whole and
+    is pinned: its one unit meets many.
+    """
+
+    def flow(self, site: Site) -> list[Ids]:
+        shape = site.output_shapes[0]
+        wide = [np.broadcast_to(_lift(ids, len(shape)), shape) for ids in site.inputs]
+        partners = [w for w, ids in zip(wide, site.inputs, strict=True) if not _meets(ids, wide)]
+        for ids in site.inputs:
+            if _meets(ids, wide):
+                site.pin(ids, "is broadcast over other units")
+        for other in partners[1:]:
+            site.units.tie(partners[0], other, f"combined with fixed elements by {site.name!r}")
+        return [partners[0] if partners else nobody(shape)]
+
+    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+        """Constants that span a cut axis are cut with it."""
+        ids = site.outputs[0]
+
+        def cut(leaf: Any) -> Any:
+            is_constant = hasattr(leaf, "shape") and not isinstance(leaf, (Ref, KerasTensor))
+            return _cut_constant(leaf, ids, kept) if is_constant else leaf
+
+        return tree.map_structure(cut, (site.call.args, site.call.kwargs))
+
+def _lift(ids: Ids, ndim: int) -> Ids:
+    """The array with axes of size 1 put in front of its shape, as broadcasting does."""
+    return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
+
+
+def _meets(ids: Ids, wide: list[Ids]) -> bool:
+    """Whether an input is stretched along an axis on which another one varies."""
+    ndim = wide[0].ndim
+    narrow = _lift(ids, ndim)
+    return any(
+        narrow.shape[i] == 1 and w.shape[i] > 1 and varies(w, i) for w in wide for i in range(ndim)
+    )
+
+
+def _cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
+    array = ops.convert_to_numpy(value)
+    for axis in range(-array.ndim, 0):
+        if array.shape[axis] > 1:
+            array = np.take(array, kept.where(line(ids, axis)), axis=axis)
+    return array
+
+
+class MergeLayerRule(MergeRule):
+    """The merge layers line up tensors of different ranks in a way of their own: pinned."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        if len({ids.ndim for ids in site.inputs}) > 1:
+            return site.pin_all("merges tensors of different ranks")
+        return super().flow(site)
+
+
+class SoftmaxRule(Rule):
+    """Mixes units along its axes, which stay; on the other axes it acts one by one."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        axis = site.op.axis
+        ids, *masks = site.inputs
+        for mask in masks:
+            site.pin(mask, "is used as a mask")
+        for i in [axis] if isinstance(axis, int) else axis or range(1, ids.ndim):
+            if varies(ids, i):
+                site.pin(ids, "normalises over the units")
+        return [ids]
+
+
+class PReLURule(Rule):
+    """One slope per element, but for `shared_axes`: cut with the units."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        (ids,) = site.inputs
+        for axis in range(1, ids.ndim):
+            site.set_axis(str(axis), line(ids, axis))
+        return [ids]
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        size = op.alpha.shape
+        return {"alpha": tuple(str(i + 1) if n > 1 else None for i, n in enumerate(size))}
+
+
+_UNARY = (
+    "Absolute Abs Arccos Arccosh Arcsin Arcsinh Arctan Arctanh Cbrt Ceil Copy Cos Cosh Exp "
+    "Exp2 Expm1 Floor Log Log10 Log1p Log2 NanToNum Negative Reciprocal Round Sign Sin Sinh Sqrt "
+    "Square Tan Tanh Trunc Relu Relu6 ReLU Mish Sigmoid SparseSigmoid Softplus Softsign SoftShrink "
+    "SparsePlus Silu Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu Gelu Celu "
+    "TanhShrink HardTanh HardShrink Threshold Cast StopGradient Rsqrt Erf"
+).split()
+_MERGE = "Add Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power".split()
+
+add(
+    ElementwiseRule(),
+    layers.Activation,
+    layers.ReLU,
+    layers.LeakyReLU,
+    layers.ELU,
+    layers.Dropout,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+    layers.AlphaDropout,
+    layers.ActivityRegularization,
+    layers.Identity,
+    *map(op_class, _UNARY),
+)
+add(ScalarRule("scale", "offset"), layers.Rescaling)
+add(ScalarRule("mean", "variance"), layers.Normalization)
+add(ScalarRule("x_min", "x_max"), op_class("Clip"))
+add(MergeRule(), *map(op_class, _MERGE))
+add(
+    MergeLayerRule(),
+    layers.Add,
+    layers.Subtract,
+    layers.Multiply,
+    layers.Average,
+    layers.Maximum,
+    layers.Minimum,
+)
+add(SoftmaxRule(), layers.Softmax, op_class("Softmax"), op_class("LogSoftmax"))
+add(PReLURule(), layers.PReLU)

@@ -1,0 +1,183 @@
+"""Layers that mix units and make new ones: Dense and the convolutions."""
+
+import math
+from typing import Any
+
+import numpy as np
+from keras import activations, layers
+
+from keras_polar.rules.base import Kept, Rule, Site, Term, add, find
+from keras_polar.rules.elementwise import ElementwiseRule
+from keras_polar.units import Ids, along
+
+ELEMENTWISE_ACTIVATIONS = frozenset(
+    getattr(activations, name)
+    for name in (
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear "
+        "log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus "
+        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
+    ).split()
+)
+
+
+def channel_axis(op: Any) -> int:
+    """Axis of the channels, by the layer's `data_format`."""
+    return 1 if getattr(op, "data_format", None) == "channels_first" else -1
+
+
+def is_elementwise(activation: Any) -> bool:
+    """Whether an activation (function or layer) is known to act on each element alone."""
+    if isinstance(activation, layers.Layer):
+        return isinstance(find(type(activation)), ElementwiseRule)
+    return activation in ELEMENTWISE_ACTIVATIONS
+
+
+def activated(site: Site, ids: Ids) -> list[Ids]:
+    """The ids after the layer's own activation; pinned if that might mix channels."""
+    activation = getattr(site.op, "activation", None)
+    if activation is not None and not is_elementwise(activation):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        site.pin(ids, f"activation {name!r} is not known to act element by element")
+    return [ids]
+
+
+class DenseRule(Rule):
+    def flow(self, site: Site) -> list[Ids]:
+        site.read("in", -1)
+        return activated(site, site.produce("out", site.op.units, -1))
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"kernel": ("in", "out"), "bias": ("out",)}
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        return {"units": kept.count(site.axes["out"])}
+
+    def macs(self, site: Site) -> list[Term]:
+        return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, -1))]
+
+
+class ConvRule(Rule):
+    """Conv1D/2D/3D, grouped ones included.
+
+    Of a grouped convolution go either whole groups (input and output channels of a group are one
+    unit), or the same channels out of every group: whichever leaves more to choose from.
+    """
+
+    def flow(self, site: Site) -> list[Ids]:
+        axis = channel_axis(site.op)
+        if site.op.groups == 1:
+            site.read("in", axis)
+            return activated(site, site.produce("out", site.op.filters, axis))
+        return activated(site, self._grouped(site, axis))
+
+    def _grouped(self, site: Site, axis: int) -> Ids:
+        groups, vector = site.op.groups, site.follow("all_in", axis)
+        by_group = vector.reshape(groups, -1)
+        out = site.produce("out", site.op.filters, axis)
+        out_by_group = site.axes["out"].reshape(groups, -1)
+        fixed = f"a group of {site.name!r} reads fixed channels"
+        if groups >= by_group.shape[1] and (vector >= 0).all():
+            site.units.tie(by_group, by_group[:, :1], fixed)
+            site.units.tie(out_by_group, by_group[:, :1], fixed)
+            site.set_axis("group", by_group[:, 0])
+        else:
+            site.units.tie(by_group, by_group[:1], fixed)
+            site.units.tie(out_by_group, out_by_group[:1], fixed)
+            site.set_axis("in", by_group[0])
+            site.reads.append((0, axis % site.inputs[0].ndim))
+        return out
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"kernel": (*self._window(op), "in", "out"), "bias": ("out",)}
+
+    def _window(self, op: Any) -> tuple:
+        return (None,) * op.rank
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        changes = {"filters": kept.count(site.axes["out"])}
+        if "group" in site.axes:
+            changes["groups"] = kept.count(site.axes["group"])
+        return changes
+
+    def macs(self, site: Site) -> list[Term]:
+        names = [n for n in ("in", "out") if n in site.axes]
+        per_pair = math.prod(site.op.kernel_size)
+        if "group" in site.axes:  # the inputs per group do not change
+            per_pair *= len(site.axes["all_in"]) // site.op.groups
+        positions = self._positions(site)
+        return [Term(tuple(site.axes[n] for n in names), macs=per_pair * positions)]
+
+    def _positions(self, site: Site) -> int:
+        return site.positions(0, channel_axis(site.op), output=True)
+
+
+class ConvTransposeRule(ConvRule):
+    """Conv1D/2D/3DTranspose: the kernel's last two axes are swapped, the work is per input."""
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"kernel": (*self._window(op), "out", "in"), "bias": ("out",)}
+
+    def _positions(self, site: Site) -> int:
+        return site.positions(0, channel_axis(site.op))
+
+
+class DepthwiseConvRule(Rule):
+    """DepthwiseConv1D/2D: output channels `i * depth_multiplier + m` belong to input channel i."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        axis = channel_axis(site.op)
+        vector = site.follow("in", axis)
+        out = site.set_axis("out", np.repeat(vector, site.op.depth_multiplier))
+        return activated(site, spread(site, out, axis))
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"kernel": (*(None,) * op.rank, "in", None), "bias": ("out",)}
+
+    def macs(self, site: Site) -> list[Term]:
+        positions = site.positions(0, channel_axis(site.op), output=True)
+        return [Term((site.axes["out"],), macs=math.prod(site.op.kernel_size) * positions)]
+
+
+class SeparableConvRule(Rule):
+    """SeparableConv1D/2D: a depthwise convolution without bias, then a 1x1 convolution."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        axis = channel_axis(site.op)
+        vector = site.read("in", axis)
+        site.set_axis("middle", np.repeat(vector, site.op.depth_multiplier))
+        return activated(site, site.produce("out", site.op.filters, axis))
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        window = (None,) * op.rank
+        return {
+            "depthwise_kernel": (*window, "in", None),
+            "pointwise_kernel": (*window, "middle", "out"),
+            "bias": ("out",),
+        }
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        return {"filters": kept.count(site.axes["out"])}
+
+    def macs(self, site: Site) -> list[Term]:
+        middle, out = site.axes["middle"], site.axes["out"]
+        positions = site.positions(0, channel_axis(site.op), output=True)
+        window = math.prod(site.op.kernel_size)
+        return [Term((middle,), macs=window * positions), Term((middle, out), macs=positions)]
+
+
+def spread(site: Site, vector: Ids, axis: int) -> Ids:
+    """The first output's ids: `vector` along `axis`, constant along all other axes."""
+    shape = site.output_shapes[0]
+    return along(vector, axis % len(shape), shape)
+
+
+add(DenseRule(), layers.Dense)
+add(ConvRule(), layers.Conv1D, layers.Conv2D, layers.Conv3D)
+add(
+    ConvTransposeRule(),
+    layers.Conv1DTranspose,
+    layers.Conv2DTranspose,
+    layers.Conv3DTranspose,
+)
+add(DepthwiseConvRule(), layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+add(SeparableConvRule(), layers.SeparableConv1D, layers.SeparableConv2D)

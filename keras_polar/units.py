@@ -1,0 +1,103 @@
+"""Prunable units as integer ids, and which of them must go together. Pure NumPy.
+
+Every channel or neuron that could be removed has an id. A tensor is represented by an int32
+array of ids of the tensor's own shape, batch axis first and of size 1, sizes that are not known
+1 as well; -1 marks elements that belong to no unit (an input image, padding). The arrays are
+broadcast views (stride 0) along every axis the ids do not vary on, so they stay tiny.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Ids = np.ndarray
+
+
+def varies(ids: Ids, axis: int) -> bool:
+    """Whether the ids may differ along an axis."""
+    return ids.shape[axis] > 1 and ids.strides[axis] != 0
+
+
+def along(vector: Ids, axis: int, shape: tuple) -> Ids:
+    """A view of `shape` that varies along one axis only: as `vector` (or constant)."""
+    ones = [1] * len(shape)
+    ones[axis] = len(vector)
+    return np.broadcast_to(vector.reshape(ones), shape)
+
+
+def nobody(shape: tuple) -> Ids:
+    """Ids of a tensor that belongs to no unit."""
+    return np.broadcast_to(np.int32(-1), shape)
+
+
+def compact(*arrays: Ids) -> list[Ids]:
+    """The arrays (of one shape) without the axes along which none of them varies."""
+    keep = tuple(
+        slice(None) if any(varies(a, i) for a in arrays) else slice(0, 1)
+        for i in range(arrays[0].ndim)
+    )
+    return [a[keep] for a in arrays]
+
+
+@dataclass
+class Units:
+    """Hands out ids and collects what is known about them: ties and pins."""
+
+    count: int = 0
+    _ties: list = field(default_factory=list)
+    _pins: list = field(default_factory=list)
+
+    def fresh(self, n: int) -> Ids:
+        """`n` new ids."""
+        self.count += n
+        return np.arange(self.count - n, self.count, dtype=np.int32)
+
+    def pin(self, ids: Ids, reason: str) -> None:
+        """These units stay, because of `reason`."""
+        (ids,) = compact(ids)
+        if (ids >= 0).any():
+            self._pins.append((np.unique(ids[ids >= 0]), reason))
+
+    def tie(self, a: Ids, b: Ids, reason: str) -> None:
+        """Units at the same position go together; with nobody's elements they stay."""
+        if a is b:
+            return
+        a, b = (x.ravel() for x in compact(*np.broadcast_arrays(a, b)))
+        both = (a >= 0) & (b >= 0)
+        self._ties.append((a[both & (a != b)], b[both & (a != b)]))
+        self.pin(np.maximum(a, b)[~both], reason)
+
+    def roots(self) -> np.ndarray:
+        """For every id the smallest id it is tied to, shape (count,)."""
+        left, right = (np.concatenate([t[i] for t in self._ties] or [[]]) for i in (0, 1))
+        return _components(self.count, left.astype(np.int32), right.astype(np.int32))
+
+    def pinned(self, roots: np.ndarray) -> dict[int, str]:
+        """Root id -> the first reason why that class of units stays."""
+        reasons: dict[int, str] = {}
+        for ids, reason in self._pins:
+            for root in np.unique(roots[ids]).tolist():
+                reasons.setdefault(root, reason)
+        return reasons
+
+
+def _components(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Connected components by hooking larger roots to smaller ones and halving paths."""
+    roots = np.arange(count, dtype=np.int32)
+    while True:
+        a, b = roots[left], roots[right]
+        if not (a != b).any():
+            return roots
+        np.minimum.at(roots, np.maximum(a, b), np.minimum(a, b))
+        while (roots[roots] != roots).any():
+            roots = roots[roots]
+
+
+def look_up(table: np.ndarray, ids: Ids, default: int | bool) -> np.ndarray:
+    """`table[ids]`, `default` for nobody's elements, broadcast views preserved."""
+    (small,) = compact(ids)
+    safe = np.where(small >= 0, small, 0)
+    found = np.where(small >= 0, table[safe] if len(table) else 0, default)
+    return np.broadcast_to(found.astype(np.asarray(table).dtype), ids.shape)
+
+
