@@ -124,7 +124,7 @@ def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -
 
 
 def _matches(site: Site, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(n, pattern) for n in (site.name, site.op.name))
+    return any(fnmatch.fnmatchcase(n, pattern) for n in (site.name, site.call.path))
 
 
 def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:

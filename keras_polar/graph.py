@@ -47,7 +47,8 @@ class Call:
     """One call of one operation: a layer or a `keras.ops` node."""
 
     op: Any
-    name: str  # unique path: "backbone/conv1" for a layer of a nested model
+    name: str  # unique per operation, the name it has in rebuilt models
+    path: str  # where it stands in the user's model: "backbone/conv1"
     args: tuple
     kwargs: dict
     inputs: tuple[int, ...]
@@ -64,11 +65,6 @@ class Graph:
     input_layers: tuple
     calls: tuple[Call, ...]
     specs: tuple[Spec, ...]
-
-    @property
-    def names(self) -> dict[int, str]:
-        """A unique flat name for each operation, keyed by `id(op)`."""
-        return _flat_names([i.name for i in self.input_layers], self.calls)
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -101,15 +97,16 @@ class _Tracer:
 
     def node(self, node: Any, table: dict, path: str, training: Any) -> list:
         args, kwargs = _with_refs((node.arguments.args, node.arguments.kwargs), table)
-        op, name = node.operation, path + node.operation.name
+        op, path = node.operation, path + node.operation.name
         if training is not None and getattr(op, "_call_has_training_arg", False):
             kwargs = {**kwargs, "training": training}
         inner, inputs = functional(op), _nested_inputs(op, args, kwargs)
         if inner is not None and inputs is not None:
             training = kwargs.get("training")
-            return tree.flatten(self.run(inner, inputs, name + "/", training))
+            return tree.flatten(self.run(inner, inputs, path + "/", training))
         outputs = [self.new_tensor(x) for x in node.outputs]
-        self.calls.append(Call(op, name, args, kwargs, refs_in((args, kwargs)), _ids(outputs)))
+        inputs = refs_in((args, kwargs))
+        self.calls.append(Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs)))
         return outputs
 
 
@@ -127,7 +124,9 @@ def trace(model: Any) -> Graph:
     outputs = tracer.run(core_model, refs, "", None)
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
-    return Graph(model.name, inputs, outputs, layers, tuple(tracer.calls), tuple(tracer.specs))
+    names = _flat_names([layer.name for layer in layers], tracer.calls)
+    calls = tuple(replace(call, name=names[id(call.op)]) for call in tracer.calls)
+    return Graph(model.name, inputs, outputs, layers, calls, tuple(tracer.specs))
 
 
 def _not_functional(model: Any) -> str:
@@ -175,11 +174,8 @@ def refs_in(structure: Any) -> tuple[int, ...]:
     return tuple(x.index for x in tree.flatten(structure) if isinstance(x, Ref))
 
 
-def _ids(refs: list) -> tuple[int, ...]:
-    return tuple(r.index for r in refs)
-
-
-def _flat_names(taken: list[str], calls: tuple[Call, ...]) -> dict[int, str]:
+def _flat_names(taken: list[str], calls: list[Call]) -> dict[int, str]:
+    """A unique name for every operation, without its path where possible, keyed by `id(op)`."""
     used, names = set(taken), {}
     for call in calls:
         if id(call.op) not in names:
@@ -189,7 +185,7 @@ def _flat_names(taken: list[str], calls: tuple[Call, ...]) -> dict[int, str]:
 
 
 def _unused(call: Call, used: set) -> str:
-    candidates = [call.op.name, call.name.replace("/", "_")]
+    candidates = [call.op.name, call.path.replace("/", "_")]
     name = next((c for c in candidates if c not in used), candidates[-1])
     number = 1
     while name in used:
@@ -254,7 +250,7 @@ def rebuild(
         model_class: `keras.Model` or a subclass without `__init__`.
     """
     inputs = new_inputs(graph)
-    values = dict(zip(refs_in(graph.inputs), inputs, strict=True))
+    values: dict[int, Any] = dict(zip(refs_in(graph.inputs), inputs, strict=True))
     for call in graph.calls:
         outputs = tree.flatten(visit(call, values))
         values.update(zip(call.outputs, outputs, strict=True))
@@ -310,3 +306,13 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> No
 def _layers_of(op: Any) -> list:
     # Parents first: setting `trainable` on a parent overwrites that of its children.
     return list(op._flatten_layers()) if isinstance(op, keras.layers.Layer) else []
+
+
+def only_loss(layer: Any, loss: Any) -> None:
+    """`layer.add_loss(loss)` that forgets what the same call has added before.
+
+    Under tf.distribute the replicas run in threads that share the layer's list of losses. Called
+    after the last synchronisation of a forward pass, this leaves each replica with its own.
+    """
+    layer._losses.clear()
+    layer.add_loss(loss)

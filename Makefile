@@ -1,0 +1,57 @@
+# Everything a newcomer needs: `make demo` and `make test` set up .venv by themselves.
+# Another interpreter: `make test PYTHON=python3.12`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+INSTALLED_JAX := $(VENV)/.installed-jax
+CODE := setup.py keras_polar tests examples
+
+# TensorFlow's start-up notes hide what the commands below have to say.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export KERAS_BACKEND ?= tensorflow
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all test-jax lint format clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## create .venv and install the package with its examples and tests
+
+# The stamp is written last: an interrupted installation starts again.
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[examples,test]'
+	@touch $@
+
+$(INSTALLED_JAX): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[jax]'
+	@touch $@
+
+demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
+	$(RUN) examples/demo.py
+
+test: $(INSTALLED) ## the quick tests
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(INSTALLED) test-jax ## every test, and the smoke test on JAX
+	$(RUN) -m pytest
+
+test-jax: $(INSTALLED_JAX)
+	KERAS_BACKEND=jax $(RUN) -m pytest tests/test_backends.py
+
+lint: $(INSTALLED) ## ruff check, ruff format --check, mypy
+	$(RUN) -m ruff check $(CODE)
+	$(RUN) -m ruff format --check $(CODE)
+	$(RUN) -m mypy
+
+format: $(INSTALLED) ## let ruff rewrite the code
+	$(RUN) -m ruff check --fix $(CODE)
+	$(RUN) -m ruff format $(CODE)
+
+clean: ## remove everything that was generated, .venv included
+	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

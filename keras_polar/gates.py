@@ -1,0 +1,194 @@
+"""Binary gates: who decides about a unit, and the mask in front of those who read it.
+
+The forward pass uses hard 0/1 gates, the backward pass the slope of a sigmoid (straight-through).
+A static gate has one logit per unit; a dynamic gate decides per sample, from the average of the
+input of the layer that makes the units (Zhi et al., arXiv 2302.10798; the formulas are ours).
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+PACKAGE = "keras_polar"
+# Logits are this much larger than the variables behind them: gates have far fewer steps than
+# weights to go from open to closed, under any optimiser.
+GAIN = 10.0
+OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
+MOMENTUM = 0.95  # of the moving averages of the gates
+
+
+def hard_step(logits: Any) -> Any:
+    """0/1 forward, the gradient of `sigmoid(logits)` backward."""
+    soft = ops.sigmoid(logits)
+    hard = ops.cast(logits > 0, soft.dtype)
+    return soft + ops.stop_gradient(hard - soft)
+
+
+def consensus(open_rates: Any, min_units: int) -> Any:
+    """0/1 per unit: open for most samples, and at least the `min_units` most open ones."""
+    floor = ops.top_k(open_rates, min_units)[0][-1]
+    return ops.cast(open_rates >= ops.minimum(floor, 0.5), open_rates.dtype)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Gate(keras.layers.Layer):
+    """Decides about the units of one group; static: one logit per unit, whatever the input.
+
+    In training it returns hard gates and keeps moving averages of how open each unit is; in
+    inference, and once settled, it returns the consensus of shape (1, units).
+
+    Args:
+        units: number of units.
+        group: name of the group.
+        layers: names of the layers that produce the units.
+        min_units: units that the consensus always leaves open.
+        axis: the channel axis of the input (dynamic gates average over all others).
+    """
+
+    def __init__(
+        self,
+        units: int,
+        group: str,
+        layers: list,
+        min_units: int = 1,
+        axis: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+        self.group = group
+        self.producers = tuple(layers)
+        self.min_units = min_units
+        self.axis = axis
+
+    def build(self, input_shape: tuple) -> None:
+        self.build_logits(input_shape)
+        self.open_rates = self._state("open_rates", "ones", (self.units,))
+        self.scores = self._state("scores", "ones", (self.units,))
+        self.settled_mask = self._state("settled_mask", "ones", (self.units,))
+        self.settled = self._state("settled", "zeros", ())
+
+    def _state(self, name: str, initializer: str, shape: tuple) -> Any:
+        # Every replica keeps its own average of its own samples; reading gives their mean. That
+        # needs no synchronisation in the forward pass, which would break losses (see distribute).
+        return self.add_weight(
+            shape,
+            initializer,
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="mean",
+            synchronization="on_read",
+            name=name,
+        )
+
+    def build_logits(self, input_shape: tuple) -> None:
+        start = keras.initializers.Constant(OPEN / GAIN)
+        self.bias = self.add_weight((self.units,), start, autocast=False, name="bias")
+
+    def logits(self, x: Any) -> Any:
+        """Float32 logits of shape (batch or 1, units)."""
+        return GAIN * ops.cast(self.bias, "float32")[None]
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if not training:
+            return ops.cast(self.consensus()[None], self.compute_dtype)
+        logits = self.logits(x)
+        gates = hard_step(logits)
+        self._observe(gates, ops.sigmoid(logits))
+        settled = ops.cast(self.settled, "float32")
+        fixed = ops.convert_to_tensor(self.settled_mask)
+        return ops.cast(settled * fixed + (1 - settled) * gates, self.compute_dtype)
+
+    def consensus(self) -> Any:
+        """0/1 per unit, float32 of shape (units,): what inference uses."""
+        free = consensus(ops.convert_to_tensor(self.open_rates), self.min_units)
+        return ops.where(self.settled > 0.5, self.settled_mask, free)
+
+    def _observe(self, gates: Any, soft: Any) -> None:
+        for state, now in ((self.open_rates, gates), (self.scores, soft)):
+            rate = (1 - MOMENTUM) * (1 - self.settled)  # settled gates are history
+            state.assign(state + rate * (ops.stop_gradient(ops.mean(now, axis=0)) - state))
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (1, self.units)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        return None
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "group": self.group,
+            "layers": list(self.producers),
+            "min_units": self.min_units,
+            "axis": self.axis,
+        }
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class DynamicGate(Gate):
+    """A gate that looks at each sample: average the input over all positions, normalise, map."""
+
+    def build_logits(self, input_shape: tuple) -> None:
+        super().build_logits(input_shape)
+        shape = (input_shape[self.axis], self.units)
+        small = keras.initializers.RandomNormal(stddev=0.1 / GAIN)
+        self.kernel = self.add_weight(shape, small, autocast=False, name="kernel")
+
+    def logits(self, x: Any) -> Any:
+        # The gate learns from the features, the features do not learn to please the gate; that
+        # also saves the backward pass through the average.
+        x = ops.cast(ops.stop_gradient(x), "float32")
+        axis = self.axis % len(x.shape)
+        x = ops.mean(x, axis=[i for i in range(1, len(x.shape)) if i != axis])
+        centred = x - ops.mean(x, axis=-1, keepdims=True)
+        scale = ops.rsqrt(ops.mean(ops.square(centred), axis=-1, keepdims=True) + 1e-5)
+        root = np.sqrt(x.shape[-1])
+        return super().logits(x) + GAIN * ops.matmul(centred * scale, self.kernel) / root
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (input_shape[0], self.units)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Mask(keras.layers.Layer):
+    """Multiplies the units of a tensor by their gates: closed units arrive as zeros.
+
+    Args:
+        axis: the axis of the tensor that the units are on.
+        index: for every position along `axis`, the gate among the concatenated ones, or one past
+            the end for units without a gate; None where the one gate fits as it is.
+    """
+
+    def __init__(self, axis: int, index: list | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.index = index
+        self.supports_masking = True
+
+    def call(self, x: Any, gates: list) -> Any:
+        gate = gates[0] if self.index is None else self._arranged(gates)
+        shape = [1] * len(x.shape)
+        shape[0], shape[self.axis] = -1, x.shape[self.axis]
+        return x * ops.cast(ops.reshape(gate, shape), x.dtype)
+
+    def _arranged(self, gates: list) -> Any:
+        one = ops.ones_like(gates[0][:, :1])
+        # Gates of one model have a batch axis or not all alike, but for those without an input.
+        rows = max((g for g in [*gates, one]), key=lambda g: g.shape[0] != 1)
+        wide = [ops.broadcast_to(g, (ops.shape(rows)[0], g.shape[1])) for g in [*gates, one]]
+        index = np.asarray(self.index, "int32")
+        return ops.take(ops.concatenate(wide, axis=1), index, axis=1)
+
+    def compute_output_shape(self, x_shape: tuple, gates_shape: list) -> tuple:
+        return x_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return previous_mask
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "axis": self.axis, "index": self.index}

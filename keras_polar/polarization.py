@@ -1,0 +1,134 @@
+"""The losses that turn per-sample gates into one static sub-network, and the layer that adds them."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_polar.cost import Polynomial
+from keras_polar.distribute import global_mean
+from keras_polar.gates import PACKAGE
+from keras_polar.graph import only_loss
+from keras_polar.schedule import Schedule
+
+
+def polarization_loss(open_rates: Any) -> Any:
+    """`mean_u r_u (1 - r_u)`: zero exactly when all samples agree about every unit.
+
+    Args:
+        open_rates: `r_u`, the mean over the batch of each unit's binary gate; shape (units,).
+
+    Returns:
+        A scalar in [0, 1/4].
+    """
+    return ops.mean(open_rates * (1 - open_rates))
+
+
+def polarized(open_rates: Any) -> Any:
+    """How polarized gates are, from 0 (each open for half of the samples) to 1 (consensus)."""
+    return 1 - 4 * polarization_loss(open_rates)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Consensus(keras.layers.Layer):
+    """Adds the polarization and sparsity losses of all gates; passes its first input through.
+
+    The sparsity loss is a Lagrangian: `multiplier * (missing sparsity)`, where the multiplier
+    grows with what is still missing and shrinks with what is too much.
+
+    Args:
+        sparsity: the requested share of the cost to be removed, in (0, 1).
+        measure: "weights", "macs" or "units".
+        cost: config of the `Polynomial` that gives the cost for open counts per group.
+        units: number of units of each group.
+        schedule: config of the `Schedule`.
+        round_to, min_units: what `settle` has to respect.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        measure: str,
+        cost: dict,
+        units: list,
+        schedule: dict,
+        round_to: int = 1,
+        min_units: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sparsity = sparsity
+        self.measure = measure
+        self.cost = Polynomial.from_config(cost)
+        self.units = tuple(units)
+        self.schedule = Schedule(**schedule)
+        self.round_to = round_to
+        self.min_units = min_units
+        self.supports_masking = True
+        self.full_cost = self.cost(self.units)
+        self.sparsity_metric = keras.metrics.Mean("sparsity")
+        self.polarization_metric = keras.metrics.Mean("polarization")
+
+    def build(self, *shapes: Any) -> None:
+        self.step = self._state("step", 0)
+        self.steps = self._state("steps", self.schedule.steps or 0)
+        self.multiplier = self._state("multiplier", 0)
+        self.settled = self._state("settled", 0)
+
+    def _state(self, name: str, value: float) -> Any:
+        return self.add_weight(
+            (),
+            keras.initializers.Constant(value),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="mean",
+            synchronization="on_read",
+            name=name,
+        )
+
+    def call(self, x: Any, gates: list, training: bool = False) -> Any:
+        local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
+        rates = global_mean(ops.concatenate(local)) if training else ops.concatenate(local)
+        sparsity = self.expected_sparsity(rates)
+        if training:
+            self._press(rates, sparsity)
+        self.sparsity_metric.update_state(sparsity)
+        self.polarization_metric.update_state(polarized(rates))
+        return x
+
+    def expected_sparsity(self, open_rates: Any) -> Any:
+        """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""
+        groups = np.repeat(np.arange(len(self.units)), self.units)
+        counts = ops.segment_sum(open_rates, groups.astype("int32"), len(self.units))
+        return 1 - self.cost.expected(counts, self.full_cost)
+
+    def _press(self, rates: Any, sparsity: Any) -> None:
+        pressure = self.schedule.pressure(ops.convert_to_tensor(self.step), self.steps)
+        pressure = pressure * (1 - self.settled)
+        missing = pressure * self.sparsity - sparsity
+        grown = ops.maximum(self.multiplier + self.schedule.rate * ops.stop_gradient(missing), 0)
+        self.multiplier.assign(ops.where(pressure > 0, grown, 0.0))
+        sparsity_loss = ops.stop_gradient(grown) * ops.maximum(missing, 0)
+        polarization = self.schedule.polarization * polarization_loss(rates)
+        only_loss(self, ops.where(pressure > 0, sparsity_loss + pressure * polarization, 0.0))
+        self.step.assign(self.step + 1)
+
+    def compute_output_shape(self, x_shape: tuple, gates_shape: list) -> tuple:
+        return x_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return previous_mask
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "sparsity": self.sparsity,
+            "measure": self.measure,
+            "cost": self.cost.get_config(),
+            "units": list(self.units),
+            "schedule": self.schedule.get_config(),
+            "round_to": self.round_to,
+            "min_units": self.min_units,
+        }

@@ -1,0 +1,68 @@
+"""When gates stay open, when they are pressed, and when the consensus is settled."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from keras import ops
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The course of one training run, in fractions of its steps.
+
+    1. warm-up: all gates open, no pressure, until `warmup`;
+    2. pressure: the target grows from 0 to the requested sparsity until `ramp`, polarization with
+       it, and stays there;
+    3. settle: at `settle` the consensus is fixed to the requested sparsity;
+    4. the rest of the run trains the static sub-network.
+
+    Args:
+        warmup: end of the warm-up.
+        ramp: end of the growing target.
+        settle: when the consensus is fixed.
+        steps: training steps of the whole run; None takes them from `fit`. Custom training loops
+            must say it.
+        polarization: weight of the polarization loss at full pressure.
+        rate: how fast the sparsity multiplier grows, per step and unit of missing sparsity.
+
+    Raises:
+        ValueError: the fractions are not 0 <= warmup <= ramp <= settle <= 1, or steps < 1.
+
+    Example:
+
+        >>> keras_polar.apply(model, 0.5, schedule=keras_polar.Schedule(settle=0.6))
+    """
+
+    warmup: float = 0.1
+    ramp: float = 0.35
+    settle: float = 0.5
+    steps: int | None = None
+    polarization: float = 4.0
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= self.ramp <= self.settle <= 1:
+            raise ValueError(
+                "Schedule: expected 0 <= warmup <= ramp <= settle <= 1, received "
+                f"warmup={self.warmup}, ramp={self.ramp}, settle={self.settle}."
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"Schedule: expected steps >= 1 or None, received {self.steps}.")
+        if self.polarization < 0 or self.rate < 0:
+            raise ValueError(
+                "Schedule: expected polarization >= 0 and rate >= 0, received "
+                f"polarization={self.polarization}, rate={self.rate}."
+            )
+
+    def get_config(self) -> dict:
+        return asdict(self)
+
+    def pressure(self, step: Any, steps: Any) -> Any:
+        """The pressure in [0, 1] at a step of a run of `steps` (0: length unknown, no pressure)."""
+        progress = step / ops.maximum(steps, 1.0) * ops.cast(steps > 0, "float32")
+        width = max(self.ramp - self.warmup, 1e-6)
+        return ops.clip((progress - self.warmup) / width, 0.0, 1.0)
+
+    def settle_step(self, steps: int) -> int:
+        """The number of steps after which a run of `steps` settles."""
+        return max(1, round(self.settle * steps))
