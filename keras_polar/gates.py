@@ -71,16 +71,13 @@ class Gate(keras.layers.Layer):
         self.settled = self._state("settled", "zeros", ())
 
     def _state(self, name: str, initializer: str, shape: tuple) -> Any:
-        # Every replica keeps its own average of its own samples; reading gives their mean. That
-        # needs no synchronisation in the forward pass, which would break losses (see distribute).
         return self.add_weight(
             shape,
             initializer,
             dtype="float32",
             trainable=False,
             autocast=False,
-            aggregation="mean",
-            synchronization="on_read",
+            aggregation="mean",  # over the replicas of a tf.distribute strategy
             name=name,
         )
 

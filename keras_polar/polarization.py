@@ -84,7 +84,6 @@ class Consensus(keras.layers.Layer):
             trainable=False,
             autocast=False,
             aggregation="mean",
-            synchronization="on_read",
             name=name,
         )
 
@@ -92,10 +91,10 @@ class Consensus(keras.layers.Layer):
         local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
         rates = global_mean(ops.concatenate(local)) if training else ops.concatenate(local)
         sparsity = self.expected_sparsity(rates)
-        if training:
-            self._press(rates, sparsity)
         self.sparsity_metric.update_state(sparsity)
         self.polarization_metric.update_state(polarized(rates))
+        if training:
+            self._press(rates, sparsity)
         return x
 
     def expected_sparsity(self, open_rates: Any) -> Any:
@@ -112,8 +111,9 @@ class Consensus(keras.layers.Layer):
         self.multiplier.assign(ops.where(pressure > 0, grown, 0.0))
         sparsity_loss = ops.stop_gradient(grown) * ops.maximum(missing, 0)
         polarization = self.schedule.polarization * polarization_loss(rates)
-        only_loss(self, ops.where(pressure > 0, sparsity_loss + pressure * polarization, 0.0))
         self.step.assign(self.step + 1)
+        # Last: assignments synchronise replicas, and a loss must come after that (see only_loss).
+        only_loss(self, ops.where(pressure > 0, sparsity_loss + pressure * polarization, 0.0))
 
     def compute_output_shape(self, x_shape: tuple, gates_shape: list) -> tuple:
         return x_shape

@@ -1,0 +1,188 @@
+"""From a plan of what stays to a physically smaller model: gated -> small, and direct surgery."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_polar.coupling import Coupling, couple, why_fixed
+from keras_polar.graph import Call, Graph, bypass, clone, copy_weights, fill, rebuild, trace
+from keras_polar.rules import Kept, Site, rule_for
+from keras_polar.samples import difference, random_inputs
+
+
+def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
+    """A new model of the units that stay.
+
+    Args:
+        flags: bool of shape (ids,), True for ids that stay, equal within each class.
+    """
+    kept, made = Kept(flags), {}
+    sites = {id(s.call): s for s in coupling.sites}
+
+    def visit(call: Call, values: dict) -> Any:
+        site = sites[id(call)]
+        is_new = id(call.op) not in made
+        if is_new:
+            made[id(call.op)] = _smaller(site, kept)
+        op = made[id(call.op)]
+        args, kwargs = rule_for(call.op).arguments(site, kept)
+        outputs = op(*fill(args, values), **fill(kwargs, values))
+        if is_new and isinstance(op, keras.layers.Layer) and op is not call.op:
+            _copy_cut_weights(site, op, kept)
+        return outputs
+
+    return rebuild(coupling.graph, visit, keras.Model)
+
+
+def _smaller(site: Site, kept: Kept) -> Any:
+    is_cut = any(not kept.all(v) for v in site.axes.values())
+    is_cut = is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
+    changes = rule_for(site.op).config(site, kept) if is_cut else {}
+    return clone(site.op, site.name, **changes)
+
+
+def _small(site: Site) -> list[np.ndarray]:
+    from keras_polar.units import compact
+
+    return [compact(ids)[0] for ids in site.outputs]
+
+
+def _copy_cut_weights(site: Site, new: Any, kept: Kept) -> None:
+    slices = {}
+    for attribute, names in rule_for(site.op).weights(site.op).items():
+        variable = getattr(site.op, attribute, None)
+        if variable is not None:
+            slices[id(variable)] = [kept.where(site.axes[n]) if n in site.axes else None for n in names]
+
+    def cut_variable(variable: Any, value: np.ndarray) -> np.ndarray:
+        for axis, where in enumerate(slices.get(id(variable), ())):
+            value = value if where is None else np.take(value, where, axis)
+        return value
+
+    try:
+        copy_weights(site.op, new, cut_variable)
+    except ValueError as error:
+        raise ValueError(
+            f"Layer {site.name!r} ({type(site.op).__name__}): the rule that cuts its weights does "
+            f"not fit the smaller layer: {error} Check `weights` and `config` of its rule."
+        ) from error
+
+
+def convert(gated: Any, *, verify: Any = None) -> keras.Model:
+    """The static sub-network of a gated model, as an ordinary smaller Keras model.
+
+    Args:
+        gated: what `keras_polar.apply` returned.
+        verify: inputs of the model, or True for random ones: checks the certificate, that both
+            models give the same outputs.
+
+    Returns:
+        A functional `keras.Model` of stock layers, with the weights of `gated`; not compiled.
+
+    Raises:
+        TypeError: `gated` has no gates.
+        ValueError: the certificate does not hold; says by how much.
+
+    Example:
+
+        >>> small = keras_polar.convert(gated, verify=True)
+        >>> small.save("small.keras")
+    """
+    from keras_polar.gated import masks_for, require_gated, stripped
+
+    require_gated(gated, "convert")
+    coupling = couple(stripped(gated))
+    small = cut(coupling, coupling.flags(masks_for(gated, coupling)))
+    if verify is not None and verify is not False:
+        check_certificate(gated, small, verify)
+    return small
+
+
+def check_certificate(gated: Any, small: Any, inputs: Any = True) -> float:
+    """The largest difference between two models' outputs, relative to the largest output.
+
+    Args:
+        inputs: inputs of both models, or True for random ones.
+
+    Raises:
+        ValueError: the difference exceeds round-off (1e-4; 2e-2 in half precision).
+    """
+    inputs = random_inputs(gated) if inputs is True else inputs
+    found = difference(gated, small, inputs)
+    is_half = any("16" in layer.compute_dtype for layer in gated.layers)
+    tolerance = 2e-2 if is_half else 1e-4
+    if not found <= tolerance:
+        raise ValueError(
+            f"Certificate: expected the converted model to equal {gated.name!r} to {tolerance:g} "
+            f"of the largest output, but it differs by {found:g}. Layers with user-registered "
+            "rules are the first suspects; see keras_polar.inspect(model)."
+        )
+    return found
+
+
+def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
+    """Cuts units out of a model, without training; units that depend on them follow.
+
+    Args:
+        model: a functional or built Sequential Keras model; it is not changed.
+        units: layer name -> indices of the units (channels, neurons) to cut. Units of other
+            layers that are tied to them (by a residual sum, say) go as well.
+
+    Returns:
+        A smaller functional `keras.Model`.
+
+    Raises:
+        TypeError: the model is not functional.
+        ValueError: unknown layer, index out of range, a unit that cannot go (says why), or a
+            layer that would lose all its units.
+
+    Example:
+
+        >>> small = keras_polar.remove(model, {"conv1": [0, 3, 5]})
+    """
+    coupling = couple(trace(model))
+    produced = coupling.produced()
+    flags = np.ones(len(coupling.roots), bool)
+    for name, indices in units.items():
+        flags[_roots_to_cut(coupling, produced, name, indices)] = False
+    flags = flags[coupling.roots]
+    _refuse_empty(coupling, flags)
+    return cut(coupling, flags)
+
+
+def _roots_to_cut(coupling: Coupling, produced: dict, name: str, indices: Any) -> np.ndarray:
+    if name not in produced:
+        raise ValueError(
+            f"remove: expected the name of a layer with units; received {name!r}. "
+            f"Layers with units: {', '.join(sorted(produced))}."
+        )
+    vector = produced[name]
+    chosen = np.unique(np.asarray(indices).ravel())
+    if chosen.size and (chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= len(vector)):
+        raise ValueError(
+            f"remove: layer {name!r} has units 0 to {len(vector) - 1}; received {indices}."
+        )
+    roots = coupling.roots[vector[chosen.astype(int)]]
+    for root in roots.tolist():
+        if root in coupling.reasons:
+            raise ValueError(
+                f"remove: units of layer {name!r} cannot go: {coupling.reasons[root]}. "
+                "keras_polar.inspect(model) lists the layers whose units can."
+            )
+    return roots
+
+
+def _refuse_empty(coupling: Coupling, flags: np.ndarray) -> None:
+    kept = Kept(flags)
+    for site in coupling.sites:
+        for vector in site.axes.values():
+            if len(vector) and not kept.count(vector):
+                raise ValueError(
+                    f"remove: layer {site.name!r} would lose all its {len(vector)} units. Leave at "
+                    "least one, or remove the layer from the architecture."
+                )
+
+
+__all__ = ["Graph", "bypass", "check_certificate", "convert", "cut", "remove", "why_fixed"]

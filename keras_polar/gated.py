@@ -1,0 +1,225 @@
+"""The gated model: what `apply` returns, what `fit` trains, what `convert` reads."""
+
+import inspect
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_polar.coupling import Coupling
+from keras_polar.gates import PACKAGE, Gate, Mask
+from keras_polar.graph import Call, Graph, bypass, trace
+from keras_polar.plan import Budget, settle
+from keras_polar.polarization import Consensus
+
+
+class GateGroup:
+    """A view of one group of units that are decided together.
+
+    Attributes:
+        name: of the group, after its first layer.
+        layers: names of the layers that produce its units.
+        units: number of units.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.name, self.layers, self.units = gate.group, list(gate.producers), gate.units
+
+    @property
+    def open_rates(self) -> np.ndarray:
+        """Moving average of each unit's gate over the samples, float32 of shape (units,)."""
+        return keras.ops.convert_to_numpy(self._gate.open_rates)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The consensus, True for units that stay, bool of shape (units,)."""
+        return keras.ops.convert_to_numpy(self._gate.consensus()) > 0.5
+
+    @property
+    def settled(self) -> bool:
+        """Whether the mask is fixed."""
+        return bool(keras.ops.convert_to_numpy(self._gate.settled) > 0.5)
+
+    def set_mask(self, mask: Any) -> None:
+        """Fixes the mask of this group by hand.
+
+        Args:
+            mask: bool of shape (units,), True for units that stay.
+
+        Raises:
+            ValueError: wrong shape or dtype, or no unit would stay.
+        """
+        mask = np.asarray(mask)
+        if mask.shape != (self.units,) or mask.dtype != bool:
+            raise ValueError(
+                f"set_mask of group {self.name!r}: expected a bool array of shape ({self.units},), "
+                f"received {mask.dtype} of shape {mask.shape}."
+            )
+        if not mask.any():
+            raise ValueError(
+                f"set_mask of group {self.name!r}: the mask closes all {self.units} units of "
+                f"{', '.join(self.layers)}. Leave at least one open."
+            )
+        self._gate.settled_mask.assign(mask.astype("float32"))
+        self._gate.open_rates.assign(mask.astype("float32"))
+        self._gate.settled.assign(1.0)
+
+    def __repr__(self) -> str:
+        return f"<group {self.name!r}: {int(self.mask.sum())} of {self.units} units open>"
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GatedModel(keras.Model):
+    """A functional model with gates; train it like any other, then `keras_polar.convert` it.
+
+    In inference mode it always is the static sub-network of its current consensus.
+    """
+
+    @property
+    def groups(self) -> list[GateGroup]:
+        """The groups of units with gates, in the order of the model."""
+        return [GateGroup(layer) for layer in self.layers if isinstance(layer, Gate)]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the cost, in the chosen measure, that the current consensus removes."""
+        return self.budget.achieved([int(g.mask.sum()) for g in self.groups])
+
+    @property
+    def consensus(self) -> Consensus:
+        """The layer that holds losses, schedule and target."""
+        return next(layer for layer in self.layers if isinstance(layer, Consensus))
+
+    @property
+    def budget(self) -> Budget:
+        """What the settled network may cost."""
+        layer = self.consensus
+        return Budget(layer.cost, layer.units, layer.sparsity, layer.min_units, layer.round_to)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all masks are fixed."""
+        return all(g.settled for g in self.groups)
+
+    def settle(self) -> None:
+        """Fixes the consensus at the requested sparsity; `fit` does it on schedule.
+
+        Units are ranked over all groups by how open their gates have been. Groups whose mask was
+        set by hand keep it. Does nothing once all groups are settled.
+        """
+        if self.settled:
+            return
+        groups = self.groups
+        masks = settle([_wanted(g) for g in groups], self.budget)
+        for group, mask in zip(groups, masks, strict=True):
+            if not group.settled:
+                group.set_mask(mask)
+        self.consensus.settled.assign(1.0)
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.fit`; follows the schedule by itself."""
+        bound = inspect.signature(super().fit).bind(*args, **kwargs)
+        callbacks = bound.arguments.get("callbacks")
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(FollowSchedule())
+        else:
+            given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+            bound.arguments["callbacks"] = [FollowSchedule(), *filter(None, given)]
+        return super().fit(*bound.args, **bound.kwargs)
+
+
+def _wanted(group: GateGroup) -> np.ndarray:
+    if group.settled:
+        return np.where(group.mask, np.inf, -np.inf)
+    return group.open_rates + keras.ops.convert_to_numpy(group._gate.scores)
+
+
+class FollowSchedule(keras.callbacks.Callback):
+    """Tells the gated model how long the run is and settles it in time."""
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.steps_per_epoch = self.params.get("steps")
+        self._announce()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.before = self._steps_done()
+        self.settled = self.model.settled
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.in_epoch = batch + 1
+        steps = self._total()
+        if steps and not self.settled:
+            if self.before + batch + 1 >= self.model.consensus.schedule.settle_step(steps):
+                self._settle()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if not self.steps_per_epoch:
+            self.steps_per_epoch = self.in_epoch
+            self._announce()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if not self._sync().settled and self.model.consensus.schedule.steps is None:
+            warnings.warn(
+                "fit ended before the schedule settled the gates (EarlyStopping, or a run too "
+                "short); they are settled now, and the sub-network has not been trained alone.",
+                stacklevel=2,
+            )
+            self._settle()
+
+    def _total(self) -> int:
+        planned = self.model.consensus.schedule.steps
+        return planned or (self.steps_per_epoch or 0) * self.params.get("epochs", 1)
+
+    def _announce(self) -> None:
+        self._sync().consensus.steps.assign(float(self._total()))
+
+    def _steps_done(self) -> int:
+        return int(keras.ops.convert_to_numpy(self._sync().consensus.step))
+
+    def _settle(self) -> None:
+        self._sync().settle()
+        self.settled = True
+
+    def _sync(self) -> GatedModel:
+        # JAX keeps the state of a running fit outside the variables.
+        getattr(self.model, "jax_state_sync", lambda: None)()
+        return self.model
+
+
+# --- reading a gated model -------------------------------------------------------------------
+
+
+def is_gated(model: Any) -> bool:
+    """Whether a model has gates."""
+    return isinstance(model, keras.Model) and any(
+        isinstance(x, Gate) for x in getattr(model, "layers", [])
+    )
+
+
+def require_gated(model: Any, what: str) -> None:
+    """Raises a TypeError if `model` has no gates."""
+    if not is_gated(model):
+        raise TypeError(
+            f"{what}: expected a gated model, as keras_polar.apply returns it; received "
+            f"{type(model).__name__} {getattr(model, 'name', '')!r} without gates. Call "
+            "`gated = keras_polar.apply(model, sparsity=0.5)` and train that."
+        )
+
+
+def stripped(gated: Any) -> Graph:
+    """The graph of a gated model without its gates."""
+
+    def stands_for(call: Call) -> int | None:
+        if isinstance(call.op, Gate):
+            return -1
+        return call.inputs[0] if isinstance(call.op, (Mask, Consensus)) else None
+
+    return bypass(trace(gated), stands_for)
+
+
+def masks_for(gated: GatedModel, coupling: Coupling) -> list[np.ndarray]:
+    """One mask per group of the stripped model; groups without a gate stay whole."""
+    own = {g.name: g.mask for g in gated.groups}
+    return [own.get(g.name, np.ones(g.units, bool)) for g in coupling.groups]
