@@ -49,8 +49,8 @@ class Polynomial:
         Args:
             counts: tensor of shape (groups,), open units per group, fractions allowed.
         """
-        known = ops.concatenate([counts, ops.ones((1,), counts.dtype)])
-        index = np.asarray(self.factors, "int32") % (len(counts) + 1)
+        known = ops.concatenate([ops.ones((1,), counts.dtype), counts])
+        index = np.asarray(self.factors, "int32") + 1
         products = ops.prod(ops.take(known, index, axis=0), axis=-1)
         return ops.sum(products * (np.asarray(self.coefficients) / scale).astype("float32"))
 
