@@ -1,9 +1,9 @@
 """Structured pruning of Keras models with polarized gates, in one training run.
 
-    gated = keras_polar.apply(model, sparsity=0.5)
-    gated.compile(...); gated.fit(...)
-    small = keras_polar.convert(gated)
-    keras_polar.export_tflite(small, "small.tflite")
+gated = keras_polar.apply(model, sparsity=0.5)
+gated.compile(...); gated.fit(...)
+small = keras_polar.convert(gated)
+keras_polar.export_tflite(small, "small.tflite")
 """
 
 from keras_polar._version import __version__
@@ -12,15 +12,21 @@ from keras_polar.convert import convert, remove
 from keras_polar.cost import cost
 from keras_polar.export import export_tflite
 from keras_polar.gated import GatedModel
+from keras_polar.registry import register
+from keras_polar.report import inspect
+from keras_polar.rules import Rule
 from keras_polar.schedule import Schedule
 
 __all__ = [
     "GatedModel",
+    "Rule",
     "Schedule",
     "__version__",
     "apply",
     "convert",
     "cost",
     "export_tflite",
+    "inspect",
+    "register",
     "remove",
 ]

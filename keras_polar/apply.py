@@ -173,10 +173,10 @@ class _Inserter:
         return self._call(call, local)
 
     def _call(self, call: Call, values: Any) -> Any:
-        op = self.clones.get(id(call.op))
-        is_new = op is None
+        is_new = id(call.op) not in self.clones
         if is_new:
-            op = self.clones[id(call.op)] = clone(call.op, call.name)
+            self.clones[id(call.op)] = clone(call.op, call.name)
+        op = self.clones[id(call.op)]
         outputs = op(*fill(call.args, values), **fill(call.kwargs, values))
         if is_new and op is not call.op:
             copy_weights(call.op, op, lambda _, value: value)
@@ -201,7 +201,10 @@ class _Inserter:
         sizes = [self.coupling.groups[i].units for i in own]
         start = dict(zip(own, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         place = self.coupling.index_of[vector]
-        index = [start[g] + int(p) if g >= 0 else sum(sizes) for g, p in zip(group.tolist(), place, strict=True)]
+        index = [
+            start[g] + int(p) if g >= 0 else sum(sizes)
+            for g, p in zip(group.tolist(), place, strict=True)
+        ]
         fits = len(own) == 1 and index == list(range(sizes[0]))
         mask = Mask(axis, None if fits else index, name=f"{site.name}_mask{tensor or ''}")
         return mask(value, [self.gates[i] for i in own])
@@ -213,7 +216,9 @@ class _Inserter:
         value = values[site.call.inputs[tensor]]
         # A layer that reads no features (token ids, say) gives a gate nothing to look at.
         gate_class = self.gate_class if site.reads and "float" in value.dtype else Gate
-        gate = gate_class(group.units, group.name, list(group.layers), self._floor(group), axis, name=name)
+        gate = gate_class(
+            group.units, group.name, list(group.layers), self._floor(group), axis, name=name
+        )
         return gate(value)
 
     def _floor(self, group: Any) -> int:

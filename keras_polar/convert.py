@@ -6,10 +6,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.coupling import Coupling, couple, why_fixed
-from keras_polar.graph import Call, Graph, bypass, clone, copy_weights, fill, rebuild, trace
+from keras_polar.coupling import Coupling, couple
+from keras_polar.gated import masks_for, require_gated, stripped
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace
 from keras_polar.rules import Kept, Site, rule_for
 from keras_polar.samples import difference, random_inputs
+from keras_polar.units import compact
 
 
 def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
@@ -44,8 +46,6 @@ def _smaller(site: Site, kept: Kept) -> Any:
 
 
 def _small(site: Site) -> list[np.ndarray]:
-    from keras_polar.units import compact
-
     return [compact(ids)[0] for ids in site.outputs]
 
 
@@ -54,7 +54,9 @@ def _copy_cut_weights(site: Site, new: Any, kept: Kept) -> None:
     for attribute, names in rule_for(site.op).weights(site.op).items():
         variable = getattr(site.op, attribute, None)
         if variable is not None:
-            slices[id(variable)] = [kept.where(site.axes[n]) if n in site.axes else None for n in names]
+            slices[id(variable)] = [
+                kept.where(site.axes[n]) if n in site.axes else None for n in names
+            ]
 
     def cut_variable(variable: Any, value: np.ndarray) -> np.ndarray:
         for axis, where in enumerate(slices.get(id(variable), ())):
@@ -90,8 +92,6 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
         >>> small = keras_polar.convert(gated, verify=True)
         >>> small.save("small.keras")
     """
-    from keras_polar.gated import masks_for, require_gated, stripped
-
     require_gated(gated, "convert")
     coupling = couple(stripped(gated))
     small = cut(coupling, coupling.flags(masks_for(gated, coupling)))
@@ -160,7 +160,9 @@ def _roots_to_cut(coupling: Coupling, produced: dict, name: str, indices: Any) -
         )
     vector = produced[name]
     chosen = np.unique(np.asarray(indices).ravel())
-    if chosen.size and (chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= len(vector)):
+    if chosen.size and (
+        chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= len(vector)
+    ):
         raise ValueError(
             f"remove: layer {name!r} has units 0 to {len(vector) - 1}; received {indices}."
         )
@@ -183,6 +185,3 @@ def _refuse_empty(coupling: Coupling, flags: np.ndarray) -> None:
                     f"remove: layer {site.name!r} would lose all its {len(vector)} units. Leave at "
                     "least one, or remove the layer from the architecture."
                 )
-
-
-__all__ = ["Graph", "bypass", "check_certificate", "convert", "cut", "remove", "why_fixed"]

@@ -8,7 +8,6 @@ and differentiable in between.
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -83,14 +82,18 @@ def _linear(coupling: Coupling, vector: Ids) -> Counter:
 
 
 def _add_product(total: Counter, coefficient: int, forms: list[Counter]) -> None:
-    def times(products: Counter, form: Counter) -> Counter:
-        out: Counter = Counter()
-        for key, a in products.items():
-            for group, b in form.items():
-                out[tuple(sorted((*key, group))) if group >= 0 else key] += a * b
-        return out
+    product: Counter = Counter({(): coefficient})
+    for form in forms:
+        product = _times(product, form)
+    total.update(product)
 
-    total.update(reduce(times, forms, Counter({(): coefficient})))
+
+def _times(products: Counter, form: Counter) -> Counter:
+    out: Counter = Counter()
+    for key, a in products.items():
+        for group, b in form.items():
+            out[tuple(sorted((*key, group))) if group >= 0 else key] += a * b
+    return out
 
 
 def terms(coupling: Coupling) -> list[Term]:

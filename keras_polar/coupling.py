@@ -242,4 +242,3 @@ def why_fixed(coupling: Coupling, vector: Ids) -> str:
 def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:
     """Every call with its rule."""
     return [(site, rule_for(site.op)) for site in coupling.sites]
-

@@ -549,7 +549,8 @@ def _fill_randomly(interpreter: Any) -> None:
 
 def _timed_runs(interpreters: Mapping[str, Any], runs: int) -> dict[str, list[float]]:
     """Milliseconds of each run; who goes first changes from round to round."""
-    names, times = list(interpreters), {name: [] for name in interpreters}
+    names = list(interpreters)
+    times: dict[str, list[float]] = {name: [] for name in interpreters}
     for turn in range(runs):
         first = turn % len(names)
         for name in names[first:] + names[:first]:

@@ -150,9 +150,9 @@ class FollowSchedule(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.in_epoch = batch + 1
         steps = self._total()
-        if steps and not self.settled:
-            if self.before + batch + 1 >= self.model.consensus.schedule.settle_step(steps):
-                self._settle()
+        due = self.model.consensus.schedule.settle_step(steps)
+        if steps and not self.settled and self.before + self.in_epoch >= due:
+            self._settle()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if not self.steps_per_epoch:

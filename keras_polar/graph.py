@@ -100,10 +100,10 @@ class _Tracer:
         op, path = node.operation, path + node.operation.name
         if training is not None and getattr(op, "_call_has_training_arg", False):
             kwargs = {**kwargs, "training": training}
-        inner, inputs = functional(op), _nested_inputs(op, args, kwargs)
-        if inner is not None and inputs is not None:
+        inner, refs = functional(op), _nested_inputs(op, args, kwargs)
+        if inner is not None and refs is not None:
             training = kwargs.get("training")
-            return tree.flatten(self.run(inner, inputs, path + "/", training))
+            return tree.flatten(self.run(inner, refs, path + "/", training))
         outputs = [self.new_tensor(x) for x in node.outputs]
         inputs = refs_in((args, kwargs))
         self.calls.append(Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs)))

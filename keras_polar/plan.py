@@ -31,7 +31,7 @@ class Budget:
     def full_cost(self) -> int:
         return self.cost(self.units)
 
-    def achieved(self, counts: Sequence[int]) -> float:
+    def achieved(self, counts: Sequence[int] | np.ndarray) -> float:
         """Share of the full cost that is removed when `counts` units stay per group."""
         return 1 - self.cost(counts) / self.full_cost
 

@@ -1,4 +1,4 @@
-"""The losses that turn per-sample gates into one static sub-network, and the layer that adds them."""
+"""The losses that turn per-sample gates into one static sub-network, and their layer."""
 
 from typing import Any
 

@@ -28,7 +28,11 @@ def random_inputs(model: Any, batch: int = 2, seed: int = 0) -> Any:
 
 def difference(a: Any, b: Any, inputs: Any) -> float:
     """max |a - b| over all outputs in inference mode, relative to the largest |output| of `a`."""
-    pairs = zip(tree.flatten(a(inputs, training=False)), tree.flatten(b(inputs, training=False)), strict=True)
+    pairs = zip(
+        tree.flatten(a(inputs, training=False)),
+        tree.flatten(b(inputs, training=False)),
+        strict=True,
+    )
     worst = [_relative(*map(keras.ops.convert_to_numpy, pair)) for pair in pairs]
     return float(np.max(worst))
 

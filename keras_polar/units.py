@@ -99,5 +99,3 @@ def look_up(table: np.ndarray, ids: Ids, default: int | bool) -> np.ndarray:
     safe = np.where(small >= 0, small, 0)
     found = np.where(small >= 0, table[safe] if len(table) else 0, default)
     return np.broadcast_to(found.astype(np.asarray(table).dtype), ids.shape)
-
-

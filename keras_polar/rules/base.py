@@ -61,9 +61,9 @@ class Kept:
     def where(self, ids: Ids, axis: int = 0) -> np.ndarray:
         """Indices along an axis at which anything stays."""
         (small,) = compact(ids)
-        open_ = np.moveaxis(look_up(self.flags, small, True), axis, 0)
-        open_ = open_.reshape(len(open_), -1).any(axis=1)
-        return np.flatnonzero(np.broadcast_to(open_, ids.shape[axis]))
+        flags = np.moveaxis(look_up(self.flags, small, True), axis, 0)
+        stays = flags.reshape(len(flags), -1).any(axis=1)
+        return np.flatnonzero(np.broadcast_to(stays, ids.shape[axis]))
 
     def size(self, ids: Ids, axis: int) -> int:
         """Length of a tensor's axis after pruning."""
@@ -169,8 +169,7 @@ class Site:
 
 def sizes(shape: Iterable) -> tuple:
     """A static shape with the batch and unknown sizes as 1."""
-    batch, *rest = shape or (1,)
-    return (1, *(1 if d is None else d for d in rest))
+    return (1, *(1 if d is None else d for d in tuple(shape)[1:]))
 
 
 class Rule:

@@ -22,13 +22,15 @@ class SpatialRule(Rule):
 
 
 class BatchNormRule(Rule):
+    """One scale, offset, mean and variance per channel."""
+
     def flow(self, site: Site) -> list[Ids]:
         site.follow("channels", site.op.axis if isinstance(site.op.axis, int) else site.op.axis[0])
         return [site.inputs[0]]
 
     def weights(self, op: Any) -> dict[str, tuple]:
         names = ("gamma", "beta", "moving_mean", "moving_variance")
-        return {name: ("channels",) for name in names}
+        return dict.fromkeys(names, ("channels",))
 
 
 class GroupNormRule(Rule):
@@ -90,6 +92,8 @@ class ReduceRule(Rule):
 
 
 class SumRule(ReduceRule):
+    """A sum over the units reads them: a closed one adds zero."""
+
     def _over_units(self, site: Site, axis: int) -> None:
         site.read("in", axis)
 

@@ -57,6 +57,7 @@ class MergeRule(Rule):
 
         return tree.map_structure(cut, (site.call.args, site.call.kwargs))
 
+
 def _lift(ids: Ids, ndim: int) -> Ids:
     """The array with axes of size 1 put in front of its shape, as broadcasting does."""
     return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
@@ -117,13 +118,13 @@ class PReLURule(Rule):
 
 
 _UNARY = (
-    "Absolute Abs Arccos Arccosh Arcsin Arcsinh Arctan Arctanh Cbrt Ceil Copy Cos Cosh Exp "
-    "Exp2 Expm1 Floor Log Log10 Log1p Log2 NanToNum Negative Reciprocal Round Sign Sin Sinh Sqrt "
-    "Square Tan Tanh Trunc Relu Relu6 ReLU Mish Sigmoid SparseSigmoid Softplus Softsign SoftShrink "
-    "SparsePlus Silu Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu Gelu Celu "
-    "TanhShrink HardTanh HardShrink Threshold Cast StopGradient Rsqrt Erf"
+    "Absolute Abs Arccos Arccosh Arcsin Arcsinh Arctan Arctanh Cbrt Ceil Copy Cos Cosh Exp Exp2 "
+    "Expm1 Floor Log Log10 Log1p Log2 NanToNum Negative Reciprocal Round Sign Sin Sinh Sqrt "
+    "Square Tan Tanh Trunc Relu Relu6 ReLU Mish Sigmoid SparseSigmoid Softplus Softsign "
+    "SoftShrink SparsePlus Silu Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu "
+    "Gelu Celu TanhShrink HardTanh HardShrink Threshold Cast StopGradient Rsqrt Erf"
 ).split()
-_MERGE = "Add Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power".split()
+_MERGE = ("Add Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power").split()
 
 add(
     ElementwiseRule(),

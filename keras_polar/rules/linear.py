@@ -42,6 +42,8 @@ def activated(site: Site, ids: Ids) -> list[Ids]:
 
 
 class DenseRule(Rule):
+    """Reads and makes units on the last axis, at every position of the others."""
+
     def flow(self, site: Site) -> list[Ids]:
         site.read("in", -1)
         return activated(site, site.produce("out", site.op.units, -1))

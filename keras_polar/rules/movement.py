@@ -44,11 +44,15 @@ class ReshapeRule(MoveRule):
 
 
 class ConcatRule(Rule):
+    """Units of all inputs side by side."""
+
     def flow(self, site: Site) -> list[Ids]:
         return [concatenate(site.inputs, site.op.axis, site.output_shapes[0])]
 
 
 class StackRule(Rule):
+    """Units of all inputs along a new axis."""
+
     def flow(self, site: Site) -> list[Ids]:
         shape = site.output_shapes[0]
         axis = site.op.axis % len(shape)
@@ -75,12 +79,14 @@ class PadRule(Rule):
         if op.mode != "constant" and any(widths[i].any() for i in units):
             return site.pin_all("pads the units themselves")
         keep = tuple(slice(None) if i in units else slice(0, 1) for i in range(ids.ndim))
-        widths = [tuple(widths[i]) if i in units else (0, 0) for i in range(ids.ndim)]
-        padded = np.pad(ids[keep], widths, constant_values=-1)
+        needed = [tuple(widths[i]) if i in units else (0, 0) for i in range(ids.ndim)]
+        padded = np.pad(ids[keep], needed, constant_values=-1)
         return [np.broadcast_to(padded, site.output_shapes[0])]
 
 
 class RollRule(Rule):
+    """Moves positions in a circle; units themselves would be moved by a fixed number: pinned."""
+
     def flow(self, site: Site) -> list[Ids]:
         (ids,), axes = site.inputs, site.op.axis
         axes = range(ids.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
@@ -164,9 +170,10 @@ def _on_unknown(part: Any, ids: Ids, axis: int | None) -> Any:
 
 
 def _moved(part: Any, ids: Ids, axis: int | None, kept: Kept) -> Any:
-    is_cut = axis is not None and part != slice(None) and varies(ids, axis)
-    if not is_cut or isinstance(part, int):
-        return part if not is_cut else int(np.searchsorted(kept.where(ids, axis), part))
+    if axis is None or part == slice(None) or not varies(ids, axis):
+        return part
+    if isinstance(part, int):  # a single unit, which stays: only its place has moved
+        return int(np.searchsorted(kept.where(ids, axis), part % ids.shape[axis]))
     start, stop, _ = part.indices(ids.shape[axis])
     return slice(*np.searchsorted(kept.where(ids, axis), [start, stop]).tolist())
 

@@ -1,0 +1,137 @@
+"""Tables: what a model costs, and which of its units can be pruned."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from keras_polar.cost import MEASURES, Cost, cost
+from keras_polar.coupling import Coupling, couple, why_fixed
+from keras_polar.graph import trace
+from keras_polar.rules import rule_for
+from keras_polar.rules.base import UNKNOWN
+
+WIDTH = 120
+
+
+def cost_table(found: Cost) -> str:
+    """The cost of a model as text, one line per layer that costs anything."""
+    rows = [
+        (r.name, r.kind, str(r.output_shape), f"{r.weights:,}", f"{r.macs:,}", f"{r.units:,}")
+        for r in found.rows
+        if r.weights or r.macs
+    ]
+    total = ("total", "", "", f"{found.weights:,}", f"{found.macs:,}", f"{found.units:,}")
+    note = "" if found.sizes_known else "MACs per position: sizes of the input are not known"
+    return table_text(["layer", "kind", "output", *MEASURES], [*rows, total], note)
+
+
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
+    """A table as plain text; numbers are aligned to the right."""
+    table = Table(caption=note or None)
+    rows = list(rows)
+    for i, column in enumerate(columns):
+        is_number = all(r[i][:1].isdigit() for r in rows if r[i])
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=WIDTH, record=False, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+@dataclass(frozen=True)
+class InspectRow:
+    """One layer that makes units.
+
+    Attributes:
+        name: of the layer.
+        kind: its class.
+        units: channels or neurons it makes.
+        prunable: how many of them can go, were there no sparsity to meet.
+        group: the group they belong to; groups joined by ", " if several; empty if none.
+        reason: why units stay; empty if all can go.
+        weights_share, macs_share: the layer's share of the model's cost, in [0, 1].
+    """
+
+    name: str
+    kind: str
+    units: int
+    prunable: int
+    group: str
+    reason: str
+    weights_share: float
+    macs_share: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Which units of a model can be pruned; `rows` has one entry per layer that makes units."""
+
+    model: str
+    rows: tuple[InspectRow, ...]
+
+    @property
+    def prunable(self) -> float:
+        """Share of all units that can go."""
+        return sum(r.prunable for r in self.rows) / max(1, sum(r.units for r in self.rows))
+
+    def __str__(self) -> str:
+        columns = ["layer", "kind", "units", "prunable", "group", "weights", "MACs", "why not"]
+        rows = [
+            (
+                *(r.name, r.kind, str(r.units), str(r.prunable), r.group),
+                *(f"{r.weights_share:.1%}", f"{r.macs_share:.1%}", r.reason),
+            )
+            for r in self.rows
+        ]
+        note = f"{self.model}: {self.prunable:.0%} of the units can be pruned"
+        return table_text(columns, rows, note)
+
+
+def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
+    """Says of every layer which of its units can be pruned, with which others, or why not.
+
+    Args:
+        model: a functional or built Sequential Keras model.
+        ignore: as for `keras_polar.apply`.
+
+    Raises:
+        TypeError: the model is not functional.
+
+    Example:
+
+        >>> print(keras_polar.inspect(model))
+    """
+    coupling = couple(trace(model), ignore)
+    costs = {r.name: r for r in cost(model).rows}
+    whole = {m: max(1, sum(getattr(r, m) for r in costs.values())) for m in MEASURES}
+    kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
+    rows = []
+    for name, vector in coupling.produced().items():
+        group = coupling.group_of[vector]
+        names = dict.fromkeys(coupling.groups[i].name for i in group[group >= 0].tolist())
+        shares = [getattr(costs[name], m) / whole[m] for m in ("weights", "macs")]
+        can_go = int((group >= 0).sum())
+        reason = why_fixed(coupling, vector[group < 0]) if can_go < len(vector) else ""
+        rows.append(
+            InspectRow(name, kinds[name], len(vector), can_go, ", ".join(names), reason, *shares)
+        )
+    rows += _unknown_rows(coupling, costs, whole)
+    return Inspection(model.name, tuple(rows))
+
+
+def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
+    """Layers without a rule: they make units nobody can follow."""
+    why = "no rule for this operation; see keras_polar.register"
+    found = {s.name: s for s in coupling.sites if rule_for(s.op) is UNKNOWN}
+    return [
+        InspectRow(
+            *(name, type(site.op).__name__, 0, 0, "", why),
+            *(getattr(costs[name], m) / whole[m] for m in ("weights", "macs")),
+        )
+        for name, site in found.items()
+    ]

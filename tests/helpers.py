@@ -1,0 +1,74 @@
+"""What several tests need: models whose nothing is zero by luck, random masks, the certificate."""
+
+import keras
+import numpy as np
+
+import keras_polar
+from keras_polar.samples import difference, random_inputs
+
+
+def randomise(model, seed=0):
+    """Random weights, biases and BatchNorm statistics that keep activations in a sane range."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        noise = 0.1 * rng.standard_normal(weight.shape)
+        if "variance" in weight.path:
+            weight.assign(1 + np.abs(noise))
+        elif "gamma" in weight.path:
+            weight.assign(1 + noise)
+        elif len(weight.shape) == 1:
+            weight.assign(noise)
+    return model
+
+
+def close_half(gated, seed=0):
+    """Random masks that close about half of every group."""
+    rng = np.random.default_rng(seed)
+    for group in gated.groups:
+        mask = rng.random(group.units) < 0.5
+        mask[rng.integers(group.units)] = True
+        group.set_mask(mask)
+
+
+def check(model, gate="static", seed=0, inputs=None):
+    """apply -> random masks -> convert: certificate, and cost predicted == cost counted."""
+    gated = keras_polar.apply(model, 0.01, gate=gate, measure="units")
+    close_half(gated, seed)
+    small = keras_polar.convert(gated)
+    inputs = random_inputs(model) if inputs is None else inputs
+    assert difference(gated, small, inputs) <= 1e-4
+    counts = [int(g.mask.sum()) for g in gated.groups]
+    counted = keras_polar.cost(small)
+    for measure in ("weights", "macs", "units"):
+        assert predicted(model, counts, measure) == getattr(counted, measure), measure
+    assert counted.weights == small.count_params()
+    assert gated.sparsity > 0
+    return gated, small
+
+
+def predicted(model, counts, measure):
+    from keras_polar.cost import polynomial
+    from keras_polar.coupling import couple
+    from keras_polar.graph import trace
+
+    return polynomial(couple(trace(model)), measure)(counts)
+
+
+def small_resnet(input_shape=(8, 8, 1), widths=(8, 16), classes=10):
+    """Two residual stages with projection shortcuts; BatchNorm that settles within few steps."""
+    layers = keras.layers
+
+    def conv(x, width, size, stride, name):
+        options = {"padding": "same", "use_bias": False, "name": name}
+        x = layers.Conv2D(width, size, strides=stride, **options)(x)
+        return layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x)
+
+    inputs = keras.Input(input_shape)
+    x = layers.ReLU()(conv(inputs, widths[0], 3, 1, "stem"))
+    for i, width in enumerate(widths):
+        y = layers.ReLU()(conv(x, width, 3, 1 + (i > 0), f"block{i}_a"))
+        y = conv(y, width, 3, 1, f"block{i}_b")
+        shortcut = conv(x, width, 1, 2, f"block{i}_shortcut") if i else x
+        x = layers.ReLU()(layers.Add()([shortcut, y]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="small_resnet")
