@@ -10,7 +10,7 @@ from keras_polar.cost import MEASURES, polynomial, sizes_known
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel, is_gated
 from keras_polar.gates import DynamicGate, Gate, Mask
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
 from keras_polar.rules import Site
@@ -159,6 +159,8 @@ class _Inserter:
         self.clones: dict[int, Any] = {}
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
+        graph = coupling.graph
+        self.names = {c.name for c in graph.calls} | {i.name for i in graph.input_layers}
 
     def visit(self, call: Call, values: dict) -> Any:
         position = self.sites[id(call)]
@@ -178,7 +180,7 @@ class _Inserter:
             self.clones[id(call.op)] = clone(call.op, call.name)
         op = self.clones[id(call.op)]
         outputs = op(*fill(call.args, values), **fill(call.kwargs, values))
-        if is_new and op is not call.op:
+        if is_new:
             copy_weights(call.op, op, lambda _, value: value)
         return outputs
 
@@ -206,12 +208,12 @@ class _Inserter:
             for g, p in zip(group.tolist(), place, strict=True)
         ]
         fits = len(own) == 1 and index == list(range(sizes[0]))
-        mask = Mask(axis, None if fits else index, name=f"{site.name}_mask{tensor or ''}")
+        mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
         return mask(value, [self.gates[i] for i in own])
 
     def _gate(self, i: int, site: Site, values: Any) -> Any:
         group = self.coupling.groups[i]
-        name = f"{group.name}_gate".replace(":", "_")
+        name = self._name(f"{group.name.replace(':', '_')}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
         # A layer that reads no features (token ids, say) gives a gate nothing to look at.
@@ -224,6 +226,11 @@ class _Inserter:
     def _floor(self, group: Any) -> int:
         return min(self.min_units, group.units)
 
+    def _name(self, wanted: str) -> str:
+        name = unused(wanted, self.names)
+        self.names.add(name)
+        return name
+
     def _consensus(self, index: int, values: Any) -> dict:
         layer = Consensus(
             self.budget.sparsity,
@@ -233,7 +240,7 @@ class _Inserter:
             self.schedule.get_config(),
             self.budget.round_to,
             self.min_units,
-            name="consensus",
+            name=self._name("consensus"),
         )
         gates = [self.gates[i] for i in range(len(self.coupling.groups))]
         return {index: layer(values[index], gates)}

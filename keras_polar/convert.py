@@ -31,7 +31,7 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
         op = made[id(call.op)]
         args, kwargs = rule_for(call.op).arguments(site, kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
-        if is_new and isinstance(op, keras.layers.Layer) and op is not call.op:
+        if is_new:
             _copy_cut_weights(site, op, kept)
         return outputs
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_polar.coupling import Coupling
 from keras_polar.gates import PACKAGE, Gate, Mask
-from keras_polar.graph import Call, Graph, bypass, trace
+from keras_polar.graph import Call, Graph, bypass, to_numpy, trace
 from keras_polar.plan import Budget, settle
 from keras_polar.polarization import Consensus
 
@@ -30,17 +30,17 @@ class GateGroup:
     @property
     def open_rates(self) -> np.ndarray:
         """Moving average of each unit's gate over the samples, float32 of shape (units,)."""
-        return keras.ops.convert_to_numpy(self._gate.open_rates)
+        return to_numpy(self._gate.open_rates)
 
     @property
     def mask(self) -> np.ndarray:
         """The consensus, True for units that stay, bool of shape (units,)."""
-        return keras.ops.convert_to_numpy(self._gate.consensus()) > 0.5
+        return to_numpy(self._gate.consensus()) > 0.5
 
     @property
     def settled(self) -> bool:
         """Whether the mask is fixed."""
-        return bool(keras.ops.convert_to_numpy(self._gate.settled) > 0.5)
+        return bool(to_numpy(self._gate.settled) > 0.5)
 
     def set_mask(self, mask: Any) -> None:
         """Fixes the mask of this group by hand.
@@ -133,7 +133,7 @@ class GatedModel(keras.Model):
 def _wanted(group: GateGroup) -> np.ndarray:
     if group.settled:
         return np.where(group.mask, np.inf, -np.inf)
-    return group.open_rates + keras.ops.convert_to_numpy(group._gate.scores)
+    return group.open_rates + to_numpy(group._gate.scores)
 
 
 class FollowSchedule(keras.callbacks.Callback):
@@ -176,7 +176,7 @@ class FollowSchedule(keras.callbacks.Callback):
         self._sync().consensus.steps.assign(float(self._total()))
 
     def _steps_done(self) -> int:
-        return int(keras.ops.convert_to_numpy(self._sync().consensus.step))
+        return int(to_numpy(self._sync().consensus.step))
 
     def _settle(self) -> None:
         self._sync().settle()

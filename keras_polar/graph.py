@@ -6,17 +6,20 @@ on other tensors, which is how every new model of this library comes to be.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
+import numpy as np
 from keras import tree
 from keras.src.activations import activations
 from keras.src.models.functional import Functional
-from keras.src.ops import core, image, math, nn, numpy
+from keras.src.ops import core, image, math, nn
+from keras.src.ops import numpy as keras_numpy
 
-_OP_MODULES = (numpy, nn, core, math, image, activations)
+_OP_MODULES = (keras_numpy, nn, core, math, image, activations)
 
 
 def op_class(name: str) -> type:
@@ -185,12 +188,13 @@ def _flat_names(taken: list[str], calls: list[Call]) -> dict[int, str]:
 
 
 def _unused(call: Call, used: set) -> str:
-    candidates = [call.op.name, call.path.replace("/", "_")]
-    name = next((c for c in candidates if c not in used), candidates[-1])
-    number = 1
-    while name in used:
-        name, number = f"{candidates[-1]}_{number}", number + 1
-    return name
+    return call.op.name if call.op.name not in used else unused(call.path.replace("/", "_"), used)
+
+
+def unused(name: str, used: set) -> str:
+    """The name, numbered if it is used already."""
+    numbered = (f"{name}_{i}" for i in itertools.count(1))
+    return name if name not in used else next(n for n in numbered if n not in used)
 
 
 # --- rewriting -------------------------------------------------------------------------------
@@ -293,10 +297,18 @@ def _clone_op_node(op: Any, name: str, changes: dict) -> Any:
     return new
 
 
+def to_numpy(x: Any) -> np.ndarray:
+    """A variable or tensor as a NumPy array."""
+    # By way of a tensor: NumPy 2 warns about converting a TensorFlow variable directly.
+    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x))
+
+
 def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> None:
     """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`."""
+    if source is target or not isinstance(source, keras.layers.Layer):
+        return
     for old, new in zip(source.variables, target.variables, strict=True):
-        new.assign(cut(old, keras.ops.convert_to_numpy(old)))
+        new.assign(cut(old, to_numpy(old)))
     for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
@@ -305,7 +317,7 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> No
 
 def _layers_of(op: Any) -> list:
     # Parents first: setting `trainable` on a parent overwrites that of its children.
-    return list(op._flatten_layers()) if isinstance(op, keras.layers.Layer) else []
+    return list(op._flatten_layers())
 
 
 def only_loss(layer: Any, loss: Any) -> None:

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_polar.graph import to_numpy
+
 UNKNOWN_SIZE = 32
 
 
@@ -33,7 +35,7 @@ def difference(a: Any, b: Any, inputs: Any) -> float:
         tree.flatten(b(inputs, training=False)),
         strict=True,
     )
-    worst = [_relative(*map(keras.ops.convert_to_numpy, pair)) for pair in pairs]
+    worst = [_relative(*map(to_numpy, pair)) for pair in pairs]
     return float(np.max(worst))
 
 

@@ -22,12 +22,10 @@ def randomise(model, seed=0):
 
 
 def close_half(gated, seed=0):
-    """Random masks that close about half of every group."""
+    """Random masks that close half of every group."""
     rng = np.random.default_rng(seed)
     for group in gated.groups:
-        mask = rng.random(group.units) < 0.5
-        mask[rng.integers(group.units)] = True
-        group.set_mask(mask)
+        group.set_mask(rng.permutation(group.units) < group.units // 2)
 
 
 def check(model, gate="static", seed=0, inputs=None):

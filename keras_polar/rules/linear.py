@@ -67,7 +67,7 @@ class ConvRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         axis = channel_axis(site.op)
-        if site.op.groups == 1:
+        if getattr(site.op, "groups", 1) == 1:  # transposed ones have no groups
             site.read("in", axis)
             return activated(site, site.produce("out", site.op.filters, axis))
         return activated(site, self._grouped(site, axis))
