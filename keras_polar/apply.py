@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.cost import MEASURES, polynomial, sizes_known
-from keras_polar.coupling import Coupling, couple, why_fixed
+from keras_polar.coupling import Coupling, Group, couple, why_fixed
 from keras_polar.gated import GatedModel, is_gated
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused
@@ -154,6 +154,7 @@ class _Inserter:
         measure: str,
     ) -> None:
         self.coupling, self.gate_class, self.min_units = coupling, gate_class, min_units
+        self.produced = coupling.produced()
         self.schedule, self.budget, self.measure = schedule, budget, measure
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
         self.clones: dict[int, Any] = {}
@@ -219,11 +220,22 @@ class _Inserter:
         # A layer that reads no features (token ids, say) gives a gate nothing to look at.
         gate_class = self.gate_class if site.reads and "float" in value.dtype else Gate
         gate = gate_class(
-            group.units, group.name, list(group.layers), self._floor(group), axis, name=name
+            group.units,
+            group.name,
+            list(group.layers),
+            self._members(group),
+            self._floor(group),
+            axis,
+            name=name,
         )
         return gate(value)
 
-    def _floor(self, group: Any) -> int:
+    def _members(self, group: Group) -> list | None:
+        made = len(self.produced[group.layers[0]])
+        places = group.members.tolist()
+        return None if places == list(range(made)) else places
+
+    def _floor(self, group: Group) -> int:
         return min(self.min_units, group.units)
 
     def _name(self, wanted: str) -> str:
@@ -236,7 +248,7 @@ class _Inserter:
             self.budget.sparsity,
             self.measure,
             self.budget.cost.get_config(),
-            list(self.budget.units),
+            {g.name: g.units for g in self.coupling.groups},
             self.schedule.get_config(),
             self.budget.round_to,
             self.min_units,

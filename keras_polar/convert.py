@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_polar.coupling import Coupling, couple
-from keras_polar.gated import masks_for, require_gated, stripped
+from keras_polar.gated import flags_for, require_gated, stripped
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace
 from keras_polar.rules import Kept, Site, rule_for
 from keras_polar.samples import difference, random_inputs
@@ -94,7 +94,7 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
     """
     require_gated(gated, "convert")
     coupling = couple(stripped(gated))
-    small = cut(coupling, coupling.flags(masks_for(gated, coupling)))
+    small = cut(coupling, flags_for(gated, coupling))
     if verify is not None and verify is not False:
         check_certificate(gated, small, verify)
     return small

@@ -29,12 +29,14 @@ class Group:
         name: of the first producing layer; numbered where one layer feeds several groups.
         layers: names of the producing layers.
         roots: the classes, as the smallest id of each, int32 of shape (units,).
+        members: where the first layer has them: indices among its units, int32 of shape (units,).
         site: index of the first producing call.
     """
 
     name: str
     layers: tuple[str, ...]
     roots: np.ndarray
+    members: np.ndarray
     site: int
 
     @property
@@ -63,16 +65,13 @@ class Coupling:
     group_of: np.ndarray
     index_of: np.ndarray
 
-    def flags(self, masks: Iterable) -> np.ndarray:
-        """Per-group masks (bool, one per group) -> one flag per id, True where it stays."""
-        flags = np.ones(len(self.roots), bool)
-        for group, mask in zip(self.groups, masks, strict=True):
-            flags[group.roots] = mask
-        return flags[self.roots] if len(flags) else flags
-
     def produced(self) -> dict[str, Ids]:
         """Layer name -> ids of the units it makes, shape (units of the layer,)."""
-        return {s.name: s.axes[p] for s in self.sites for p in s.produces}
+        return {
+            s.name: np.concatenate([s.axes[p] for p in s.produces])
+            for s in self.sites
+            if s.produces
+        }
 
 
 def couple(graph: Graph, ignore: Iterable[str] = ()) -> Coupling:
@@ -179,15 +178,21 @@ def _groups(sites: tuple[Site, ...], roots: np.ndarray, reasons: dict) -> tuple[
     for label in np.argsort(first):
         members = free[inverse == label]
         if len(members) > 1 and makers.get(int(members[0])):
-            found.append(_group(members, makers[int(members[0])], sites, names))
+            found.append(_group(roots, members, makers[int(members[0])], sites, names))
     return tuple(found)
 
 
-def _group(members: np.ndarray, makers: list[int], sites: tuple, names: dict) -> Group:
-    first = sites[makers[0]].name
-    number = names[first] = names.get(first, 0) + 1
-    name = first if number == 1 else f"{first}:{number}"
-    return Group(name, tuple(dict.fromkeys(sites[i].name for i in makers)), members, makers[0])
+def _group(
+    roots: np.ndarray, own: np.ndarray, makers: list[int], sites: tuple, names: dict
+) -> Group:
+    first = sites[makers[0]]
+    number = names[first.name] = names.get(first.name, 0) + 1
+    name = first.name if number == 1 else f"{first.name}:{number}"
+    made = roots[np.concatenate([first.axes[p] for p in first.produces])]
+    found, places = np.unique(made, return_index=True)
+    members = places[np.searchsorted(found, own)].astype(np.int32)
+    layers = tuple(dict.fromkeys(sites[i].name for i in makers))
+    return Group(name, layers, own, members, makers[0])
 
 
 def _signatures(sites: tuple[Site, ...], roots: np.ndarray) -> np.ndarray:

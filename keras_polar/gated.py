@@ -21,11 +21,13 @@ class GateGroup:
         name: of the group, after its first layer.
         layers: names of the layers that produce its units.
         units: number of units.
+        members: which units of the first layer they are; None for all of them, in order.
     """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self.name, self.layers, self.units = gate.group, list(gate.producers), gate.units
+        self.members = gate.members
 
     @property
     def open_rates(self) -> np.ndarray:
@@ -80,7 +82,8 @@ class GatedModel(keras.Model):
     @property
     def groups(self) -> list[GateGroup]:
         """The groups of units with gates, in the order of the model."""
-        return [GateGroup(layer) for layer in self.layers if isinstance(layer, Gate)]
+        gates = {layer.group: layer for layer in self.layers if isinstance(layer, Gate)}
+        return [GateGroup(gates[name]) for name in self.consensus.groups]
 
     @property
     def sparsity(self) -> float:
@@ -219,7 +222,16 @@ def stripped(gated: Any) -> Graph:
     return bypass(trace(gated), stands_for)
 
 
-def masks_for(gated: GatedModel, coupling: Coupling) -> list[np.ndarray]:
-    """One mask per group of the stripped model; groups without a gate stay whole."""
-    own = {g.name: g.mask for g in gated.groups}
-    return [own.get(g.name, np.ones(g.units, bool)) for g in coupling.groups]
+def flags_for(gated: GatedModel, coupling: Coupling) -> np.ndarray:
+    """One flag per id of the stripped model, True where it stays by the gates' consensus.
+
+    Gates are found again by the units of their first layer: the order of calls, and with it the
+    names of groups, may differ from the model that `apply` was given.
+    """
+    produced = coupling.produced()
+    flags = np.ones(len(coupling.roots), bool)
+    for group in gated.groups:
+        own = produced[group.layers[0]]
+        own = own if group.members is None else own[group.members]
+        flags[coupling.roots[own]] = group.mask
+    return flags[coupling.roots]

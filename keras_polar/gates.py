@@ -43,6 +43,7 @@ class Gate(keras.layers.Layer):
         units: number of units.
         group: name of the group.
         layers: names of the layers that produce the units.
+        members: which units of the first layer they are; None for all of them, in order.
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
     """
@@ -52,6 +53,7 @@ class Gate(keras.layers.Layer):
         units: int,
         group: str,
         layers: list,
+        members: list | None = None,
         min_units: int = 1,
         axis: int = -1,
         **kwargs: Any,
@@ -60,6 +62,7 @@ class Gate(keras.layers.Layer):
         self.units = units
         self.group = group
         self.producers = tuple(layers)
+        self.members = members
         self.min_units = min_units
         self.axis = axis
 
@@ -121,6 +124,7 @@ class Gate(keras.layers.Layer):
             "units": self.units,
             "group": self.group,
             "layers": list(self.producers),
+            "members": self.members,
             "min_units": self.min_units,
             "axis": self.axis,
         }

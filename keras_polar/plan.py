@@ -77,9 +77,20 @@ def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
             high = middle
         else:
             low = middle + 1
-    candidates = [counts(n) for n in (low, max(low - 1, 0))]
-    best = min(candidates, key=lambda c: abs(budget.achieved(c) - budget.sparsity))
+    below, above = counts(max(low - 1, 0)), counts(low)
+    closer = _fill_up(below, order[low:closable], budget)
+    best = min(closer, above, key=lambda c: abs(budget.achieved(c) - budget.sparsity))
     return [_top(s, n) for s, n in zip(scores, best, strict=True)]
+
+
+def _fill_up(counts: np.ndarray, order: np.ndarray, budget: Budget) -> np.ndarray:
+    """Closes one more step of each group, in the order of the ranking, where the budget allows."""
+    for group in dict.fromkeys(order.tolist()):
+        fewer = counts - budget.round_to * (np.arange(len(counts)) == group)
+        fewer = budget.rounded(fewer)
+        if budget.achieved(fewer) <= budget.sparsity:
+            counts = fewer
+    return counts
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:

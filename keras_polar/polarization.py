@@ -41,7 +41,7 @@ class Consensus(keras.layers.Layer):
         sparsity: the requested share of the cost to be removed, in (0, 1).
         measure: "weights", "macs" or "units".
         cost: config of the `Polynomial` that gives the cost for open counts per group.
-        units: number of units of each group.
+        groups: number of units of each group, by its name, in the order of the polynomial.
         schedule: config of the `Schedule`.
         round_to, min_units: what `settle` has to respect.
     """
@@ -51,7 +51,7 @@ class Consensus(keras.layers.Layer):
         sparsity: float,
         measure: str,
         cost: dict,
-        units: list,
+        groups: dict,
         schedule: dict,
         round_to: int = 1,
         min_units: int = 1,
@@ -61,7 +61,8 @@ class Consensus(keras.layers.Layer):
         self.sparsity = sparsity
         self.measure = measure
         self.cost = Polynomial.from_config(cost)
-        self.units = tuple(units)
+        self.groups = dict(groups)
+        self.units = tuple(groups.values())
         self.schedule = Schedule(**schedule)
         self.round_to = round_to
         self.min_units = min_units
@@ -127,7 +128,7 @@ class Consensus(keras.layers.Layer):
             "sparsity": self.sparsity,
             "measure": self.measure,
             "cost": self.cost.get_config(),
-            "units": list(self.units),
+            "groups": dict(self.groups),
             "schedule": self.schedule.get_config(),
             "round_to": self.round_to,
             "min_units": self.min_units,

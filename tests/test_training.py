@@ -79,6 +79,8 @@ def test_gates_that_stay_open_change_nothing(digits):
     assert gated.sparsity == 0
 
 
+# Keras says so of every dataset whose length it does not know.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_fit_of_unknown_length_settles(digits):
     x, _, y, _ = digits
 

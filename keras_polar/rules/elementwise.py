@@ -32,17 +32,19 @@ class ScalarRule(ElementwiseRule):
 class MergeRule(Rule):
     """Several tensors (or constants) in: units at the same position go together.
 
-    A tensor that is broadcast along an axis on which another one varies takes part as a whole and
-    is pinned: its one unit meets many.
+    A tensor without units along the axes on which others have theirs (one map that multiplies all
+    channels, say) is pinned: its one unit meets many, and they need not go together.
     """
 
     def flow(self, site: Site) -> list[Ids]:
         shape = site.output_shapes[0]
-        wide = [np.broadcast_to(_lift(ids, len(shape)), shape) for ids in site.inputs]
-        partners = [w for w, ids in zip(wide, site.inputs, strict=True) if not _meets(ids, wide)]
-        for ids in site.inputs:
-            if _meets(ids, wide):
+        lifted = [_lift(ids, len(shape)) for ids in site.inputs]
+        partners = []
+        for ids in lifted:
+            if _is_spread_over_others(ids, lifted):
                 site.pin(ids, "is broadcast over other units")
+            else:
+                partners.append(np.broadcast_to(ids, shape))
         for other in partners[1:]:
             site.units.tie(partners[0], other, f"combined with fixed elements by {site.name!r}")
         return [partners[0] if partners else nobody(shape)]
@@ -63,13 +65,10 @@ def _lift(ids: Ids, ndim: int) -> Ids:
     return ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
 
 
-def _meets(ids: Ids, wide: list[Ids]) -> bool:
-    """Whether an input is stretched along an axis on which another one varies."""
-    ndim = wide[0].ndim
-    narrow = _lift(ids, ndim)
-    return any(
-        narrow.shape[i] == 1 and w.shape[i] > 1 and varies(w, i) for w in wide for i in range(ndim)
-    )
+def _is_spread_over_others(ids: Ids, lifted: list[Ids]) -> bool:
+    """Whether others vary, and only along axes on which this one has size 1."""
+    others = [i for i in range(ids.ndim) if any(varies(x, i) for x in lifted if x is not ids)]
+    return bool(others) and all(ids.shape[i] == 1 for i in others)
 
 
 def _cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
