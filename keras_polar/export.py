@@ -4,13 +4,15 @@ Everything that needs TensorFlow or the LiteRT runtime is imported where it is u
 package can be imported on any Keras backend.
 """
 
+import contextlib
 import itertools
 import keyword
+import logging
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,9 +385,28 @@ def _write(core: Any, path: Path, quantize: str | None) -> None:
     ]
     options = _converter_options(quantize)
     try:
-        flat.export(path, format="litert", verbose=False, input_signature=[signature], **options)
+        with _warnings_only():
+            flat.export(
+                path, format="litert", verbose=False, input_signature=[signature], **options
+            )
     except Exception as error:  # the converter raises whatever it meets, of many types
         raise ValueError(_not_exportable(core.name, error)) from error
+
+
+@contextlib.contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Keeps what TensorFlow has to say below a warning from the user's terminal."""
+    from absl import logging as absl_logging
+
+    tensorflow = logging.getLogger("tensorflow")
+    before = tensorflow.level, absl_logging.get_verbosity()
+    tensorflow.setLevel(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    try:
+        yield
+    finally:
+        tensorflow.setLevel(before[0])
+        absl_logging.set_verbosity(before[1])
 
 
 def _converter_options(quantize: str | None) -> dict[str, Any]:
