@@ -1,0 +1,71 @@
+"""One device == two replicas with the same global batch: losses, weights, open rates, masks."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_polar
+from keras_polar.graph import to_numpy
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute needs TensorFlow"
+)
+STEPS, BATCH = 20, 32
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def network(synchronised):
+    keras.utils.set_random_seed(0)
+    inputs = x = keras.Input((8, 8, 1))
+    for i, width in enumerate((8, 12)):
+        x = layers.Conv2D(width, 3, padding="same", name=f"conv{i}")(x)
+        if synchronised:
+            x = layers.BatchNormalization(synchronized=True, name=f"bn{i}")(x)
+        x = layers.Activation("tanh")(x)  # smooth: no kink that round-off could flip
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x))
+
+
+@pytest.fixture(scope="module")
+def strategies():
+    """One of each for all tests: TensorFlow mixes up the collectives of several mirrored ones."""
+    import tensorflow as tf
+
+    one = tf.distribute.OneDeviceStrategy("CPU:0")
+    return one, tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def trained(strategy, gate, synchronised):
+    schedule = keras_polar.Schedule(warmup=0.1, ramp=0.3, settle=0.7)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((STEPS * BATCH, 8, 8, 1)).astype("float32")
+    y = rng.integers(0, 10, STEPS * BATCH)
+    with strategy.scope():
+        gated = keras_polar.apply(network(synchronised), 0.5, gate=gate, schedule=schedule)
+        gated.compile(keras.optimizers.SGD(0.05, momentum=0.9), LOSS, jit_compile=False)
+    losses = PerStep()
+    gated.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[losses])
+    return gated, losses.logs
+
+
+class PerStep(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append([logs["loss"], logs["sparsity"], logs["polarization"]])
+
+
+@pytest.mark.parametrize("gate", ["dynamic", "static"])
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_two_replicas_train_as_one_device(gate, synchronised, strategies):
+    one, one_logs = trained(strategies[0], gate, synchronised)
+    two, two_logs = trained(strategies[1], gate, synchronised)
+    assert max(row[1] for row in one_logs) > 0.05  # the gates did move
+    np.testing.assert_allclose(two_logs, one_logs, atol=1e-5)
+    for a, b in zip(one.weights, two.weights, strict=True):
+        np.testing.assert_allclose(to_numpy(b), to_numpy(a), atol=1e-5, err_msg=a.path)
+    for a, b in zip(one.groups, two.groups, strict=True):
+        np.testing.assert_array_equal(b.mask, a.mask)
