@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import keras_polar
+from keras_polar.gates import DynamicGate
 from keras_polar.graph import to_numpy
 
 pytestmark = pytest.mark.skipif(
@@ -43,10 +44,19 @@ def trained(strategy, gate, synchronised):
     y = rng.integers(0, 10, STEPS * BATCH)
     with strategy.scope():
         gated = keras_polar.apply(network(synchronised), 0.5, gate=gate, schedule=schedule)
+        divide(gated)
         gated.compile(keras.optimizers.SGD(0.05, momentum=0.9), LOSS, jit_compile=False)
     losses = PerStep()
     gated.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[losses])
     return gated, losses.logs
+
+
+def divide(gated):
+    """Dynamic gates that disagree between samples, and so between replicas."""
+    rng = np.random.default_rng(1)
+    for layer in gated.layers:
+        if isinstance(layer, DynamicGate):
+            layer.kernel.assign(0.3 * rng.standard_normal(layer.kernel.shape))
 
 
 class PerStep(keras.callbacks.Callback):
@@ -64,6 +74,8 @@ def test_two_replicas_train_as_one_device(gate, synchronised, strategies):
     one, one_logs = trained(strategies[0], gate, synchronised)
     two, two_logs = trained(strategies[1], gate, synchronised)
     assert max(row[1] for row in one_logs) > 0.05  # the gates did move
+    if gate == "dynamic":
+        assert min(row[2] for row in one_logs) < 0.9  # and the samples disagreed
     np.testing.assert_allclose(two_logs, one_logs, atol=1e-5)
     for a, b in zip(one.weights, two.weights, strict=True):
         np.testing.assert_allclose(to_numpy(b), to_numpy(a), atol=1e-5, err_msg=a.path)
