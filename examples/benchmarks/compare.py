@@ -1,0 +1,368 @@
+"""Polarized gates beside their controls: the same data, epochs, optimiser and seeds for all.
+
+    python examples/benchmarks/compare.py --data_dir=FOLDER --seeds=0,1,2
+    python examples/benchmarks/compare.py --table     # what has been run, as a table and a picture
+
+Every run leaves a JSON file in --results_dir and is not repeated, so that an interrupted comparison
+goes on where it stopped. Test images are only looked at after the last epoch and choose nothing.
+
+Methods:
+  dense      the whole network
+  narrow     a uniformly narrower network of the same cost, from scratch: the one to beat
+  dynamic    keras_polar with gates that look at each sample
+  static     keras_polar with one logit per unit
+  random     units chosen by lot are cut in the middle of the run, uniformly over the groups
+  l1         the same, filters with the smallest L1 norm (Li et al., 2017)
+  slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
+  polarized_slimming   the same with the polarization regulariser of Zhuang et al. (2020)
+  density    units whose activation is zero most often (after Foldy-Porto et al., 2020)
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cifar10
+import models
+import reporting
+
+import keras_polar
+from keras_polar.cost import polynomial
+from keras_polar.coupling import couple
+from keras_polar.graph import to_numpy, trace
+from keras_polar.plan import Budget, settle
+
+SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
+POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
+
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
+_RESULTS = flags.DEFINE_string(
+    "results_dir", str(Path(__file__).parent / "results"), "Folder of the JSON files."
+)
+_MODEL = flags.DEFINE_enum("model", "resnet20", tuple(models.BUILDERS), "Architecture.")
+_WIDTH = flags.DEFINE_integer("width", None, "Channels of the first stage.", lower_bound=1)
+_METHODS = flags.DEFINE_list("methods", "dense,narrow,dynamic,static,random,l1", "What to run.")
+_SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds of weights, data order and augmentation.")
+_SPARSITY = flags.DEFINE_float("sparsity", 0.5, "Share to remove.", 0.0, 1.0)
+_MEASURE = flags.DEFINE_enum("measure", "weights", ("weights", "macs"), "What is removed.")
+_EPOCHS = flags.DEFINE_integer("epochs", 12, "Epochs of every method.", lower_bound=2)
+_TRAIN_IMAGES = flags.DEFINE_integer("train_images", 12_800, "The first so many.", lower_bound=1)
+_TEST_IMAGES = flags.DEFINE_integer("test_images", 10_000, "The first so many.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Peak learning rate.", 0.0)
+_WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 2e-4, "L2 penalty on kernels.", 0.0)
+_TABLE = flags.DEFINE_bool("table", False, "Run nothing, show what has been run.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """All that decides a run but its method and its seed; becomes part of the result."""
+
+    model: str
+    width: int | None
+    sparsity: float
+    measure: str
+    epochs: int
+    train_images: int
+    test_images: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.train_images // self.batch_size)
+
+    def build(self, width=None):
+        """The dense network, or one of another width."""
+        return models.build(
+            self.model,
+            cifar10.IMAGE_SHAPE,
+            cifar10.CLASSES,
+            width=width or self.width,
+            weight_decay=self.weight_decay,
+        )
+
+
+class Shifted(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that starts at a later step: the second half of an interrupted run."""
+
+    def __init__(self, schedule, offset):
+        self.schedule, self.offset = schedule, offset
+
+    def __call__(self, step):
+        return self.schedule(step + self.offset)
+
+    def get_config(self):
+        return {"schedule": self.schedule, "offset": self.offset}
+
+
+class Trainer:
+    """Trains models in one setting and counts the multiply-accumulates that it takes."""
+
+    def __init__(self, setting, data, seed):
+        self.setting, self.seed, self.macs = setting, seed, 0
+        self.data = cifar10.training_pipeline(*data, batch_size=setting.batch_size, seed=seed)
+
+    def __call__(self, model, first=0, last=None, penalty=None):
+        """Fits `model` from epoch `first` to before `last`; the learning rate goes on."""
+        setting, last = self.setting, last or self.setting.epochs
+        rate = cifar10.learning_rate_schedule(
+            setting.learning_rate, setting.epochs * setting.steps_per_epoch
+        )
+        cifar10.compile_classifier(model, Shifted(rate, first * setting.steps_per_epoch))
+        if penalty is not None:
+            _penalise_scales(model, penalty)
+        model.fit(self.data, epochs=last, initial_epoch=first, verbose=2)
+        # A backward pass costs about two forward ones.
+        self.macs += 3 * _macs(model) * setting.train_images * (last - first)
+        return model
+
+
+def _macs(model):
+    return keras_polar.cost(model).macs
+
+
+# --- methods: (trainer, setting) -> the network that would be shipped ---------------------------
+
+
+def dense(trainer, setting):
+    return trainer(setting.build())
+
+
+def narrow(trainer, setting):
+    """The width whose cost comes closest to what the pruned network may cost."""
+    full = setting.build()
+    widest = int(full.get_layer("stem" if "vgg" not in setting.model else "stage1_conv1").filters)
+    wanted = (1 - setting.sparsity) * _cost(full, setting.measure)
+    widths = range(1, widest + 1)
+    costs = {w: _cost(setting.build(w), setting.measure) for w in widths}
+    return trainer(setting.build(min(widths, key=lambda w: abs(costs[w] - wanted))))
+
+
+def _cost(model, measure):
+    return getattr(keras_polar.cost(model), measure)
+
+
+def gated(trainer, setting, *, gate):
+    model = keras_polar.apply(setting.build(), setting.sparsity, measure=setting.measure, gate=gate)
+    return keras_polar.convert(trainer(model), verify=True)
+
+
+def cut_halfway(trainer, setting, *, scores, everywhere_alike=True, penalty=None):
+    """Dense for half of the epochs, then the units with the lowest scores go for good.
+
+    Args:
+        scores: (model, layer name, generator) -> one number per unit, or None if it cannot say.
+        everywhere_alike: the same share out of every group; otherwise scores compete over groups.
+        penalty: on the scales of BatchNorm, for the first half.
+    """
+    half = setting.epochs // 2
+    model = trainer(setting.build(), last=half, penalty=penalty)
+    rng = np.random.default_rng(trainer.seed)
+    coupling = couple(trace(model))
+    ranked = [_group_scores(model, coupling, g, scores, rng) for g in coupling.groups]
+    if everywhere_alike:
+        ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]
+    budget = Budget(
+        polynomial(coupling, setting.measure), tuple(map(len, ranked)), setting.sparsity
+    )
+    masks = settle(ranked, budget)
+    goes = {g.layers[0]: g.members[~mask] for g, mask in zip(coupling.groups, masks, strict=True)}
+    return trainer(keras_polar.remove(model, goes), first=half)
+
+
+def _group_scores(model, coupling, group, scores, rng):
+    """The sum over a group's layers, each scaled to a mean of 1."""
+    total, produced = np.zeros(group.units), coupling.produced()
+    for layer in group.layers:
+        own = scores(model, layer, rng)
+        if own is not None:
+            roots = coupling.roots[produced[layer]]
+            place = np.searchsorted(group.roots, roots)
+            inside = (group.roots[np.minimum(place, group.units - 1)] == roots).nonzero()[0]
+            np.add.at(total, place[inside], own[inside] / max(own.mean(), 1e-12))
+    return total
+
+
+def by_lot(model, layer, rng):
+    return rng.random(model.get_layer(layer).filters)
+
+
+def l1_norm(model, layer, rng):
+    kernel = np.abs(to_numpy(model.get_layer(layer).kernel))
+    return kernel.reshape(-1, kernel.shape[-1]).sum(axis=0)
+
+
+def batch_norm_scale(model, layer, rng):
+    return np.abs(to_numpy(model.get_layer(f"{layer}_bn").gamma))
+
+
+def density(model, layer, rng):
+    """How often the unit is not zero, from the scale and offset of its BatchNorm.
+
+    After normalisation a channel is about normal with mean beta and deviation |gamma|.
+    """
+    norm = model.get_layer(f"{layer}_bn")
+    ratio = to_numpy(norm.beta) / np.maximum(np.abs(to_numpy(norm.gamma)), 1e-12)
+    return 1 / (1 + np.exp(-1.702 * ratio))  # the logistic approximation of the normal integral
+
+
+def l1_penalty(scales):
+    return keras.ops.sum(keras.ops.abs(scales))
+
+
+def polarization_penalty(scales):
+    """Zhuang et al., NeurIPS 2020, equation 2: t |g|_1 - |g - mean(g)|_1."""
+    centred = scales - keras.ops.mean(scales)
+    return POLARIZATION_T * l1_penalty(scales) - l1_penalty(centred)
+
+
+class _ScalePenalty(keras.regularizers.Regularizer):
+    def __init__(self, penalty):
+        self.penalty = penalty
+
+    def __call__(self, scales):
+        return SLIMMING * self.penalty(scales)
+
+
+def _penalise_scales(model, penalty):
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.gamma.regularizer = _ScalePenalty(penalty)
+
+
+METHODS: dict[str, Callable] = {
+    "dense": dense,
+    "narrow": narrow,
+    "dynamic": functools.partial(gated, gate="dynamic"),
+    "static": functools.partial(gated, gate="static"),
+    "random": functools.partial(cut_halfway, scores=by_lot),
+    "l1": functools.partial(cut_halfway, scores=l1_norm),
+    "slimming": functools.partial(
+        cut_halfway, scores=batch_norm_scale, everywhere_alike=False, penalty=l1_penalty
+    ),
+    "polarized_slimming": functools.partial(
+        cut_halfway, scores=batch_norm_scale, everywhere_alike=False, penalty=polarization_penalty
+    ),
+    "density": functools.partial(cut_halfway, scores=density),
+}
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def result_of(method, setting, seed, data):
+    """One run: trains, tests, counts."""
+    keras.utils.set_random_seed(seed)
+    train, test = data
+    full = keras_polar.cost(setting.build())
+    trainer = Trainer(setting, train, seed)
+    model = METHODS[method](trainer, setting)
+    cifar10.compile_classifier(model, 0.0)
+    batches = cifar10.evaluation_pipeline(*test, batch_size=500)
+    cost = keras_polar.cost(model)
+    return {
+        "method": method,
+        "seed": seed,
+        **dataclasses.asdict(setting),
+        "accuracy": cifar10.accuracy(model, batches),
+        "weights": cost.weights,
+        "macs": cost.macs,
+        "kept_weights": cost.weights / full.weights,
+        "kept_macs": cost.macs / full.macs,
+        "training_macs": trainer.macs,
+    }
+
+
+def result_path(folder, method, setting, seed):
+    """Where a result lies; dense runs do not depend on what would be removed."""
+    what = "" if method == "dense" else f"_{setting.measure}{round(100 * setting.sparsity)}"
+    size = f"w{setting.width}" if setting.width else ""
+    run = f"{setting.model}{size}_n{setting.train_images}_e{setting.epochs}"
+    return Path(folder) / f"{run}_{method}{what}_s{seed}.json"
+
+
+def run_all(setting, data):
+    """Runs what has not been run; one seed after the other, so that early tables make sense."""
+    folder = Path(_RESULTS.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, _SEEDS.value):
+        for method in _METHODS.value:
+            path = result_path(folder, method, setting, seed)
+            if path.exists():
+                continue
+            print(f"{path.stem}: running", flush=True)
+            text = json.dumps(result_of(method, setting, seed, data), indent=2)
+            draft = path.with_suffix(".draft")
+            draft.write_text(text + "\n", encoding="utf-8")
+            os.replace(draft, path)
+            keras.backend.clear_session()
+
+
+def load_results(folder):
+    """All results in a folder, as dicts."""
+    return [json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))]
+
+
+def table_rows(results, setting):
+    """One row per method of a setting, in the order of METHODS."""
+    same = ("model", "width", "epochs", "train_images", "batch_size", "learning_rate")
+    mine = [r for r in results if all(r[k] == getattr(setting, k) for k in same)]
+    wanted = {"measure": setting.measure, "sparsity": setting.sparsity}
+    rows = []
+    for method in METHODS:
+        runs = [r for r in mine if r["method"] == method]
+        if method != "dense":
+            runs = [r for r in runs if all(r[k] == v for k, v in wanted.items())]
+        if runs:
+            rows.append(_row(method, runs))
+    return rows
+
+
+def _row(method, runs):
+    accuracy = 100 * np.array([r["accuracy"] for r in runs])
+    spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
+    kept = [f"{100 * np.mean([r[k] for r in runs]):.1f} %" for k in ("kept_weights", "kept_macs")]
+    effort = np.mean([r["training_macs"] for r in runs]) / 1e12
+    return (method, f"{accuracy.mean():.2f}{spread}", str(len(runs)), *kept, f"{effort:.1f}")
+
+
+COLUMNS = ("method", "accuracy, %", "seeds", "weights", "MACs", "training TMACs")
+
+
+def setting_from_flags():
+    """The setting that the flags ask for."""
+    fields = [f.name for f in dataclasses.fields(Setting)]
+    return Setting(**{name: flags.FLAGS[name].value for name in fields})
+
+
+def main(argv):
+    """Entry point of absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    setting = setting_from_flags()
+    if not _TABLE.value:
+        train, test = cifar10.load_cifar10(_DATA_DIR.value)
+        data = (
+            tuple(x[: setting.train_images] for x in train),
+            tuple(x[: setting.test_images] for x in test),
+        )
+        run_all(setting, data)
+    title = f"{setting.model}, {setting.sparsity:.0%} of the {setting.measure} removed"
+    rows = table_rows(load_results(_RESULTS.value), setting)
+    reporting.print_table(title, COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
