@@ -28,7 +28,8 @@ class Substituted(keras.StatelessScope):
     def __enter__(self) -> "Substituted":
         super().__enter__()
         if self.original_scope is not None:  # JAX trains in a stateless scope of its own
-            self.state_mapping = {**self.original_scope.state_mapping, **self.state_mapping}
+            for known, value in self.original_scope.state_mapping.items():
+                self.state_mapping.setdefault(known, value)
         return self
 
     def add_update(self, update: tuple) -> None:

@@ -159,7 +159,7 @@ def padded(n=8, seed=0):
 
 
 def reader(*steps):
-    tokens = keras.Input((7,), dtype="int32")
+    tokens = keras.Input((None,), dtype="int32")
     x = layers.Embedding(20, 8, mask_zero=True, name="embedding")(tokens)
     for step in steps:
         x = step(x)
@@ -180,11 +180,9 @@ def test_padding_stays_masked(case):
     gated, small = check(model, gate="dynamic", inputs=tokens)
     assert small.get_layer("embedding").output_dim == 4
     for one in (gated, small):
-        longer = np.pad(tokens, ((0, 0), (0, 0)))
-        longer[:, -1] = 0
-        shorter = longer[:, :-1]
-        full = ops.convert_to_numpy(one(longer, training=False))
-        assert np.allclose(full, ops.convert_to_numpy(one(shorter, training=False)), atol=1e-6)
+        longer = np.pad(tokens, ((0, 0), (0, 3)))
+        a, b = (ops.convert_to_numpy(one(x, training=False)) for x in (tokens, longer))
+        assert np.allclose(a, b, atol=1e-6)
 
 
 def test_explicit_mask_argument_is_kept():
@@ -207,7 +205,8 @@ def test_gated_reader_trains_saves_and_loads(gate, tmp_path):
     )
     gated = keras_polar.apply(model, 0.3, gate=gate)
     tokens, labels = padded(64), np.arange(64) % 2
-    gated.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    gated.compile("adam", loss, jit_compile=False)
     before = [ops.convert_to_numpy(ops.copy(v)) for v in gated.trainable_weights]
     gated.fit(tokens, labels, batch_size=16, epochs=3, verbose=0)
     for variable, value in zip(gated.trainable_weights, before, strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
-from keras_polar.units import along, nobody
+from keras_polar.units import along, nobody, varies
 
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")
 
@@ -27,7 +27,7 @@ class MultiHeadRule(Rule):
         given = site.given()
         query, value = (site.place(given.get(name)) for name in ("query", "value"))
         key = site.place(given["key"]) if "key" in given else value
-        if query is None or value is None or key is None:
+        if min(query, value, key) < 0:
             return site.pin_all("attends to something that is not a tensor of the model")
         for name, tensor in (("query_in", query), ("value_in", value), ("key_in", key)):
             site.read(name, -1, tensor)
@@ -87,20 +87,22 @@ class MultiHeadRule(Rule):
 
     def macs(self, site: Site) -> list[Term]:
         given, axes = site.given(), site.axes
+        if "q" not in axes:
+            return []
         query, value = site.place(given["query"]), site.place(given["value"])
         asked, known = site.positions(query), site.positions(value)
         scores = asked * self._attended(site, value)
         products = [
-            ("query_in", "q", "key", asked),
-            ("key_in", "kv", "key", known),
-            ("value_in", "kv", "value", known),
-            ("q", "key", scores),
-            ("q", "value", scores),
-            ("q", "value", "out", asked * math.prod(_other_output_axes(site))),
+            (("query_in", "q", "key"), asked),
+            (("key_in", "kv", "key"), known),
+            (("value_in", "kv", "value"), known),
+            (("q", "key"), scores),
+            (("q", "value"), scores),
+            (("q", "value", "out"), asked * math.prod(_other_output_axes(site))),
         ]
         if hasattr(site.op, "_gate_dense"):
-            products.append(("query_in", "q", "value", asked))
-        return [Term(tuple(axes[n] for n in names), macs=macs) for *names, macs in products]
+            products.append((("query_in", "q", "value"), asked))
+        return [Term(tuple(axes[n] for n in names), macs=macs) for names, macs in products]
 
     def _attended(self, site: Site, value: int) -> int:
         """Number of positions that each position attends to."""
@@ -116,9 +118,8 @@ def _other_output_axes(site: Site) -> tuple:
 
 def _has_mask_per_head(site: Site, mask: Any, query: int) -> bool:
     """Whether an attention mask has an axis for the heads that is longer than one."""
-    shape = getattr(mask, "shape", ()) if site.place(mask) is None else None
-    if shape is None:
-        shape = site.inputs[site.place(mask)].shape
+    place = site.place(mask)
+    shape = site.inputs[place].shape if place >= 0 else getattr(mask, "shape", ())
     attended = len(getattr(site.op, "_attention_axes", None) or (1,))
     heads = len(shape) - 2 * attended - 1
     is_full = heads == len(site.inputs[query].shape) - 1 - attended
@@ -188,7 +189,7 @@ class PlainAttentionRule(Rule):
     def flow(self, site: Site) -> list:
         tensors = site.given()["inputs"]
         query, value, key = (site.place(t) for t in (*tensors, tensors[1])[:3])
-        if query is None or value is None or key is None:
+        if min(query, value, key) < 0:
             return site.pin_all("attends to something that is not a tensor of the model")
         site.pin_argument(site.given().get("mask"), "is used as a mask")
         site.read("in", -1, query)
@@ -204,6 +205,8 @@ class PlainAttentionRule(Rule):
         return {} if scale is None or not len(scale.shape) else {"scale": ("in",)}
 
     def macs(self, site: Site) -> list[Term]:
+        if "in" not in site.axes:
+            return []
         query, value = (site.place(t) for t in site.given()["inputs"][:2])
         positions = site.positions(query) * sizes(site.inputs[value].shape)[-2]
         return [Term((site.axes[n],), macs=positions) for n in ("in", "out")]
@@ -218,6 +221,9 @@ class DotRule(Rule):
         places = [a % ids.ndim for a, ids in zip(axes, (first, second), strict=True)]
         if op.normalize:
             return site.pin_all("normalises over the units")
+        for ids, place in zip((first, second), places, strict=True):
+            if any(varies(ids, i) for i in range(ids.ndim) if i != place):
+                return site.pin_all("multiplies units with others")
         for i, name in enumerate(("in", "second_in")):
             site.read(name, places[i], i)
         why = f"multiplied by fixed elements in {site.name!r}"
@@ -225,7 +231,8 @@ class DotRule(Rule):
         return [nobody(site.output_shapes[0])]
 
     def macs(self, site: Site) -> list[Term]:
-        return [Term((site.axes["in"],), macs=math.prod(site.output_shapes[0]))]
+        read = site.axes.get("in")
+        return [] if read is None else [Term((read,), macs=math.prod(site.output_shapes[0]))]
 
 
 add(MultiHeadAttentionRule(), layers.MultiHeadAttention)

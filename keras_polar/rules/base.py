@@ -137,9 +137,9 @@ class Site:
         bound = inspect.signature(self.op.call).bind(*self.call.args, **self.call.kwargs)
         return {n: v for n, v in bound.arguments.items() if v is not None}
 
-    def place(self, argument: Any) -> int | None:
-        """Position among `inputs` of the tensor given for an argument; None if it is none."""
-        return self.call.inputs.index(argument.index) if isinstance(argument, Ref) else None
+    def place(self, argument: Any) -> int:
+        """Position among `inputs` of the tensor given for an argument; -1 if it is none."""
+        return self.call.inputs.index(argument.index) if isinstance(argument, Ref) else -1
 
     # --- what `flow` can say ---
 

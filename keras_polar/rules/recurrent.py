@@ -28,12 +28,12 @@ class RecurrentRule(Rule):
     def flow(self, site: Site) -> list:
         parts = self.parts(site.op)
         cells = [layer.cell for layer in parts.values()]
-        if any(gates_of(cell) is None for cell in cells):
+        if not all(map(gates_of, cells)):
             kinds = ", ".join(dict.fromkeys(type(cell).__name__ for cell in cells))
             return site.pin_all(f"is read by a cell of a kind that is not known: {kinds}")
         given = site.given()
         tensor = site.place(next(iter(given.values())))
-        if tensor is None:
+        if tensor < 0:
             return site.pin_all("reads something that is not a tensor of the model")
         site.read("in", self.axis(site, len(site.inputs[tensor].shape)), tensor)
         site.pin_argument(given.get("mask"), "is used as a mask")
@@ -64,12 +64,12 @@ class RecurrentRule(Rule):
         return -1
 
     def _tie_initial_states(self, site: Site, states: Any) -> None:
-        for state in tree.flatten(states):
+        for state in tree.flatten(states) if states is not None else []:
             place = site.place(state)
             why = f"starts from fixed elements in {site.name!r}"
-            if place is None:
+            if place < 0:
                 site.pin(site.axes["out"], "starts from a state that is not a tensor of the model")
-            elif site.inputs[place].ndim:
+            else:
                 ids = site.inputs[place]
                 site.units.tie(self._along(site, ids.shape), ids, why)
 
@@ -162,10 +162,10 @@ class BidirectionalRule(RecurrentRule):
         return {name: _resized_object(config[name], units) for name in ("layer", "backward_layer")}
 
 
-def gates_of(cell: Any) -> int | None:
-    """How many gates a cell has; None if nothing is known about it."""
+def gates_of(cell: Any) -> int:
+    """How many gates a cell has; 0 if nothing is known about it."""
     is_conv = type(cell) is CONV_LSTM_CELL
-    return CONV_LSTM_GATES if is_conv else GATES.get(type(cell))
+    return CONV_LSTM_GATES if is_conv else GATES.get(type(cell), 0)
 
 
 def units_of(cell: Any) -> int:
