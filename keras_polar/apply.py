@@ -1,5 +1,6 @@
 """Puts gates into a model: one call before `fit`."""
 
+import re
 from collections import ChainMap
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +12,11 @@ from keras_polar.coupling import Coupling, Group, couple, why_fixed
 from keras_polar.gated import GatedModel, is_gated
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused
+from keras_polar.inner import InnerMask, pack
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
 from keras_polar.rules import Site
-from keras_polar.rules.base import line
+from keras_polar.rules.base import inner_vector, line
 from keras_polar.schedule import Schedule
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
@@ -44,7 +46,9 @@ def apply(
         measure: what `sparsity` is a share of: "weights" (`model.count_params()`), "macs"
             (multiply-accumulates per sample) or "units" (channels and neurons).
         gate: "dynamic" (decides per sample while training, the paper's) or "static" (one logit
-            per unit).
+            per unit). Units that are read inside the layer that makes them (attention heads, the
+            hidden units of an LSTM) always have static gates: they are masked on the weights,
+            which all samples share.
         granularity: what a gate removes; "channels".
         ignore: names of layers, glob patterns allowed, that keep all their units.
         round_to: kept units per group are a multiple of this.
@@ -141,6 +145,12 @@ def _budget(
     return budget
 
 
+def _groups_read_inside(coupling: Coupling) -> frozenset[int]:
+    """Indices of the groups that a layer reads by its own weights."""
+    vectors = [inner_vector(site, *read) for site in coupling.sites for read in site.inner_reads]
+    return frozenset(i for v in vectors for i in coupling.group_of[v[v >= 0]].tolist() if i >= 0)
+
+
 class _Inserter:
     """Rebuilds a graph with a mask in front of every reader of gated units."""
 
@@ -158,6 +168,8 @@ class _Inserter:
         self.schedule, self.budget, self.measure = schedule, budget, measure
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
         self.clones: dict[int, Any] = {}
+        self.inner_masks: dict[int, InnerMask] = {}
+        self.read_inside = _groups_read_inside(coupling)
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
         graph = coupling.graph
@@ -173,52 +185,86 @@ class _Inserter:
         if call is self.coupling.graph.calls[-1]:
             # Last of all, so that every gate is known and the output keeps its layer's name.
             local = local.new_child(self._consensus(call.inputs[0], local))
-        return self._call(call, local)
+        return self._call(site, local)
 
-    def _call(self, call: Call, values: Any) -> Any:
+    def _call(self, site: Site, values: Any) -> Any:
+        call = site.call
         is_new = id(call.op) not in self.clones
         if is_new:
             self.clones[id(call.op)] = clone(call.op, call.name)
         op = self.clones[id(call.op)]
-        outputs = op(*fill(call.args, values), **fill(call.kwargs, values))
+        args, kwargs = fill((call.args, call.kwargs), values)
+        outputs = op(*args, **kwargs)
         if is_new:
             copy_weights(call.op, op, lambda _, value: value)
-        return outputs
+        vectors = [inner_vector(site, *read) for read in site.inner_reads]
+        own = self._gated(vectors)
+        return self._masked_inside(site, vectors, own, args, kwargs) if own else outputs
+
+    def _masked_inside(
+        self, site: Site, vectors: list, own: list[int], args: tuple, kwargs: dict
+    ) -> Any:
+        op = self.clones[id(site.op)]
+        if id(op) not in self.inner_masks:
+            reads = [
+                [variable, axis, self._arranged(vector, own)]
+                for (variable, axis), vector in zip(site.inner_reads, vectors, strict=True)
+            ]
+            self.inner_masks[id(op)] = InnerMask(op, reads)
+        inner_mask = self.inner_masks[id(op)]
+        return inner_mask([self.gates[i] for i in own], *args, **pack(kwargs))
 
     def _masked_inputs(self, site: Site, values: dict) -> dict:
-        found = {}
-        for tensor, axis in site.reads:
-            index = site.call.inputs[tensor]
-            key = (index, axis)
-            if key not in self.masked:
-                self.masked[key] = self._mask(site, tensor, axis, values[index])
-            found[index] = self.masked[key]
-        return found
+        axes: dict[int, list] = {}
+        for tensor, axis in dict.fromkeys(site.reads):
+            axes.setdefault(site.call.inputs[tensor], []).append((tensor, axis))
+        return {i: self._masked(site, i, tuple(own), values[i]) for i, own in axes.items()}
+
+    def _masked(self, site: Site, index: int, reads: tuple, value: Any) -> Any:
+        key = (index, frozenset(axis for _, axis in reads))
+        if key not in self.masked:
+            for tensor, axis in reads:
+                value = self._mask(site, tensor, axis, value)
+            self.masked[key] = value
+        return self.masked[key]
 
     def _mask(self, site: Site, tensor: int, axis: int, value: Any) -> Any:
         vector = line(site.inputs[tensor], axis)
-        group = np.where(vector >= 0, self.coupling.group_of[vector], -1)
-        own = [i for i in dict.fromkeys(group.tolist()) if i >= 0]
+        own = self._gated([vector])
         if not own:
             return value
-        sizes = [self.coupling.groups[i].units for i in own]
-        start = dict(zip(own, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-        place = self.coupling.index_of[vector]
-        index = [
-            start[g] + int(p) if g >= 0 else sum(sizes)
-            for g, p in zip(group.tolist(), place, strict=True)
-        ]
-        fits = len(own) == 1 and index == list(range(sizes[0]))
+        index = self._arranged(vector, own)
+        fits = index == list(range(self.coupling.groups[own[0]].units))
         mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
         return mask(value, [self.gates[i] for i in own])
 
+    def _gated(self, vectors: list) -> list[int]:
+        """Indices of the groups that any of the vectors mentions."""
+        groups = np.concatenate([self._group_of(v) for v in vectors]) if vectors else np.array([])
+        return [i for i in dict.fromkeys(groups.tolist()) if i >= 0]
+
+    def _group_of(self, vector: Any) -> np.ndarray:
+        return np.where(vector >= 0, self.coupling.group_of[vector], -1)
+
+    def _arranged(self, vector: Any, own: list[int]) -> list[int]:
+        """Where the gate of each element is among those of the groups `own` side by side.
+
+        Elements without a gate point one past the end.
+        """
+        sizes = [self.coupling.groups[i].units for i in own]
+        start = dict(zip(own, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        group, place = self._group_of(vector).tolist(), self.coupling.index_of[vector].tolist()
+        return [start[g] + p if g >= 0 else sum(sizes) for g, p in zip(group, place, strict=True)]
+
     def _gate(self, i: int, site: Site, values: Any) -> Any:
         group = self.coupling.groups[i]
-        name = self._name(f"{group.name.replace(':', '_')}_gate")
+        name = self._name(f"{re.sub('[:.]', '_', group.name)}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
-        # A layer that reads no features (token ids, say) gives a gate nothing to look at.
-        gate_class = self.gate_class if site.reads and "float" in value.dtype else Gate
+        # A layer that reads no features (token ids, say) gives a gate nothing to look at, and a
+        # mask on weights is the same for all samples.
+        can_look = site.reads and "float" in value.dtype and i not in self.read_inside
+        gate_class = self.gate_class if can_look else Gate
         gate = gate_class(
             group.units,
             group.name,

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_polar.coupling import Coupling, couple
 from keras_polar.gated import flags_for, require_gated, stripped
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, variable_at
 from keras_polar.rules import Kept, Site, rule_for
 from keras_polar.samples import difference, random_inputs
 from keras_polar.units import compact
@@ -50,18 +50,21 @@ def _small(site: Site) -> list[np.ndarray]:
 
 
 def _copy_cut_weights(site: Site, new: Any, kept: Kept) -> None:
-    slices = {}
-    for attribute, names in rule_for(site.op).weights(site.op).items():
-        variable = getattr(site.op, attribute, None)
+    rule, slices = rule_for(site.op), {}
+    for attribute, names in rule.weights(site.op).items():
+        variable = variable_at(site.op, attribute)
         if variable is not None:
             slices[id(variable)] = [
                 kept.where(site.axes[n]) if n in site.axes else None for n in names
             ]
+    given = rule.factors(site, kept).items()
+    factors = {id(variable_at(site.op, path)): factor for path, factor in given}
 
     def cut_variable(variable: Any, value: np.ndarray) -> np.ndarray:
         for axis, where in enumerate(slices.get(id(variable), ())):
             value = value if where is None else np.take(value, where, axis)
-        return value
+        factor = factors.get(id(variable))
+        return value if factor is None else (value * factor).astype(value.dtype)
 
     try:
         copy_weights(site.op, new, cut_variable)

@@ -26,7 +26,8 @@ class Group:
     """Classes of units with the same makers and readers, hence interchangeable in cost.
 
     Attributes:
-        name: of the first producing layer; numbered where one layer feeds several groups.
+        name: of the first producing layer, with what the units are where it makes several kinds
+            ("attention.heads"); numbered where that leaves several groups.
         layers: names of the producing layers.
         roots: the classes, as the smallest id of each, int32 of shape (units,).
         members: where the first layer has them: indices among its units, int32 of shape (units,).
@@ -186,13 +187,19 @@ def _group(
     roots: np.ndarray, own: np.ndarray, makers: list[int], sites: tuple, names: dict
 ) -> Group:
     first = sites[makers[0]]
-    number = names[first.name] = names.get(first.name, 0) + 1
-    name = first.name if number == 1 else f"{first.name}:{number}"
+    name = first.name if len(first.produces) == 1 else f"{first.name}.{_kind(first, roots, own)}"
+    number = names[name] = names.get(name, 0) + 1
+    name = name if number == 1 else f"{name}:{number}"
     made = roots[np.concatenate([first.axes[p] for p in first.produces])]
     found, places = np.unique(made, return_index=True)
     members = places[np.searchsorted(found, own)].astype(np.int32)
     layers = tuple(dict.fromkeys(sites[i].name for i in makers))
     return Group(name, layers, own, members, makers[0])
+
+
+def _kind(site: Site, roots: np.ndarray, own: np.ndarray) -> str:
+    """The axis of a layer on which units of a group stand."""
+    return next(p for p in site.produces if own[0] in roots[site.axes[p]])
 
 
 def _signatures(sites: tuple[Site, ...], roots: np.ndarray) -> np.ndarray:

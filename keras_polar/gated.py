@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -9,7 +10,8 @@ import numpy as np
 
 from keras_polar.coupling import Coupling
 from keras_polar.gates import PACKAGE, Gate, Mask
-from keras_polar.graph import Call, Graph, bypass, to_numpy, trace
+from keras_polar.graph import Call, Graph, bypass, refs_in, to_numpy, trace
+from keras_polar.inner import InnerMask, unpack
 from keras_polar.plan import Budget, settle
 from keras_polar.polarization import Consensus
 
@@ -219,7 +221,17 @@ def stripped(gated: Any) -> Graph:
             return -1
         return call.inputs[0] if isinstance(call.op, (Mask, Consensus)) else None
 
-    return bypass(trace(gated), stands_for)
+    graph = trace(gated)
+    bare = replace(graph, calls=tuple(map(_without_inner_mask, graph.calls)))
+    return bypass(bare, stands_for)
+
+
+def _without_inner_mask(call: Call) -> Call:
+    if not isinstance(call.op, InnerMask):
+        return call
+    args, kwargs = call.args[1:], unpack(call.kwargs)
+    inputs = refs_in((args, kwargs))
+    return replace(call, op=call.op.layer, args=args, kwargs=kwargs, inputs=inputs)
 
 
 def flags_for(gated: GatedModel, coupling: Coupling) -> np.ndarray:

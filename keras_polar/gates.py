@@ -105,7 +105,8 @@ class Gate(keras.layers.Layer):
     def consensus(self) -> Any:
         """0/1 per unit, float32 of shape (units,): what inference uses."""
         free = consensus(ops.convert_to_tensor(self.open_rates), self.min_units)
-        return ops.where(self.settled > 0.5, self.settled_mask, free)
+        fixed = ops.convert_to_tensor(self.settled_mask)  # JAX wants no variables here
+        return ops.where(self.settled > 0.5, fixed, free)
 
     def _observe(self, gates: Any, soft: Any) -> None:
         for state, now in ((self.open_rates, gates), (self.scores, soft)):

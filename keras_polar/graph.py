@@ -303,6 +303,13 @@ def to_numpy(x: Any) -> np.ndarray:
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x))
 
 
+def variable_at(op: Any, path: str) -> Any:
+    """The variable that a dotted attribute path leads to ("cell.kernel"); None if there is none."""
+    for name in path.split("."):
+        op = getattr(op, name, None)
+    return op
+
+
 def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> None:
     """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`."""
     if source is target or not isinstance(source, keras.layers.Layer):

@@ -58,6 +58,51 @@ def through_vector(x, y, n):
     return layers.Reshape((SIZE, SIZE, n))(v)
 
 
+def as_sequence(x):
+    return layers.Reshape((SIZE * SIZE, x.shape[-1]))(x)
+
+
+def as_image(x):
+    return layers.Reshape((SIZE, SIZE, x.shape[-1]))(x)
+
+
+def self_attention(x, y, n):
+    query, value = as_sequence(x), as_sequence(y)
+    y = layers.MultiHeadAttention(n, 3, value_dim=2, output_shape=n + 1)(query, value)
+    return as_image(y)
+
+
+def grouped_attention(x, y, n):
+    query, value = as_sequence(x), as_sequence(matched(x, y))
+    heads = {"num_query_heads": 2 * n, "num_key_value_heads": n if n % 2 else 2}
+    return as_image(layers.GroupQueryAttention(2, **heads)(query, value))
+
+
+def recurrent(x, y, n):
+    kind = (layers.LSTM, layers.GRU, layers.SimpleRNN)[n % 3]
+    return as_image(kind(n, return_sequences=True)(as_sequence(x)))
+
+
+def bidirectional(x, y, n):
+    layer = layers.Bidirectional(layers.GRU(n), merge_mode=("concat", "sum")[n % 2])
+    return x * layers.Dense(1)(layer(as_sequence(y)))[:, None, None]
+
+
+def luong(x, y, n):
+    return as_image(layers.Attention()([as_sequence(x), as_sequence(matched(x, y))]))
+
+
+def einsum(x, y, n):
+    if n % 2:
+        return layers.EinsumDense("...c,cd->...d", n, activation="tanh", bias_axes="d")(x)
+    heads = layers.EinsumDense("bhwc,cnd->bhwnd", (SIZE, SIZE, n, 2), bias_axes="nd")(x)
+    return layers.EinsumDense("bhwnd,ndc->bhwc", (SIZE, SIZE, n))(heads)
+
+
+def per_step(x, y, n):
+    return layers.TimeDistributed(layers.Conv1D(n, 3, padding="same"))(x)
+
+
 def constants(x, y, n):
     return 1.0 - x * np.linspace(0.5, 2, x.shape[-1]).astype("float32")
 
@@ -98,6 +143,13 @@ STEPS = {
     "mean": lambda x, y, n: x + ops.mean(x, axis=(1, 2), keepdims=True),
     "sum": lambda x, y, n: x + 0.1 * ops.sum(y, axis=-1, keepdims=True),
     "softmax": lambda x, y, n: layers.Softmax()(x),
+    "self_attention": self_attention,
+    "grouped_attention": grouped_attention,
+    "recurrent": recurrent,
+    "bidirectional": bidirectional,
+    "luong": luong,
+    "einsum": einsum,
+    "per_step": per_step,
 }
 
 programs = st.lists(

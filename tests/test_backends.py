@@ -23,3 +23,26 @@ def test_apply_fit_convert(gate):
     assert history["sparsity"][-1] == pytest.approx(gated.sparsity, abs=1e-5)
     assert abs(gated.sparsity - 0.5) <= 0.015  # one unit of this tiny model is about 1 %
     assert difference(gated, keras_polar.convert(gated, verify=x[:32]), x[:32]) <= 1e-4
+
+
+@pytest.mark.parametrize("gate", ["dynamic", "static"])
+def test_units_inside_a_layer(gate):
+    layers = keras.layers
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 20, (96, 6)) * (np.arange(6) < rng.integers(3, 7, (96, 1)))
+    y = (x[:, 0] > 10).astype("int64")
+    tokens = keras.Input((6,), dtype="int32")
+    z = layers.Embedding(20, 8, mask_zero=True)(tokens)
+    z = layers.Add()([z, layers.MultiHeadAttention(4, 6, dropout=0.1, name="attention")(z, z)])
+    z = layers.LSTM(8, dropout=0.1, name="lstm")(z)
+    gated = keras_polar.apply(keras.Model(tokens, layers.Dense(2)(z)), 0.4, gate=gate)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    gated.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=False)
+    before = keras.ops.convert_to_numpy(keras.ops.copy(gated.get_layer("lstm").variables[1]))
+    history = gated.fit(x, y, epochs=6, batch_size=32, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+    assert abs(gated.sparsity - 0.4) <= 0.03
+    now = keras.ops.convert_to_numpy(gated.get_layer("lstm").variables[1])
+    assert now.shape == before.shape == (8, 32)
+    assert (now != before).any(axis=1).all()
+    assert difference(gated, keras_polar.convert(gated, verify=x[:32]), x[:32]) <= 1e-4

@@ -7,6 +7,10 @@ channels and "out" fresh ones; `weights` says which axis of which variable is "i
 `config` and `macs` are written in terms of how many of each remain. How many weights a layer has
 follows from `weights`.
 
+Units that are both made and read within one layer (attention heads, the hidden state of an LSTM)
+cannot be masked in front of a consumer. Their rule declares *inner reads*, axes of weights that
+are multiplied by the mask instead: `(x * m) @ W == x @ (m[:, None] * W)`.
+
 Example: the whole rule of a Dense layer::
 
     class DenseRule(Rule):
@@ -24,14 +28,16 @@ Example: the whole rule of a Dense layer::
             return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, but=-1))]
 """
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from keras import tree
 
-from keras_polar.graph import Call, Spec
+from keras_polar.graph import Call, Ref, Spec, variable_at
 from keras_polar.units import Ids, Units, along, compact, look_up, nobody
 
 
@@ -93,6 +99,8 @@ class Site:
         outputs: id arrays of the output tensors, once `flow` has been asked.
         axes: the layer's named id vectors; calls of a shared layer have the same ones.
         reads: (input position, axis) whose closed units must arrive as zeros.
+        inner_reads: (variable, axis) of the layer's own weights, the variable named as in
+            `Rule.weights`, whose slices for closed units must be zeros.
     """
 
     call: Call
@@ -103,6 +111,7 @@ class Site:
     axes: dict[str, Ids] = field(default_factory=dict)
     outputs: list[Ids] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
+    inner_reads: list[tuple[str, int]] = field(default_factory=list)
     produces: list[str] = field(default_factory=list)
 
     @property
@@ -123,6 +132,15 @@ class Site:
         shape = sizes(self.specs[index].shape)
         return math.prod(shape[1:]) // shape[but]
 
+    def given(self) -> dict[str, Any]:
+        """The call's arguments by name, those left out not among them; tensors as `Ref`s."""
+        bound = inspect.signature(self.op.call).bind(*self.call.args, **self.call.kwargs)
+        return {n: v for n, v in bound.arguments.items() if v is not None}
+
+    def place(self, argument: Any) -> int:
+        """Position among `inputs` of the tensor given for an argument; -1 if it is none."""
+        return self.call.inputs.index(argument.index) if isinstance(argument, Ref) else -1
+
     # --- what `flow` can say ---
 
     def follow(self, name: str, axis: int, tensor: int = 0) -> Ids:
@@ -139,11 +157,26 @@ class Site:
 
     def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:
         """The layer makes `n` units of its own, along `axis` of its output."""
-        vector = self.shared_axes.get(name)
-        vector = self.set_axis(name, self.units.fresh(n) if vector is None else vector)
-        self.produces.append(name)
         shape = self.output_shapes[output]
-        return along(vector, axis % len(shape), shape)
+        return along(self.produce_inside(name, n), axis % len(shape), shape)
+
+    def produce_inside(self, name: str, n: int, arrange: Callable[[Ids], Ids] | None = None) -> Ids:
+        """The layer makes `n` units that need not show in its output; returns their vector.
+
+        Args:
+            arrange: from the vector of fresh ids to the axis they stand on, should units take
+                several places there.
+        """
+        vector = self.shared_axes.get(name)
+        if vector is None:
+            fresh = self.units.fresh(n)
+            vector = fresh if arrange is None else arrange(fresh)
+        self.produces.append(name)
+        return self.set_axis(name, vector)
+
+    def read_inside(self, variable: str, axis: int) -> None:
+        """The layer itself reads its units, through `axis` of one of its weights."""
+        self.inner_reads.append((variable, axis))
 
     def set_axis(self, name: str, vector: Ids) -> Ids:
         """Names an id vector; the calls of a shared layer get tied."""
@@ -159,6 +192,12 @@ class Site:
 
     def pin(self, ids: Ids, why: str) -> None:
         self.units.pin(ids, f"{why} ({type(self.op).__name__} {self.name!r})")
+
+    def pin_argument(self, argument: Any, why: str) -> None:
+        """Pins all tensors of an argument (a mask, say)."""
+        for leaf in tree.flatten(argument):
+            if isinstance(leaf, Ref):
+                self.pin(self.inputs[self.place(leaf)], why)
 
     def pin_all(self, why: str) -> list[Ids]:
         """Pins every input; the outputs belong to nobody."""
@@ -180,11 +219,18 @@ class Rule:
         return site.pin_all("no rule for this operation; see keras_polar.register")
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        """Variable (attribute name) -> the axis name, or None, of each of its axes."""
+        """Variable -> the axis name, or None, of each of its axes.
+
+        Variables are named by attributes: "kernel", or "cell.kernel" for a sublayer's.
+        """
         return {}
 
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
         """Changes of the layer's config when only `kept` units remain."""
+        return {}
+
+    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+        """Variable -> what its values are multiplied by when only `kept` units remain."""
         return {}
 
     def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
@@ -200,12 +246,28 @@ def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
     """One term per variable: its named axes are factors, all others count in full."""
     terms, counted = [], 0
     for attribute, names in weights.items():
-        variable = getattr(site.op, attribute, None)
+        variable = variable_at(site.op, attribute)
         if variable is not None:
             terms.append(_variable_term(variable, names, site))
             counted += math.prod(variable.shape)
     rest = sum(math.prod(w.shape) for w in getattr(site.op, "weights", ())) - counted
     return [*terms, Term((), weights=rest)] if rest else terms
+
+
+def inner_vector(site: Site, variable: str, axis: int) -> Ids:
+    """The ids along an axis of one of the layer's variables."""
+    name = rule_for(site.op).weights(site.op)[variable][axis]
+    return site.axes[name]
+
+
+class PinRule(Rule):
+    """All units that reach the operation stay, for a stated reason."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def flow(self, site: Site) -> list[Ids]:
+        return site.pin_all(self.why)
 
 
 def _variable_term(variable: Any, names: tuple, site: Site) -> Term:

@@ -127,6 +127,11 @@ add(
 )
 add(BatchNormRule(), layers.BatchNormalization)
 add(GroupNormRule(), layers.GroupNormalization)
-add(LayerNormRule(), layers.LayerNormalization)
+add(
+    LayerNormRule(),
+    layers.LayerNormalization,
+    layers.RMSNormalization,
+    layers.UnitNormalization,
+)
 add(ReduceRule(), *map(op_class, ("Mean", "Max", "Min", "Var", "Std", "Prod", "Amax", "Amin")))
 add(SumRule(), op_class("Sum"))

@@ -1,0 +1,124 @@
+"""Masks on units that live inside a layer: heads of an attention layer, the state of an LSTM.
+
+Nothing stands between the maker and the reader of such a unit where a tensor could be masked, but
+the reader is a matrix product with a weight of the same layer, and `(x * m) @ W` is the same as
+`x @ (m[:, None] * W)`: the layer is called with that weight masked.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_polar.gates import PACKAGE
+from keras_polar.graph import Ref, variable_at
+
+
+class Substituted(keras.StatelessScope):
+    """Within it, variables have other values; whatever is assigned to them or to others, and
+    losses that layers add, are collected: `updates` and `losses`.
+    """
+
+    def __init__(self, values: Sequence[tuple]) -> None:
+        super().__init__(values, collect_losses=True, initialize_variables=False)
+        self.updates: dict[int, tuple] = {}
+
+    def __enter__(self) -> "Substituted":
+        super().__enter__()
+        if self.original_scope is not None:  # JAX trains in a stateless scope of its own
+            for known, value in self.original_scope.state_mapping.items():
+                self.state_mapping.setdefault(known, value)
+        return self
+
+    def add_update(self, update: tuple) -> None:
+        super().add_update(update)
+        self.updates[id(update[0])] = update
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class InnerMask(keras.layers.Wrapper):
+    """Calls a layer with some of its weights masked: closed units contribute nothing within it.
+
+    It stands in the place of the layer, under the same name. Gates of shape (1, units) only: all
+    samples share the weights.
+
+    Args:
+        layer: the layer, built.
+        reads: lists `[variable, axis, index]`: the variable (an attribute path of the layer), the
+            axis to be masked, and for every position along it the gate among the concatenated
+            ones, or one past the end for units without a gate.
+    """
+
+    def __init__(self, layer: Any, reads: list, **kwargs: Any) -> None:
+        options = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
+        super().__init__(layer, **options)
+        self.reads = reads
+        self.supports_masking = True
+
+    def build(self, *shapes: Any) -> None:
+        """The layer is built already."""
+
+    def call(
+        self,
+        gates: list,
+        *args: Any,
+        options: dict | None = None,
+        training: bool | None = None,
+        **tensors: Any,
+    ) -> Any:
+        with Substituted(self._masked_variables(gates)) as scope:
+            kwargs = {**tensors, **(options or {})}
+            outputs = self.layer(*args, training=training, **kwargs)
+        for variable, value in scope.updates.values():  # states of dropout, say
+            variable.assign(value)
+        for loss in scope.losses:  # activity regularisers
+            self.add_loss(loss)
+        return outputs
+
+    def _masked_variables(self, gates: list) -> list[tuple]:
+        known = ops.concatenate([*gates, ops.ones_like(gates[0][:, :1])], axis=1)[0]
+        masked: dict[int, tuple] = {}
+        for path, axis, index in self.reads:
+            variable = variable_at(self.layer, path)
+            _, value = masked.get(id(variable), (variable, ops.convert_to_tensor(variable)))
+            shape = [-1 if i == axis else 1 for i in range(len(value.shape))]
+            mask = ops.reshape(ops.take(known, np.asarray(index, "int32")), shape)
+            masked[id(variable)] = variable, value * ops.cast(mask, value.dtype)
+        return list(masked.values())
+
+    def compute_output_spec(
+        self,
+        gates: list,
+        *args: Any,
+        options: dict | None = None,
+        training: Any = None,
+        **tensors: Any,
+    ) -> Any:
+        return self.layer.compute_output_spec(*args, **tensors, **(options or {}))
+
+    def compute_mask(self, *args: Any, **kwargs: Any) -> None:
+        """None: the layer has set the masks of its outputs."""
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "reads": self.reads}
+
+
+def pack(kwargs: dict) -> dict:
+    """Keyword arguments of a layer as `InnerMask` takes them: without tensors as `options`.
+
+    Keras does not allow tensors and other values side by side in arguments it has no names for.
+    """
+    tensors = {k: v for k, v in kwargs.items() if _has_tensors(v) or k == "training"}
+    options = {k: v for k, v in kwargs.items() if k not in tensors and v is not None}
+    return {**tensors, "options": options} if options else tensors
+
+
+def unpack(kwargs: dict) -> dict:
+    """The keyword arguments of the layer itself, from those of a call of its `InnerMask`."""
+    return {**kwargs.get("options", {}), **{k: v for k, v in kwargs.items() if k != "options"}}
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(x, (keras.KerasTensor, Ref)) for x in tree.flatten(value))

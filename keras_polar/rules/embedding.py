@@ -1,0 +1,47 @@
+"""Tables of vectors: Embedding, and ReversibleEmbedding, which also maps back to the vocabulary."""
+
+from typing import Any
+
+from keras import layers
+
+from keras_polar.rules.base import Kept, Rule, Site, Term, add
+from keras_polar.units import Ids, nobody
+
+
+class EmbeddingRule(Rule):
+    """Makes the channels of its vectors; what it reads are numbers of rows, not units."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        site.pin(site.inputs[0], "is used as row numbers of a table")
+        return [site.produce("out", site.op.output_dim, -1)]
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"embeddings": (None, "out")}
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        return {"output_dim": kept.count(site.axes["out"])}
+
+
+class ReversibleEmbeddingRule(EmbeddingRule):
+    """Called in reverse it reads the channels that it makes otherwise: the two are tied."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        if not self._is_reverse(site):
+            return super().flow(site)
+        site.read("out", -1)
+        return [nobody(site.output_shapes[0])]
+
+    def _is_reverse(self, site: Site) -> bool:
+        return bool(site.given().get("reverse", False))
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"embeddings": (None, "out"), "reverse_embeddings": ("out", None)}
+
+    def macs(self, site: Site) -> list[Term]:
+        if not self._is_reverse(site):
+            return []
+        return [Term((site.axes["out"],), macs=site.positions(0) * site.op.input_dim)]
+
+
+add(EmbeddingRule(), layers.Embedding)
+add(ReversibleEmbeddingRule(), layers.ReversibleEmbedding)

@@ -1,0 +1,68 @@
+"""Layers around another layer."""
+
+import copy
+from typing import Any
+
+import numpy as np
+from keras import layers
+
+from keras_polar.graph import Call, Ref, Spec
+from keras_polar.rules.base import UNKNOWN, Kept, PinRule, Rule, Site, Term, add, rule_for
+from keras_polar.units import Ids, varies
+
+
+class TimeDistributedRule(Rule):
+    """The inner layer's rule, asked about one step; steps are positions."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        (ids, *masks), inner = site.inputs, site.op.layer
+        if rule_for(inner) is UNKNOWN:
+            kind = type(inner).__name__
+            return site.pin_all(f"is read by a layer without a rule in TimeDistributed: {kind}")
+        for mask in masks:
+            site.pin(mask, "is used as a mask")
+        if varies(ids, 1):
+            return site.pin_all("runs over the units")
+        step = self._step(site)
+        if len(step.output_shapes) != 1:
+            return site.pin_all("has several outputs in TimeDistributed")
+        (out,) = rule_for(inner).flow(step)
+        site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
+        site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
+        return [np.broadcast_to(np.expand_dims(out, 1), site.output_shapes[0])]
+
+    def _step(self, site: Site) -> Site:
+        """The call of the inner layer on one step; it shares names and units with `site`."""
+        specs = [
+            Spec((s.shape[0], *s.shape[2:]), s.dtype)
+            for s in (site.specs[i] for i in (site.call.inputs[0], *site.call.outputs))
+        ]
+        outputs = tuple(range(1, len(specs)))
+        call = Call(site.op.layer, site.name, site.call.path, (Ref(0),), {}, (0,), outputs)
+        step = Site(call, tuple(specs), site.units, [site.inputs[0][:, 0]], site.shared_axes)
+        step.axes, step.produces = site.axes, site.produces
+        step.outputs = [ids[:, 0] for ids in site.outputs]
+        return step
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        inner = rule_for(op.layer).weights(op.layer)
+        return {f"layer.{path}": names for path, names in inner.items()}
+
+    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+        inner = rule_for(site.op.layer).factors(self._step(site), kept)
+        return {f"layer.{path}": factor for path, factor in inner.items()}
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        serialised = copy.deepcopy(site.op.get_config()["layer"])
+        serialised["config"].update(rule_for(site.op.layer).config(self._step(site), kept))
+        serialised.pop("build_config", None)
+        return {"layer": serialised}
+
+    def macs(self, site: Site) -> list[Term]:
+        steps = site.output_shapes[0][1]
+        inner = rule_for(site.op.layer).macs(self._step(site)) if site.axes else []
+        return [Term(t.factors, macs=steps * t.macs) for t in inner]
+
+
+add(TimeDistributedRule(), layers.TimeDistributed)
+add(PinRule("its weights are normalised over all units"), layers.SpectralNormalization)

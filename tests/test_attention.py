@@ -1,0 +1,294 @@
+"""Attention, EinsumDense and Embedding: heads and widths really go, and the certificate holds."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import check, close_half, randomise
+from keras import layers, ops
+
+import keras_polar
+from keras_polar.samples import difference, random_inputs
+
+ATTENTION = {"num_heads": 4, "key_dim": 6, "name": "attention"}
+GROUPED = {"head_dim": 6, "name": "attention"}
+
+
+def model_of(*steps, shape=(5, 8)):
+    """Steps between a Dense layer, whose units can go, and a head."""
+    inputs = keras.Input(shape)
+    x = layers.Dense(8, activation="tanh", name="before")(inputs)
+    for step in steps:
+        x = step(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+
+
+def self_attention(kind=layers.MultiHeadAttention, call=None, **options):
+    layer = kind(**options)
+    return lambda x: layer(x, x, **(call or {}))
+
+
+def cross_attention(x):
+    value, key = layers.Dense(7, name="values")(x), layers.Dense(9, name="keys")(x)
+    return layers.MultiHeadAttention(**ATTENTION)(x[:, :3], value, key)
+
+
+def with_scores(x):
+    layer = layers.MultiHeadAttention(**ATTENTION)
+    y, scores = layer(x, x, return_attention_scores=True)
+    scores = layers.Dense(4, name="mixed")(ops.transpose(scores, (0, 2, 3, 1)))
+    return layers.Concatenate()([layers.Flatten()(y), layers.Flatten()(scores)])
+
+
+def with_causal_and_other_mask(x):
+    mask = ops.sum(x, axis=-1, keepdims=True) > -1e9
+    layer = layers.MultiHeadAttention(**ATTENTION)
+    return layer(x, x, attention_mask=mask, use_causal_mask=True)
+
+
+def shared(x):
+    layer = layers.MultiHeadAttention(**ATTENTION)
+    return layers.Add()([layer(x, x), layer(ops.tanh(x), x, use_causal_mask=True)])
+
+
+def attention_by_einsum(x):
+    q, k, v = (
+        layers.EinsumDense("btd,dnh->btnh", (5, 4, 6), bias_axes="nh", name=n)(x) for n in "qkv"
+    )
+    y = ops.sigmoid(q) * ops.tanh(k) + v
+    return layers.EinsumDense("btnh,nhd->btd", (5, 8), bias_axes="d", name="project")(y)
+
+
+CASES = {
+    "plain": [self_attention(**ATTENTION)],
+    "no_bias": [self_attention(**ATTENTION, use_bias=False)],
+    "value_width": [self_attention(**ATTENTION, value_dim=3)],
+    "output_shape": [self_attention(**ATTENTION, output_shape=7)],
+    "output_of_two_axes": [self_attention(**ATTENTION, output_shape=(2, 6))],
+    "gated_attention": [self_attention(**ATTENTION, use_gate=True)],
+    "dropout": [self_attention(**ATTENTION, dropout=0.3)],
+    "causal": [self_attention(**ATTENTION, call={"use_causal_mask": True})],
+    "causal_and_mask": [with_causal_and_other_mask],
+    "sliding_window": [self_attention(**ATTENTION, sliding_window=2)],
+    "scores": [with_scores],
+    "cross": [cross_attention],
+    "shared": [shared],
+    "grouped": [
+        self_attention(
+            layers.GroupQueryAttention, **GROUPED, num_query_heads=6, num_key_value_heads=3
+        )
+    ],
+    "grouped_few": [
+        self_attention(
+            layers.GroupQueryAttention, **GROUPED, num_query_heads=8, num_key_value_heads=2,
+            use_gate=True,
+        )
+    ],
+    "multi_query": [
+        self_attention(
+            layers.GroupQueryAttention, **GROUPED, num_query_heads=4, num_key_value_heads=1,
+            use_bias=False, dropout=0.2,
+        )
+    ],
+    "einsum_heads": [attention_by_einsum],
+    "einsum_ellipsis": [
+        layers.EinsumDense("...x,xy->...y", 6, bias_axes="y", activation="relu"),
+        layers.EinsumDense("bt...,td->bd...", (4,), bias_axes="d"),
+    ],
+    "einsum_batch_axis": [
+        layers.EinsumDense("btc,tc->btc", (5, 8), bias_axes="c"), layers.Dense(6),
+    ],
+    "einsum_per_step": [
+        layers.EinsumDense("btc,tcd->btd", (5, 7), bias_axes="td"), layers.Dense(6),
+    ],
+    "einsum_sum": [layers.EinsumDense("btc,td->bd", (7,), bias_axes="d")],
+    "luong": [lambda x: layers.Attention(use_scale=True)([x, layers.Dense(8)(x)])],
+    "luong_three": [
+        lambda x: layers.Attention(score_mode="concat")(
+            [x, layers.Dense(6, name="values")(x), layers.Dense(8)(x)]
+        ),
+        layers.Dense(4),
+    ],
+    "bahdanau": [
+        lambda x: layers.AdditiveAttention()([x, layers.Dense(6, name="values")(x), ops.tanh(x)]),
+    ],
+    "dot": [lambda x: layers.Dot(axes=-1)([x, layers.Dense(8)(x)])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("gate", ["static", "dynamic"])
+def test_one_construct(case, gate):
+    gated, small = check(randomise(model_of(*CASES[case])), gate=gate)
+    if any(hasattr(x, "_query_dense") for x in small.layers):
+        kinds = {g.name for g in gated.groups if g.layers[0] == "attention"}
+        assert {"attention.q", "attention.key"} <= kinds
+    assert all(type(x).__module__.startswith("keras.") for x in small.layers)
+
+
+def test_attention_over_one_of_two_axes():
+    steps = [self_attention(**ATTENTION, attention_axes=(2,)), layers.Dense(6)]
+    check(randomise(model_of(*steps, shape=(3, 4, 8))))
+
+
+def test_heads_and_widths_shrink():
+    model = randomise(model_of(self_attention(**ATTENTION, value_dim=4)))
+    _, small = check(model)
+    layer = small.get_layer("attention")
+    assert (layer.num_heads, layer.key_dim, layer.value_dim) == (2, 3, 2)
+    assert layer.output_dense.kernel.shape == (2, 2, 4)
+    assert layer.query_dense.kernel.shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize(("queries", "keys", "left"), [(6, 3, (2, 1)), (8, 2, (4, 2))])
+def test_heads_of_grouped_attention_go_in_legal_pieces(queries, keys, left):
+    options = {"num_query_heads": queries, "num_key_value_heads": keys, **GROUPED}
+    _, small = check(randomise(model_of(self_attention(layers.GroupQueryAttention, **options))))
+    layer = small.get_layer("attention")
+    assert (layer.num_query_heads, layer.num_key_value_heads, layer.head_dim) == (*left, 3)
+
+
+def zeroed(model, layer, rows):
+    """The model with rows of a layer's output projection set to zero, by hand."""
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    kernel = twin.get_layer(layer).output_dense.kernel
+    value = np.array(ops.convert_to_numpy(kernel))
+    value[rows] = 0
+    kernel.assign(value)
+    return twin
+
+
+def test_removed_heads_equal_zeroed_rows_of_the_projection():
+    model = randomise(model_of(self_attention(**ATTENTION)))
+    small = keras_polar.remove(model, {"attention": [0, 2]})
+    assert small.get_layer("attention").num_heads == 2
+    inputs = random_inputs(model)
+    assert difference(zeroed(model, "attention", [0, 2]), small, inputs) < 1e-5
+    assert difference(model, small, inputs) > 1e-3
+
+
+def test_mask_per_head_keeps_the_heads():
+    x, mask = keras.Input((5, 8)), keras.Input((4, 5, 5), dtype="bool")
+    y = layers.MultiHeadAttention(**ATTENTION)(layers.Dense(6)(x), x, attention_mask=mask)
+    model = randomise(keras.Model([x, mask], layers.Dense(2)(y)))
+    gated, _ = check(model)
+    assert "attention.q" not in {g.name for g in gated.groups}
+    reason = next(r.reason for r in keras_polar.inspect(model).rows if r.name == "attention")
+    assert "mask for every head" in reason
+
+
+def block(x, i):
+    y = layers.LayerNormalization()(x)
+    y = layers.MultiHeadAttention(4, 6, dropout=0.1, name=f"attention{i}")(y, y)
+    x = layers.Add()([x, y])
+    y = layers.LayerNormalization()(x)
+    y = layers.Dense(16, activation="gelu", name=f"wide{i}")(y)
+    return layers.Add()([x, layers.Dense(x.shape[-1], name=f"narrow{i}")(y)])
+
+
+def transformer(classes=2, mask_zero=True):
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(20, 8, mask_zero=mask_zero, name="embedding")(tokens)
+    x = block(block(x, 0), 1)
+    return keras.Model(tokens, layers.Dense(classes)(layers.GlobalAveragePooling1D()(x)))
+
+
+def padded_tokens(n=16, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 20, (n, 6))
+    return np.where(np.arange(6) < rng.integers(2, 7, (n, 1)), tokens, 0).astype("int32")
+
+
+@pytest.mark.parametrize("gate", ["static", "dynamic"])
+def test_transformer_keeps_its_stream_and_loses_heads_and_widths(gate):
+    model = randomise(transformer())
+    gated, small = check(model, gate=gate, inputs=padded_tokens())
+    assert {"attention0.q", "attention0.value", "attention1.key", "wide0", "wide1"} <= {
+        g.name for g in gated.groups
+    }
+    assert small.get_layer("attention1").num_heads == 2
+    assert small.get_layer("wide0").units == 8
+    assert small.get_layer("embedding").output_dim == 8
+    reasons = {r.name: r.reason for r in keras_polar.inspect(model).rows}
+    assert "normalises over the units" in reasons["embedding"]
+    dynamic = {x.group for x in gated.layers if type(x).__name__ == "DynamicGate"}
+    assert dynamic == ({"wide0", "wide1"} if gate == "dynamic" else set())
+
+
+def values(model):
+    return [np.array(ops.convert_to_numpy(v)) for v in model.trainable_weights]
+
+
+@pytest.mark.parametrize("gate", ["static", "dynamic"])
+def test_gated_transformer_trains_saves_and_loads(gate, tmp_path):
+    gated = keras_polar.apply(transformer(), 0.3, gate=gate)
+    tokens, labels = padded_tokens(64), np.arange(64) % 2
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    gated.compile("adam", loss, jit_compile=False)
+    before = values(gated)
+    gated.fit(tokens, labels, batch_size=16, epochs=4, verbose=0)
+    names = [v.path for v in gated.trainable_weights]
+    moved = {n for n, a, b in zip(names, before, values(gated), strict=True) if (a != b).any()}
+    for name in names:
+        # A key's bias shifts all scores of a query alike: softmax does not feel it.
+        assert name in moved or "key/bias" in name, name
+    assert abs(gated.sparsity - 0.3) < 0.02
+    gated.save(tmp_path / "gated.keras")
+    loaded = keras.models.load_model(tmp_path / "gated.keras")
+    assert difference(gated, loaded, tokens) == 0
+    small = keras_polar.convert(loaded, verify=tokens)
+    assert difference(gated, small, tokens) < 1e-4
+    small.save(tmp_path / "small.keras")
+    assert difference(small, keras.models.load_model(tmp_path / "small.keras"), tokens) == 0
+
+
+def test_embedding_width_goes_and_its_mask_stays():
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(20, 8, mask_zero=True, name="embedding")(tokens)
+    x = layers.GlobalAveragePooling1D()(layers.Dense(6, activation="tanh")(x))
+    _, small = check(randomise(keras.Model(tokens, layers.Dense(2)(x))), inputs=padded_tokens())
+    assert small.get_layer("embedding").embeddings.shape == (20, 4)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_reversible_embedding_is_cut_on_both_ways(tie):
+    tokens = keras.Input((6,), dtype="int32")
+    embedding = layers.ReversibleEmbedding(20, 8, tie_weights=tie, name="embedding")
+    x = embedding(tokens)
+    x = layers.Add()([x, layers.Dense(8)(layers.Dense(6, activation="relu")(x))])
+    model = randomise(keras.Model(tokens, embedding(x, reverse=True)))
+    _, small = check(model, inputs=padded_tokens())
+    assert small.get_layer("embedding").output_dim == 4
+
+
+@pytest.mark.parametrize("norm", [layers.RMSNormalization, layers.UnitNormalization])
+def test_normalised_stream_is_pinned_with_a_reason(norm):
+    model = randomise(model_of(norm(), layers.Dense(6)))
+    check(model)
+    reasons = {r.name: r.reason for r in keras_polar.inspect(model).rows}
+    assert "normalises over the units" in reasons["before"]
+
+
+def test_activity_regulariser_of_a_masked_layer_is_felt():
+    penalty = keras.regularizers.L2(0.1)
+    layer = layers.MultiHeadAttention(**ATTENTION, activity_regularizer=penalty)
+    model = randomise(model_of(lambda x: layer(x, x)))
+    inputs = random_inputs(model)
+    gated = keras_polar.apply(model, 0.2)
+    model(inputs, training=False)
+    gated(inputs, training=False)
+    ours = float(sum(gated.losses))
+    assert ours == pytest.approx(float(sum(model.losses)), rel=1e-5)
+    assert ours > 0
+
+
+def test_half_precision_keeps_its_policy():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = randomise(model_of(self_attention(**ATTENTION)))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    gated = keras_polar.apply(model, 0.01, measure="units", gate="static")
+    close_half(gated)
+    small = keras_polar.convert(gated, verify=True)
+    assert small.get_layer("attention").compute_dtype == "bfloat16"
