@@ -170,7 +170,11 @@ def cost(model: Any) -> Cost:
         >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
         36
     """
-    coupling = couple(trace(model))
+    return counted(couple(trace(model)))
+
+
+def counted(coupling: Coupling) -> Cost:
+    """The cost of a coupled graph, layer by layer."""
     seen: set[int] = set()
     rows = []
     for site, rule in rules_of(coupling):

@@ -104,7 +104,7 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
         ids.update(zip(call.outputs, site.outputs, strict=True))
         sites.append(site)
     for i in refs_in(graph.outputs):
-        units.pin(ids[i], "is an output of the model")
+        units.pin(ids[i], "is an output of the model", foremost=True)
     return tuple(sites)
 
 

@@ -52,11 +52,12 @@ class Units:
         self.count += n
         return np.arange(self.count - n, self.count, dtype=np.int32)
 
-    def pin(self, ids: Ids, reason: str) -> None:
-        """These units stay, because of `reason`."""
+    def pin(self, ids: Ids, reason: str, *, foremost: bool = False) -> None:
+        """These units stay, because of `reason`; the first one counts, or the foremost."""
         (ids,) = compact(ids)
         if (ids >= 0).any():
-            self._pins.append((np.unique(ids[ids >= 0]), reason))
+            place = 0 if foremost else len(self._pins)
+            self._pins.insert(place, (np.unique(ids[ids >= 0]), reason))
 
     def tie(self, a: Ids, b: Ids, reason: str) -> None:
         """Units at the same position go together; with nobody's elements they stay."""
