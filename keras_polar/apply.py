@@ -157,6 +157,9 @@ class _Inserter:
         self.produced = coupling.produced()
         self.schedule, self.budget, self.measure = schedule, budget, measure
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
+        self.groups_at: dict[int, list[int]] = {}
+        for i, group in enumerate(coupling.groups):
+            self.groups_at.setdefault(group.site, []).append(i)
         self.clones: dict[int, Any] = {}
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
@@ -167,9 +170,8 @@ class _Inserter:
         position = self.sites[id(call)]
         site = self.coupling.sites[position]
         local = ChainMap(self._masked_inputs(site, values), values)
-        for i, group in enumerate(self.coupling.groups):
-            if group.site == position:
-                self.gates[i] = self._gate(i, site, local)
+        for i in self.groups_at.get(position, ()):
+            self.gates[i] = self._gate(i, site, local)
         if call is self.coupling.graph.calls[-1]:
             # Last of all, so that every gate is known and the output keeps its layer's name.
             local = local.new_child(self._consensus(call.inputs[0], local))
@@ -198,16 +200,15 @@ class _Inserter:
     def _mask(self, site: Site, tensor: int, axis: int, value: Any) -> Any:
         vector = line(site.inputs[tensor], axis)
         group = np.where(vector >= 0, self.coupling.group_of[vector], -1)
-        own = [i for i in dict.fromkeys(group.tolist()) if i >= 0]
+        present, first = np.unique(group, return_index=True)
+        own = [i for i in present[np.argsort(first)].tolist() if i >= 0]
         if not own:
             return value
         sizes = [self.coupling.groups[i].units for i in own]
-        start = dict(zip(own, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-        place = self.coupling.index_of[vector]
-        index = [
-            start[g] + int(p) if g >= 0 else sum(sizes)
-            for g, p in zip(group.tolist(), place, strict=True)
-        ]
+        start = np.zeros(len(self.coupling.groups), int)
+        start[own] = np.cumsum([0, *sizes[:-1]])
+        places = start[group] + self.coupling.index_of[vector]
+        index = np.where(group >= 0, places, sum(sizes)).tolist()
         fits = len(own) == 1 and index == list(range(sizes[0]))
         mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
         return mask(value, [self.gates[i] for i in own])

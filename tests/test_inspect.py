@@ -36,8 +36,3 @@ def test_ignored_layers_lower_the_prunable_shares():
     free, held = keras_polar.inspect(model), keras_polar.inspect(model, ignore=["block1_*"])
     assert held.prunable_weights < free.prunable_weights
     assert held.prunable_macs < free.prunable_macs
-
-
-def test_an_output_says_that_it_is_one_before_anything_else():
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation="softmax", name="y")])
-    assert keras_polar.inspect(model).rows[0].reason == "is an output of the model"
