@@ -134,7 +134,9 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
     the most distinct units stays free.
     """
     arrays = [ids for site in sites for ids in site.outputs if _spans_several(ids)]
-    forest = Forest(units.roots()) if arrays else None
+    if not arrays:
+        return
+    forest = Forest(units.roots())
     for ids in arrays:
         _tie_to_best_axis(compact(ids)[0], forest, units)
 
