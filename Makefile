@@ -14,10 +14,10 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax lint format clean
+.PHONY: help setup demo test test-all test-jax coverage-matrix scaling lint format clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## create .venv and install the package with its examples and tests
 
@@ -42,6 +42,13 @@ test-all: $(INSTALLED) test-jax ## every test, and the smoke test on JAX
 
 test-jax: $(INSTALLED_JAX)
 	KERAS_BACKEND=jax $(RUN) -m pytest tests/test_backends.py
+
+coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub: docs/coverage.md; hours
+	$(RUN) -m pip install --quiet --editable '.[hub]'
+	$(RUN) examples/benchmarks/coverage_matrix.py
+
+scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/scaling.md; an hour
+	$(RUN) examples/benchmarks/scaling.py
 
 lint: $(INSTALLED) ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff check $(CODE)

@@ -167,6 +167,9 @@ class _Inserter:
         self.produced = coupling.produced()
         self.schedule, self.budget, self.measure = schedule, budget, measure
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
+        self.groups_at: dict[int, list[int]] = {}
+        for i, group in enumerate(coupling.groups):
+            self.groups_at.setdefault(group.site, []).append(i)
         self.clones: dict[int, Any] = {}
         self.inner_masks: dict[int, InnerMask] = {}
         self.read_inside = _groups_read_inside(coupling)
@@ -179,9 +182,8 @@ class _Inserter:
         position = self.sites[id(call)]
         site = self.coupling.sites[position]
         local = ChainMap(self._masked_inputs(site, values), values)
-        for i, group in enumerate(self.coupling.groups):
-            if group.site == position:
-                self.gates[i] = self._gate(i, site, local)
+        for i in self.groups_at.get(position, ()):
+            self.gates[i] = self._gate(i, site, local)
         if call is self.coupling.graph.calls[-1]:
             # Last of all, so that every gate is known and the output keeps its layer's name.
             local = local.new_child(self._consensus(call.inputs[0], local))
@@ -241,7 +243,8 @@ class _Inserter:
     def _gated(self, vectors: list) -> list[int]:
         """Indices of the groups that any of the vectors mentions."""
         groups = np.concatenate([self._group_of(v) for v in vectors]) if vectors else np.array([])
-        return [i for i in dict.fromkeys(groups.tolist()) if i >= 0]
+        present, first = np.unique(groups, return_index=True)
+        return [i for i in present[np.argsort(first)].tolist() if i >= 0]
 
     def _group_of(self, vector: Any) -> np.ndarray:
         return np.where(vector >= 0, self.coupling.group_of[vector], -1)
@@ -252,9 +255,11 @@ class _Inserter:
         Elements without a gate point one past the end.
         """
         sizes = [self.coupling.groups[i].units for i in own]
-        start = dict(zip(own, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-        group, place = self._group_of(vector).tolist(), self.coupling.index_of[vector].tolist()
-        return [start[g] + p if g >= 0 else sum(sizes) for g, p in zip(group, place, strict=True)]
+        start = np.zeros(len(self.coupling.groups), int)
+        start[own] = np.cumsum([0, *sizes[:-1]])
+        group = self._group_of(vector)
+        places = start[group] + self.coupling.index_of[vector]
+        return np.where(group >= 0, places, sum(sizes)).tolist()
 
     def _gate(self, i: int, site: Site, values: Any) -> Any:
         group = self.coupling.groups[i]

@@ -18,7 +18,7 @@ import numpy as np
 from keras_polar.graph import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
 from keras_polar.rules.base import sizes
-from keras_polar.units import Ids, Units, along, compact, look_up, nobody
+from keras_polar.units import Forest, Ids, Units, along, compact, nobody
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,15 +135,11 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
     the most distinct units stays free.
     """
     arrays = [ids for site in sites for ids in site.outputs if _spans_several(ids)]
-    while arrays:
-        roots = units.roots()
-        arrays = [a for a in arrays if _spans_several(_rooted(a, roots))]
-        for ids in arrays[:1]:
-            _tie_to_best_axis(ids, roots, units)
-
-
-def _rooted(ids: Ids, roots: np.ndarray) -> Ids:
-    return look_up(roots, compact(ids)[0], -1)
+    if not arrays:
+        return
+    forest = Forest(units.roots())
+    for ids in arrays:
+        _tie_to_best_axis(compact(ids)[0], forest, units)
 
 
 def _spans_several(ids: Ids) -> bool:
@@ -155,13 +151,18 @@ def _differs(ids: Ids, axis: int) -> bool:
     return bool((ids != ids.take([0], axis)).any())
 
 
-def _tie_to_best_axis(ids: Ids, roots: np.ndarray, units: Units) -> None:
-    (small,) = compact(ids)
-    rooted = _rooted(ids, roots)
-    lines = {a: np.moveaxis(rooted, a, 0).reshape(rooted.shape[a], -1) for a in range(small.ndim)}
+def _tie_to_best_axis(ids: Ids, forest: Forest, units: Units) -> None:
+    # Only this array's roots are looked up: asking for all of them each time would be quadratic.
+    rooted = np.where(ids >= 0, forest.find(np.maximum(ids, 0)), -1)
+    if not _spans_several(rooted):
+        return
+    lines = {a: np.moveaxis(rooted, a, 0).reshape(rooted.shape[a], -1) for a in range(ids.ndim)}
     best = max(lines, key=lambda a: len(np.unique(lines[a][:, 0])))
-    vector = np.moveaxis(small, best, 0).reshape(small.shape[best], -1)[:, 0]
-    units.tie(small, along(vector, best, small.shape), "belongs to a tensor with fixed elements")
+    vector = np.moveaxis(ids, best, 0).reshape(ids.shape[best], -1)[:, 0]
+    ties = along(vector, best, ids.shape)
+    units.tie(ids, ties, "belongs to a tensor with fixed elements")
+    both = (ids >= 0) & (ties >= 0)
+    forest.join(ids[both], ties[both])
 
 
 # --- groups ----------------------------------------------------------------------------------
@@ -172,14 +173,16 @@ def _groups(sites: tuple[Site, ...], roots: np.ndarray, reasons: dict) -> tuple[
     is_free = roots == np.arange(len(roots))
     is_free[list(reasons)] = False
     free = np.flatnonzero(is_free).astype(np.int32)
-    makers = _makers(sites, roots)
     _, first, inverse = np.unique(signatures[free], return_index=True, return_inverse=True)
+    labels = np.full(len(roots), -1)
+    labels[free] = inverse
+    makers = _makers(sites, labels[roots])
+    by_label = np.split(free[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse)))
     names: dict[str, int] = {}
     found = []
-    for label in np.argsort(first):
-        members = free[inverse == label]
-        if len(members) > 1 and makers.get(int(members[0])):
-            found.append(_group(roots, members, makers[int(members[0])], sites, names))
+    for label in np.argsort(first).tolist():
+        if len(by_label[label]) > 1 and label in makers:
+            found.append(_group(roots, by_label[label], makers[label], sites, names))
     return tuple(found)
 
 
@@ -222,13 +225,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _makers(sites: tuple[Site, ...], roots: np.ndarray) -> dict[int, list[int]]:
-    """Class -> indices of the calls that produce it, in order."""
+def _makers(sites: tuple[Site, ...], labels: np.ndarray) -> dict[int, list[int]]:
+    """Label -> indices of the calls that produce units with it (`labels[id]`), in order."""
     makers: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
         for name in site.produces:
-            for root in np.unique(roots[site.axes[name]]).tolist():
-                makers.setdefault(root, []).append(i)
+            for label in np.unique(labels[site.axes[name]]).tolist():
+                makers.setdefault(label, []).append(i)
     return makers
 
 

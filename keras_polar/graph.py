@@ -5,8 +5,10 @@ data that says which operation is called on which tensors, in order. `rebuild` r
 on other tensors, which is how every new model of this library comes to be.
 """
 
+import contextlib
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +20,8 @@ from keras.src.activations import activations
 from keras.src.models.functional import Functional
 from keras.src.ops import core, image, math, nn
 from keras.src.ops import numpy as keras_numpy
+
+DEEPEST = 100_000  # nodes in a row
 
 _OP_MODULES = (keras_numpy, nn, core, math, image, activations)
 
@@ -259,7 +263,22 @@ def rebuild(
         outputs = tree.flatten(visit(call, values))
         values.update(zip(call.outputs, outputs, strict=True))
     struct = tree.pack_sequence_as(graph.inputs, inputs)
-    return model_class(struct, fill(graph.outputs, values), name=graph.name, **kwargs)
+    with _deep_models_allowed():
+        return model_class(struct, fill(graph.outputs, values), name=graph.name, **kwargs)
+
+
+@contextlib.contextmanager
+def _deep_models_allowed() -> Iterator[None]:
+    """Room for Keras to walk a model recursively, one frame per node in a row.
+
+    A model that Keras could just build must not fail once there is a mask in front of every layer.
+    """
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, DEEPEST))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 # --- copying layers and operations -----------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_polar.cost import MEASURES, Cost, cost
+from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.graph import trace
 from keras_polar.rules import rule_for
@@ -69,10 +69,20 @@ class InspectRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Which units of a model can be pruned; `rows` has one entry per layer that makes units."""
+    """Which units of a model can be pruned; `rows` has one entry per layer that makes units.
+
+    Attributes:
+        model: its name.
+        rows: one entry per layer that makes units, or that no rule is known for.
+        prunable_weights, prunable_macs: the share of the model's weights (multiply-accumulates)
+            that is gone when every group keeps one unit, in [0, 1]. This is the largest
+            `sparsity` that `keras_polar.apply` can be asked for with `min_units=1`.
+    """
 
     model: str
     rows: tuple[InspectRow, ...]
+    prunable_weights: float
+    prunable_macs: float
 
     @property
     def prunable(self) -> float:
@@ -88,7 +98,11 @@ class Inspection:
             )
             for r in self.rows
         ]
-        note = f"{self.model}: {self.prunable:.0%} of the units can be pruned"
+        note = (
+            f"{self.model}: {self.prunable:.1%} of the units can be pruned, and with one unit left "
+            f"per group {self.prunable_weights:.1%} of the weights and {self.prunable_macs:.1%} of "
+            "the MACs are gone"
+        )
         return table_text(columns, rows, note)
 
 
@@ -107,7 +121,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
         >>> print(keras_polar.inspect(model))
     """
     coupling = couple(trace(model), ignore)
-    costs = {r.name: r for r in cost(model).rows}
+    costs = {r.name: r for r in counted(coupling).rows}
     whole = {m: max(1, sum(getattr(r, m) for r in costs.values())) for m in MEASURES}
     kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
     rows = []
@@ -121,7 +135,15 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
             InspectRow(name, kinds[name], len(vector), can_go, ", ".join(names), reason, *shares)
         )
     rows += _unknown_rows(coupling, costs, whole)
-    return Inspection(model.name, tuple(rows))
+    shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
+    return Inspection(model.name, tuple(rows), *shares)
+
+
+def _removable(coupling: Coupling, measure: str) -> float:
+    """Share of a cost that is gone when every group keeps one unit."""
+    total = polynomial(coupling, measure)
+    full = total([g.units for g in coupling.groups])
+    return 1 - total([1] * len(coupling.groups)) / full if full else 0.0
 
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:

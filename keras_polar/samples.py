@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.graph import to_numpy
+from keras_polar.graph import functional, to_numpy
 
 UNKNOWN_SIZE = 32
 
@@ -25,7 +25,8 @@ def random_inputs(model: Any, batch: int = 2, seed: int = 0) -> Any:
             return rng.standard_normal(shape).astype("float32")
         return rng.integers(0, 2, shape).astype(dtype)
 
-    return tree.map_structure(sample, model.input)
+    # A Sequential model has no `input` of its own before it is called.
+    return tree.map_structure(sample, (functional(model) or model).input)
 
 
 def difference(a: Any, b: Any, inputs: Any) -> float:

@@ -11,12 +11,14 @@ def randomise(model, seed=0):
     """Random weights, biases and BatchNorm statistics that keep activations in a sane range."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
+        if len(weight.shape) != 1 and not any(x in weight.path for x in ("variance", "gamma")):
+            continue
         noise = 0.1 * rng.standard_normal(weight.shape)
         if "variance" in weight.path:
             weight.assign(1 + np.abs(noise))
         elif "gamma" in weight.path:
             weight.assign(1 + noise)
-        elif len(weight.shape) == 1:
+        else:
             weight.assign(noise)
     return model
 

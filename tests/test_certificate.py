@@ -11,22 +11,6 @@ from keras import layers, ops
 
 import keras_polar
 
-BIG = (
-    "ResNet50 ResNet50V2 VGG16 MobileNetV2 MobileNetV3Small DenseNet121 EfficientNetB0 Xception "
-    "InceptionV3"
-).split()
-SIZES = {"Xception": 96, "InceptionV3": 96}
-
-
-@pytest.mark.parametrize(
-    "name", [n if n == "MobileNetV2" else pytest.param(n, marks=pytest.mark.slow) for n in BIG]
-)
-def test_keras_applications(name):
-    size = SIZES.get(name, 64)
-    build = getattr(keras.applications, name)
-    top = {"classifier_activation": None, "classes": 10}
-    check(randomise(build(weights=None, input_shape=(size, size, 3), **top)))
-
 
 def body(*steps, shape=(8, 8, 4), head=True):
     """A functional model of steps (layers or functions), ended by a Dense head."""

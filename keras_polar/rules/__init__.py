@@ -1,6 +1,7 @@
 """The rules: all that the library knows about each operation. Importing it registers them."""
 
 from keras_polar.rules import (  # noqa: F401
+    applications,
     attention,
     channelwise,
     einsum,

@@ -1,0 +1,319 @@
+"""What keras_polar makes of every model of keras.applications and KerasHub: docs/coverage.md.
+
+Each model is gated, half of every group is closed at random, and the result is converted. A row
+says how much of the model can go, whether the small model equals the gated one, and how long it
+took; or why it failed. Rows are kept in docs/coverage.jsonl: what stands there is not repeated
+(`--redo=REGEX` does it again), so that an interrupted run goes on where it stopped.
+
+    make coverage-matrix
+    python examples/benchmarks/coverage_matrix.py --only='ResNet50 .*top'
+"""
+
+import gc
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "docs" / "coverage.jsonl"
+TABLE = ROOT / "docs" / "coverage.md"
+COMMAND = "make coverage-matrix"
+SIZES = {"InceptionResNetV2": 96, "InceptionV3": 96, "Xception": 96}
+VARIANTS = ("top", "no top", "Sequential head", "functional head")
+TOLERANCE = 1e-4
+TIMEOUT = 1800  # seconds per model, all its variants together
+
+_ONLY = flags.DEFINE_string("only", "", "Regular expression: rows to make, of those missing.")
+_REDO = flags.DEFINE_string("redo", None, "Regular expression: rows to make anew.")
+_WORKER = flags.DEFINE_string("worker", None, "Internal: makes the rows of one model.")
+
+
+# --- the models ------------------------------------------------------------------------------
+
+
+def application_names() -> list[str]:
+    import keras
+
+    return sorted(n for n in dir(keras.applications) if n[0].isupper())
+
+
+def application(name: str, variant: str):
+    """A model of keras.applications with random weights, on small images."""
+    import keras
+
+    size = SIZES.get(name, 64)
+    build = getattr(keras.applications, name)
+    options = {"weights": None, "input_shape": (size, size, 3)}
+    if variant == "top":
+        # Logits: behind a softmax of random weights all outputs would look alike.
+        return build(**options, classifier_activation=None)
+    body = build(**options, include_top=False)
+    if variant == "no top":
+        return body
+    pool, head = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)
+    if variant == "Sequential head":
+        return keras.Sequential([body, pool, head])
+    inputs = keras.Input(body.input_shape[1:])
+    return keras.Model(inputs, head(pool(body(inputs, training=False))))
+
+
+def hub_backbones() -> dict[str, Callable]:
+    """KerasHub's backbones by name; none where KerasHub is not installed."""
+    try:
+        return importlib.import_module("hub_models").BACKBONES
+    except ImportError:
+        return {}
+
+
+def builders(name: str) -> dict[str, Callable]:
+    """Row name -> what builds its model."""
+    package, model = name.split(" ", 1)
+    if package == "hub":
+        return {name: hub_backbones()[model]}
+    return {f"{name} ({v})": lambda v=v: application(model, v) for v in VARIANTS}
+
+
+# --- one row ---------------------------------------------------------------------------------
+
+
+def measure(build: Callable) -> dict:
+    """The row of one model: shares, certificate and seconds."""
+    import keras
+
+    import keras_polar
+    from keras_polar.samples import difference, random_inputs
+
+    model = randomise(build())
+    found = keras_polar.inspect(model)
+    start = time.perf_counter()
+    gated = keras_polar.apply(model, 0.01, gate="static", measure="units")
+    applied = time.perf_counter()
+    close_half(gated)
+    closed = time.perf_counter()
+    small = keras_polar.convert(gated)
+    converted = time.perf_counter()
+    before, after = keras_polar.cost(model), keras_polar.cost(small)
+    inputs = random_inputs(model)
+    row = {
+        "weights": before.weights,
+        "prunable_units": found.prunable,
+        "prunable_weights": found.prunable_weights,
+        "prunable_macs": found.prunable_macs,
+        "pins": pins(found),
+        "difference": difference(gated, small, inputs),
+        "effect": difference(model, small, inputs),
+        "kept_weights": after.weights / before.weights,
+        "kept_macs": after.macs / max(1, before.macs),
+        "counted_as_predicted": after.weights == small.count_params() == predicted(model, gated),
+        "apply_s": applied - start,
+        "convert_s": converted - closed,
+        "versions": {"keras": keras.__version__, "tensorflow": tensorflow_version()},
+    }
+    return {**row, "failure": failure_of(row)}
+
+
+def failure_of(row: dict) -> str:
+    if not row["difference"] <= TOLERANCE:
+        return f"certificate: differs by {row['difference']:.1e}"
+    if not row["counted_as_predicted"]:
+        return "cost predicted is not the cost counted"
+    return "" if row["effect"] > 1e-3 else "no test: the masks do not change the output"
+
+
+def predicted(model, gated) -> int:
+    """Weights of the converted model, from the cost polynomial of the original one."""
+    from keras_polar.cost import polynomial
+    from keras_polar.coupling import couple
+    from keras_polar.graph import trace
+
+    counts = [int(group.mask.sum()) for group in gated.groups]
+    return polynomial(couple(trace(model)), "weights")(counts)
+
+
+def pins(found) -> list[list]:
+    """The commonest reasons why units stay, with how many: [[reason, units], ...]."""
+    count: Counter = Counter()
+    for row in found.rows:
+        if row.reason:
+            # Layers that stay for the same kind of reason count together, whatever their names.
+            count[re.sub(r" \([A-Za-z0-9]+ '.*'\)| '[^']*'", "", row.reason)] += (
+                row.units - row.prunable
+            )
+    return [list(pair) for pair in count.most_common(3)]
+
+
+def randomise(model, seed: int = 0):
+    """Random offsets and statistics: a fresh model has too many zeros to prove anything."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if len(weight.shape) == 1 and "float" in weight.dtype:
+            noise = 0.1 * rng.standard_normal(weight.shape)
+            if "variance" in weight.path:
+                noise = 1 + abs(noise)
+            weight.assign(1 + noise if "gamma" in weight.path else noise)
+    return model
+
+
+def close_half(gated, seed: int = 0) -> None:
+    """Random masks that close half of every group."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    for group in gated.groups:
+        group.set_mask(rng.permutation(group.units) < group.units // 2)
+
+
+def tensorflow_version() -> str:
+    import tensorflow
+
+    return tensorflow.__version__
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+def read_rows() -> dict[str, dict]:
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def add_row(row: dict) -> None:
+    ROWS.parent.mkdir(exist_ok=True)
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def work(name: str, wanted: list[str]) -> None:
+    """Makes the rows of one model; runs in a process of its own, which gives its memory back."""
+    import keras
+
+    for row_name, build in builders(name).items():
+        if row_name not in wanted:
+            continue
+        keras.backend.clear_session()
+        gc.collect()
+        keras.utils.set_random_seed(0)
+        try:
+            row = measure(build)
+        except Exception as error:  # the reason is what the table is for
+            row = {"failure": f"{type(error).__name__}: {error}"}
+        add_row({"name": row_name, **row})
+
+
+def make_rows(name: str, wanted: list[str]) -> None:
+    """The missing rows of one model, in a process of its own; what kills it becomes its row."""
+    command = [sys.executable, __file__, f"--worker={name}", "--", *wanted]
+    try:
+        done = subprocess.run(command, timeout=TIMEOUT, capture_output=True, text=True)
+        why = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+    except subprocess.TimeoutExpired:
+        why = f"not done within {TIMEOUT} s"
+    have = read_rows()
+    for row_name in wanted:
+        if row_name not in have:
+            add_row({"name": row_name, "failure": why})
+
+
+def all_rows() -> dict[str, list[str]]:
+    """Model -> names of its rows."""
+    names = [f"keras.applications {n}" for n in application_names()]
+    return {n: list(builders(n)) for n in [*names, *(f"hub {n}" for n in hub_backbones())]}
+
+
+def missing(rows: list[str], have: dict) -> list[str]:
+    return [r for r in rows if r not in have and re.search(_ONLY.value, r)]
+
+
+def forget(pattern: str) -> None:
+    rows = [r for r in read_rows().values() if not re.search(pattern, r["name"])]
+    ROWS.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def write_table() -> None:
+    rows = sorted(read_rows().values(), key=lambda r: r["name"].lower())
+    good = sum(not r["failure"] for r in rows)
+    versions = next((r["versions"] for r in reversed(rows) if "versions" in r), {})
+    text = INTRODUCTION.format(command=COMMAND, rows=len(rows), good=good, **versions)
+    for title, prefix in (("keras.applications", "keras.applications "), ("KerasHub", "hub ")):
+        own = [r for r in rows if r["name"].startswith(prefix)]
+        if own:
+            lines = [_line(r, r["name"].removeprefix(prefix)) for r in own]
+            text += "\n".join(["", f"## {title}", "", *HEADING, *lines, ""])
+    TABLE.write_text(text, encoding="utf-8")
+
+
+INTRODUCTION = """# Coverage
+
+Written by `{command}` with keras {keras} and tensorflow {tensorflow}. {good} of {rows} rows hold
+the certificate. The seconds were taken on 2 cores with other work running.
+
+Every model has random weights and small inputs (64 or 96 pixels for images); half of the units of
+every group were closed at random.
+
+- *prunable*: the share of units that can go, and the share of weights and of multiply-accumulates
+  (MACs) that is gone when every group keeps one unit, as `keras_polar.inspect` gives it.
+- *certificate*: the largest difference between gated and converted model, relative to the largest
+  output; at most 1e-4 is asked for. Every row's weights, counted, were as predicted.
+- *kept*: weights and MACs of the converted model at these masks.
+- *what stays*: the commonest reasons, with the number of units; or why the row failed.
+"""
+HEADING = (
+    "| model | weights | prunable units | weights | MACs | certificate | kept weights | MACs "
+    "| apply | convert | what stays, or the failure |",
+    "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+)
+
+
+def _line(row: dict, name: str) -> str:
+    failure = " ".join(row["failure"].split()).replace("|", "/")
+    if "difference" not in row:
+        return f"| {name} {'| ' * 9}| **{failure}** |"
+    share = [row[k] for k in ("prunable_units", "prunable_weights", "prunable_macs")]
+    cells = [
+        f"{row['weights'] / 1e6:.1f} M",
+        *(f"{x:.1%}" for x in share),
+        f"{row['difference']:.0e}",
+        *(f"{row[k]:.1%}" for k in ("kept_weights", "kept_macs")),
+        *(f"{row[k]:.1f} s" for k in ("apply_s", "convert_s")),
+        f"**{failure}**" if failure else "; ".join(f"{n:,}: {why}" for why, n in row["pins"]),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main(argv: list[str]) -> None:
+    if _WORKER.value:
+        work(_WORKER.value, argv[1:])
+        return
+    if _REDO.value:
+        forget(_REDO.value)
+    have = read_rows()
+    todo = {n: rows for n, r in all_rows().items() if (rows := missing(r, have))}
+    columns = [TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        task = progress.add_task("coverage", total=sum(map(len, todo.values())))
+        for name, rows in todo.items():
+            progress.update(task, description=name)
+            make_rows(name, rows)
+            progress.advance(task, len(rows))
+            write_table()
+    write_table()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    app.run(main)

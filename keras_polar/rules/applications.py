@@ -1,0 +1,34 @@
+"""The layers that keras.applications defines for its own models.
+
+They are not registered for serialization, but Keras finds them by their module, so that a saved
+model of theirs loads wherever Keras is.
+"""
+
+from typing import Any
+
+from keras.src.applications.convnext import LayerScale, StochasticDepth
+from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+
+from keras_polar.rules.base import Kept, Rule, Site, add
+from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
+from keras_polar.units import Ids
+
+
+class LayerScaleRule(Rule):
+    """ConvNeXt's factor per channel on the residual branch."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        site.follow("channels", -1)
+        return [site.inputs[0]]
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"gamma": ("channels",)}
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        return {"projection_dim": kept.count(site.axes["channels"])}
+
+
+add(LayerScaleRule(), LayerScale)
+add(ElementwiseRule(), StochasticDepth)
+# Called on a list [shortcut, branch]: shortcut + scale * branch, the scale a Python number.
+add(MergeLayerRule(), CustomScaleLayer)

@@ -1,0 +1,38 @@
+"""`inspect` says how much of a model can go, and its numbers are what `remove` achieves."""
+
+import keras
+import pytest
+from helpers import small_resnet
+from keras import layers
+
+import keras_polar
+
+
+def test_prunable_shares_are_what_is_gone_when_every_group_keeps_one_unit():
+    model = small_resnet()
+    found = keras_polar.inspect(model)
+    gated = keras_polar.apply(model, gate="static")
+    cut = {g.layers[0]: range(1, g.units) for g in gated.groups}
+    before, after = keras_polar.cost(model), keras_polar.cost(keras_polar.remove(model, cut))
+    assert found.prunable_weights == pytest.approx(1 - after.weights / before.weights)
+    assert found.prunable_macs == pytest.approx(1 - after.macs / before.macs)
+
+
+def test_prunable_weights_is_the_largest_sparsity_that_apply_accepts():
+    model = small_resnet()
+    most = keras_polar.inspect(model).prunable_weights
+    keras_polar.apply(model, most - 1e-6, gate="static")
+    with pytest.raises(ValueError, match="cannot be reached"):
+        keras_polar.apply(model, most + 1e-6, gate="static")
+
+
+def test_nothing_is_prunable_in_a_model_of_outputs_only():
+    found = keras_polar.inspect(keras.Sequential([keras.Input((4,)), layers.Dense(3)]))
+    assert found.prunable == found.prunable_weights == found.prunable_macs == 0
+
+
+def test_ignored_layers_lower_the_prunable_shares():
+    model = small_resnet()
+    free, held = keras_polar.inspect(model), keras_polar.inspect(model, ignore=["block1_*"])
+    assert held.prunable_weights < free.prunable_weights
+    assert held.prunable_macs < free.prunable_macs
