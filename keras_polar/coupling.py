@@ -18,7 +18,7 @@ import numpy as np
 from keras_polar.graph import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
 from keras_polar.rules.base import sizes
-from keras_polar.units import Ids, Units, along, compact, look_up, nobody
+from keras_polar.units import Ids, Units, along, as_view, compact, look_up, nobody
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +98,10 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     shared: dict[int, dict] = {}
     sites = []
     for call in graph.calls:
-        axes = shared.setdefault(id(call.op), {})
+        # Calls of a layer without weights are nothing to each other.
+        axes = shared.setdefault(id(call.op), {}) if getattr(call.op, "weights", ()) else {}
         site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
-        site.outputs = rule_for(call.op).flow(site)
+        site.outputs = [as_view(ids) for ids in rule_for(call.op).flow(site)]
         ids.update(zip(call.outputs, site.outputs, strict=True))
         sites.append(site)
     for i in refs_in(graph.outputs):
@@ -136,9 +137,12 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
     arrays = [ids for site in sites for ids in site.outputs if _spans_several(ids)]
     while arrays:
         roots = units.roots()
-        arrays = [a for a in arrays if _spans_several(_rooted(a, roots))]
+        # What stays is as good as nobody's: only free units must form a rectangle. (Ties with
+        # fixed elements pin, they do not unite, so that without this the loop would not end.)
+        free = np.where(units.fixed(roots)[roots], np.int32(-1), roots)
+        arrays = [a for a in arrays if _spans_several(_rooted(a, free))]
         for ids in arrays[:1]:
-            _tie_to_best_axis(ids, roots, units)
+            _tie_to_best_axis(ids, free, units)
 
 
 def _rooted(ids: Ids, roots: np.ndarray) -> Ids:
@@ -242,6 +246,15 @@ def why_fixed(coupling: Coupling, vector: Ids) -> str:
     if pinned:
         return pinned[0]
     return "has one unit" if len(vector) == 1 else "all its units are tied into one"
+
+
+def off_batch(coupling: Coupling) -> set[int]:
+    """Tensors whose first axis is not, or may not be, that of the model's samples."""
+    found: set[int] = set()
+    for site, rule in rules_of(coupling):
+        if found.intersection(site.call.inputs) or not (site.inputs and rule.keeps_batch(site)):
+            found.update(site.call.outputs)
+    return found
 
 
 def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:

@@ -1,6 +1,13 @@
 """The rules: all that the library knows about each operation. Importing it registers them."""
 
-from keras_polar.rules import channelwise, elementwise, linear, movement  # noqa: F401
+from keras_polar.rules import (  # noqa: F401
+    channelwise,
+    contraction,
+    elementwise,
+    linear,
+    movement,
+)
+from keras_polar.rules import pinned as _pinned  # noqa: F401  (last: only what has no rule)
 from keras_polar.rules.base import Kept, Rule, Site, Term, rule_for
 
 __all__ = ["Kept", "Rule", "Site", "Term", "rule_for"]

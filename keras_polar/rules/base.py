@@ -177,7 +177,7 @@ class Rule:
 
     def flow(self, site: Site) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""
-        return site.pin_all("no rule for this operation; see keras_polar.register")
+        return site.pin_all("its rule does not say how units flow")
 
     def weights(self, op: Any) -> dict[str, tuple]:
         """Variable (attribute name) -> the axis name, or None, of each of its axes."""
@@ -194,6 +194,10 @@ class Rule:
     def macs(self, site: Site) -> list[Term]:
         """Multiply-accumulates per sample of this call, as products of open units."""
         return []
+
+    def keeps_batch(self, site: Site) -> bool:
+        """Whether sample i of the output comes from sample i of the input."""
+        return True
 
 
 def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
@@ -214,8 +218,18 @@ def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
     return Term(factors, weights=math.prod(other))
 
 
+class PinRule(Rule):
+    """Units in front of such an operation stay, for a known reason."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def flow(self, site: Site) -> list[Ids]:
+        return site.pin_all(self.why)
+
+
 _REGISTRY: dict[type, Rule] = {}
-UNKNOWN = Rule()
+UNKNOWN = PinRule("no rule for this operation; see keras_polar.register")
 
 
 def add(rule: Rule, *classes: type) -> None:
