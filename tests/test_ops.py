@@ -104,7 +104,6 @@ CASES = {
     "channel_shuffle": (whole(shuffle), 8 + 5),
     "matmul_constant": (dense(lambda x: ops.matmul(x, constant(8, 7))), 8 + 5),
     "matmul_constant_left": (dense(lambda x: ops.matmul(constant(9, 6), x)), 8 + 5),
-    "einsum_broadcast": (dense(lambda x: ops.einsum("btc,bc->btc", x, constant(1, 1))), 8 + 5),
     "matmul_vector": (dense(lambda x: ops.matmul(x, constant(8)), lambda x: x[..., None]), 8 + 5),
     "matmul_gram": (dense(lambda x: ops.matmul(x, ops.transpose(x, (0, 2, 1)))), 8 + 5),
     "matmul_free": (dense(lambda x: ops.matmul(ops.softmax(constant(1, 6, 6)), x)), 8 + 5),

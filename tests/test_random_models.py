@@ -222,7 +222,6 @@ WRONG = {
     op_class("Clip"): "clip",
     op_class("Flip"): "flip",
     op_class("Repeat"): "repeat",
-    layers.Reshape: "through_vector",
     op_class("Split"): "split",
     op_class("Take"): "take",
 }
