@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.cost import MEASURES, polynomial, sizes_known
-from keras_polar.coupling import Coupling, Group, couple, why_fixed
+from keras_polar.coupling import Coupling, Group, couple, off_batch, why_fixed
 from keras_polar.gated import GatedModel, is_gated
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused
@@ -177,6 +177,8 @@ class _Inserter:
         self.masked: dict[tuple, Any] = {}
         graph = coupling.graph
         self.names = {c.name for c in graph.calls} | {i.name for i in graph.input_layers}
+        self.off_batch = off_batch(coupling)
+        self.without_samples = self._without_samples()
 
     def visit(self, call: Call, values: dict) -> Any:
         position = self.sites[id(call)]
@@ -268,7 +270,8 @@ class _Inserter:
         value = values[site.call.inputs[tensor]]
         # A layer that reads no features (token ids, say) gives a gate nothing to look at, and a
         # mask on weights is the same for all samples.
-        can_look = site.reads and "float" in value.dtype and i not in self.read_inside
+        without_samples = i in self.read_inside or i in self.without_samples
+        can_look = site.reads and "float" in value.dtype and not without_samples
         gate_class = self.gate_class if can_look else Gate
         gate = gate_class(
             group.units,
@@ -280,6 +283,23 @@ class _Inserter:
             name=name,
         )
         return gate(value)
+
+    def _without_samples(self) -> set[int]:
+        """Groups that are made or read where the first axis is not that of the samples.
+
+        A decision per sample does not fit there (windows of images, say): they get static gates.
+        """
+        found: set[int] = set()
+        for site in self.coupling.sites:
+            for tensor, axis in site.reads:
+                if site.call.inputs[tensor] in self.off_batch:
+                    vector = line(site.inputs[tensor], axis)
+                    found.update(self.coupling.group_of[vector[vector >= 0]].tolist())
+        made = {i for i, g in enumerate(self.coupling.groups) if self._is_off_batch(g.site)}
+        return found | made
+
+    def _is_off_batch(self, position: int) -> bool:
+        return bool(self.off_batch.intersection(self.coupling.sites[position].call.inputs))
 
     def _members(self, group: Group) -> list | None:
         made = len(self.produced[group.layers[0]])

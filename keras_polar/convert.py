@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_polar.coupling import Coupling, couple
 from keras_polar.gated import flags_for, require_gated, stripped
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, variable_at
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused, variable_at
 from keras_polar.rules import Kept, Site, rule_for
 from keras_polar.samples import difference, random_inputs
 from keras_polar.units import compact
@@ -20,15 +20,22 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
     Args:
         flags: bool of shape (ids,), True for ids that stay, equal within each class.
     """
-    kept, made = Kept(flags), {}
+    kept, made, cloned = Kept(flags), {}, set()
     sites = {id(s.call): s for s in coupling.sites}
+    names = {c.name for c in coupling.graph.calls}
 
     def visit(call: Call, values: dict) -> Any:
         site = sites[id(call)]
-        is_new = id(call.op) not in made
+        changes = _changes(site, kept)
+        # A shared layer without weights (a Reshape, say) may be cut differently in each call.
+        key = (id(call.op), repr(sorted(changes.items())))
+        is_new = key not in made
         if is_new:
-            made[id(call.op)] = _smaller(site, kept)
-        op = made[id(call.op)]
+            name = unused(site.name, names) if id(call.op) in cloned else site.name
+            cloned.add(id(call.op))
+            names.add(name)
+            made[key] = clone(site.op, name, **changes)
+        op = made[key]
         args, kwargs = rule_for(call.op).arguments(site, kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
@@ -38,11 +45,10 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
     return rebuild(coupling.graph, visit, keras.Model)
 
 
-def _smaller(site: Site, kept: Kept) -> Any:
+def _changes(site: Site, kept: Kept) -> dict[str, Any]:
     is_cut = any(not kept.all(v) for v in site.axes.values())
     is_cut = is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
-    changes = rule_for(site.op).config(site, kept) if is_cut else {}
-    return clone(site.op, site.name, **changes)
+    return rule_for(site.op).config(site, kept) if is_cut else {}
 
 
 def _small(site: Site) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 from keras_polar.graph import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
 from keras_polar.rules.base import sizes
-from keras_polar.units import Forest, Ids, Units, along, compact, nobody
+from keras_polar.units import Forest, Ids, Units, along, as_view, compact, nobody
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +99,10 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     shared: dict[int, dict] = {}
     sites = []
     for call in graph.calls:
-        axes = shared.setdefault(id(call.op), {})
+        # Calls of a layer without weights are nothing to each other.
+        axes = shared.setdefault(id(call.op), {}) if getattr(call.op, "weights", ()) else {}
         site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
-        site.outputs = rule_for(call.op).flow(site)
+        site.outputs = [as_view(ids) for ids in rule_for(call.op).flow(site)]
         ids.update(zip(call.outputs, site.outputs, strict=True))
         sites.append(site)
     for i in refs_in(graph.outputs):
@@ -137,9 +138,12 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
     arrays = [ids for site in sites for ids in site.outputs if _spans_several(ids)]
     if not arrays:
         return
-    forest = Forest(units.roots())
+    roots = units.roots()
+    # What stays is as good as nobody's: only free units must form a rectangle.
+    is_fixed = units.fixed(roots)
+    forest = Forest(roots)
     for ids in arrays:
-        _tie_to_best_axis(compact(ids)[0], forest, units)
+        _tie_to_best_axis(compact(ids)[0], forest, is_fixed, units)
 
 
 def _spans_several(ids: Ids) -> bool:
@@ -151,9 +155,10 @@ def _differs(ids: Ids, axis: int) -> bool:
     return bool((ids != ids.take([0], axis)).any())
 
 
-def _tie_to_best_axis(ids: Ids, forest: Forest, units: Units) -> None:
+def _tie_to_best_axis(ids: Ids, forest: Forest, is_fixed: np.ndarray, units: Units) -> None:
     # Only this array's roots are looked up: asking for all of them each time would be quadratic.
     rooted = np.where(ids >= 0, forest.find(np.maximum(ids, 0)), -1)
+    rooted[_is_fixed(ids, forest, is_fixed)] = -1
     if not _spans_several(rooted):
         return
     lines = {a: np.moveaxis(rooted, a, 0).reshape(rooted.shape[a], -1) for a in range(ids.ndim)}
@@ -162,7 +167,15 @@ def _tie_to_best_axis(ids: Ids, forest: Forest, units: Units) -> None:
     ties = along(vector, best, ids.shape)
     units.tie(ids, ties, "belongs to a tensor with fixed elements")
     both = (ids >= 0) & (ties >= 0)
+    stays = (_is_fixed(ids, forest, is_fixed) | _is_fixed(ties, forest, is_fixed)) & both
     forest.join(ids[both], ties[both])
+    # A class that something fixed has joined stays as a whole.
+    stays |= (ids >= 0) != (ties >= 0)
+    is_fixed[forest.find(np.maximum(ids, ties)[stays])] = True
+
+
+def _is_fixed(ids: Ids, forest: Forest, is_fixed: np.ndarray) -> np.ndarray:
+    return (ids >= 0) & is_fixed[forest.find(np.maximum(ids, 0))]
 
 
 # --- groups ----------------------------------------------------------------------------------
@@ -252,6 +265,15 @@ def why_fixed(coupling: Coupling, vector: Ids) -> str:
     if pinned:
         return pinned[0]
     return "has one unit" if len(vector) == 1 else "all its units are tied into one"
+
+
+def off_batch(coupling: Coupling) -> set[int]:
+    """Tensors whose first axis is not, or may not be, that of the model's samples."""
+    found: set[int] = set()
+    for site, rule in rules_of(coupling):
+        if found.intersection(site.call.inputs) or not (site.inputs and rule.keeps_batch(site)):
+            found.update(site.call.outputs)
+    return found
 
 
 def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:

@@ -176,7 +176,8 @@ class Mask(keras.layers.Layer):
         gate = gates[0] if self.index is None else self._arranged(gates)
         shape = [1] * len(x.shape)
         shape[0], shape[self.axis] = -1, x.shape[self.axis]
-        return x * ops.cast(ops.reshape(gate, shape), x.dtype)
+        gate = ops.cast(ops.reshape(gate, shape), x.dtype)
+        return ops.logical_and(x, gate) if gate.dtype == "bool" else x * gate
 
     def _arranged(self, gates: list) -> Any:
         one = ops.ones_like(gates[0][:, :1])

@@ -6,7 +6,6 @@ on other tensors, which is how every new model of this library comes to be.
 """
 
 import contextlib
-import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -18,17 +17,17 @@ import numpy as np
 from keras import tree
 from keras.src.activations import activations
 from keras.src.models.functional import Functional
-from keras.src.ops import core, image, math, nn
+from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
 DEEPEST = 100_000  # nodes in a row
 
-_OP_MODULES = (keras_numpy, nn, core, math, image, activations)
+OP_MODULES = (keras_numpy, nn, core, math, image, linalg, einops, activations)
 
 
 def op_class(name: str) -> type:
     """The class behind a function of `keras.ops`: `op_class("Add")` is what `x + y` records."""
-    for module in _OP_MODULES:
+    for module in OP_MODULES:
         if hasattr(module, name):
             return getattr(module, name)
     raise AttributeError(f"keras.ops has no operation class named {name!r}.")
@@ -304,11 +303,12 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
 
 
 def _clone_op_node(op: Any, name: str, changes: dict) -> Any:
-    config = getattr(op, "_auto_config", None)
-    if config is not None:
-        new = type(op)(**{**config.config, **changes})
-    else:  # arguments that Keras cannot serialise: a copy without the original's graph nodes
-        new = copy.copy(op)
+    try:
+        new = type(op)(**{**op._auto_config.config, **changes})
+    except (AttributeError, NotImplementedError):
+        # Arguments that Keras cannot serialise: a copy without the original's graph nodes.
+        new = object.__new__(type(op))
+        new.__dict__.update(op.__dict__)
         new._inbound_nodes, new._outbound_nodes = [], []
         for key, value in changes.items():
             setattr(new, key, value)

@@ -11,7 +11,7 @@ from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.graph import trace
 from keras_polar.rules import rule_for
-from keras_polar.rules.base import UNKNOWN
+from keras_polar.rules.base import UNKNOWN, PinRule
 
 WIDTH = 120
 
@@ -148,12 +148,16 @@ def _removable(coupling: Coupling, measure: str) -> float:
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
     """Layers without a rule: they make units nobody can follow."""
-    why = "no rule for this operation; see keras_polar.register"
-    found = {s.name: s for s in coupling.sites if rule_for(s.op) is UNKNOWN}
+    rules = {s.name: (s, rule_for(s.op)) for s in coupling.sites}
+    found = {
+        name: (site, rule.why)
+        for name, (site, rule) in rules.items()
+        if rule is UNKNOWN or (isinstance(rule, PinRule) and getattr(site.op, "weights", None))
+    }
     return [
         InspectRow(
             *(name, type(site.op).__name__, 0, 0, "", why),
             *(getattr(costs[name], m) / whole[m] for m in ("weights", "macs")),
         )
-        for name, site in found.items()
+        for name, (site, why) in found.items()
     ]

@@ -39,6 +39,15 @@ def compact(*arrays: Ids) -> list[Ids]:
     return [a[keep] for a in arrays]
 
 
+def as_view(ids: Ids) -> Ids:
+    """The same ids with stride 0 along every axis on which they turn out not to differ."""
+    keep = compact(ids)[0]
+    for axis in range(keep.ndim):
+        if keep.shape[axis] > 1 and (keep == keep.take([0], axis)).all():
+            keep = keep.take([0], axis)
+    return np.broadcast_to(keep, ids.shape)
+
+
 @dataclass
 class Units:
     """Hands out ids and collects what is known about them: ties and pins."""
@@ -73,6 +82,13 @@ class Units:
         forest = Forest(np.arange(self.count, dtype=np.int32))
         forest.join(left.astype(np.int32), right.astype(np.int32))
         return forest.roots()
+
+    def fixed(self, roots: np.ndarray) -> np.ndarray:
+        """For every root whether its class stays, bool of shape (count,)."""
+        flags = np.zeros(self.count, bool)
+        for ids, _ in self._pins:
+            flags[roots[ids]] = True
+        return flags
 
     def pinned(self, roots: np.ndarray) -> dict[int, str]:
         """Root id -> the first reason why that class of units stays."""

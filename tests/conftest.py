@@ -11,5 +11,6 @@ if keras.backend.backend() == "tensorflow":
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    keras.backend.clear_session()
+    # Collecting garbage takes a second, and Python does it by itself.
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)

@@ -261,7 +261,7 @@ def test_reversible_embedding_is_cut_on_both_ways(tie):
     assert small.get_layer("embedding").output_dim == 4
 
 
-@pytest.mark.parametrize("norm", [layers.RMSNormalization, layers.UnitNormalization])
+@pytest.mark.parametrize("norm", [layers.RMSNormalization, layers.LayerNormalization])
 def test_normalised_stream_is_pinned_with_a_reason(norm):
     model = randomise(model_of(norm(), layers.Dense(6)))
     check(model)

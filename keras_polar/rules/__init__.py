@@ -4,6 +4,7 @@ from keras_polar.rules import (  # noqa: F401
     applications,
     attention,
     channelwise,
+    contraction,
     einsum,
     elementwise,
     embedding,
@@ -12,6 +13,7 @@ from keras_polar.rules import (  # noqa: F401
     recurrent,
     wrappers,
 )
+from keras_polar.rules import pinned as _pinned  # noqa: F401  (last: only what has no rule)
 from keras_polar.rules.base import Kept, Rule, Site, Term, rule_for
 
 __all__ = ["Kept", "Rule", "Site", "Term", "rule_for"]

@@ -216,7 +216,7 @@ class Rule:
 
     def flow(self, site: Site) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""
-        return site.pin_all("no rule for this operation; see keras_polar.register")
+        return site.pin_all("its rule does not say how units flow")
 
     def weights(self, op: Any) -> dict[str, tuple]:
         """Variable -> the axis name, or None, of each of its axes.
@@ -240,6 +240,10 @@ class Rule:
     def macs(self, site: Site) -> list[Term]:
         """Multiply-accumulates per sample of this call, as products of open units."""
         return []
+
+    def keeps_batch(self, site: Site) -> bool:
+        """Whether sample i of the output comes from sample i of the input."""
+        return True
 
 
 def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
@@ -277,7 +281,7 @@ def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
 
 
 _REGISTRY: dict[type, Rule] = {}
-UNKNOWN = Rule()
+UNKNOWN = PinRule("no rule for this operation; see keras_polar.register")
 
 
 def add(rule: Rule, *classes: type) -> None:

@@ -44,8 +44,8 @@ def parse(equation: str, ndim: int) -> Equation:
 class EinsumDenseRule(Rule):
     """Reads the axes that vanish and makes the new ones.
 
-    Of several new axes (heads and their width, say) the units are along the first that is longer
-    than one. Units on an axis that stays pass through it, and then it makes none of its own: an
+    Of several new axes (heads and their width, say) the units are along the first, even if only
+    one is left there. Units on an axis that stays pass through it, and then it makes none of its own: an
     element of the output can belong to one unit only.
     """
 
@@ -82,10 +82,9 @@ class EinsumDenseRule(Rule):
     def _made(self, site: Site, equation: Equation) -> Ids:
         shape = site.output_shapes[0]
         new = [n for n in equation.kernel if n not in equation.inputs]
-        places = sorted(equation.outputs.index(n) for n in new)
-        place = next((i for i in places if shape[i] > 1), None)
-        if place is None:
+        if not new:
             return nobody(shape)
+        place = min(equation.outputs.index(n) for n in new)
         return site.produce(equation.outputs[place], shape[place], place)
 
     def weights(self, op: Any) -> dict[str, tuple]:

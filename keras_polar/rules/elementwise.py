@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from keras import KerasTensor, layers, tree
+from keras import layers, tree
 
-from keras_polar.graph import Ref, op_class, to_numpy
+from keras_polar.graph import Call, Ref, op_class, refs_in, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, add, line
 from keras_polar.units import Ids, nobody, varies
 
@@ -15,6 +15,18 @@ class ElementwiseRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         return [np.broadcast_to(site.inputs[0], site.output_shapes[0])]
+
+
+class ClipRule(ElementwiseRule):
+    """Bounds may be vectors, which are cut with the units."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        shape = site.output_shapes[0]
+        return [np.broadcast_to(_lift(site.inputs[0], len(shape)), shape)]
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        bounds = {n: getattr(site.op, n) for n in ("x_min", "x_max")}
+        return {n: cut_constant(b, site.outputs[0], kept) for n, b in bounds.items() if np.ndim(b)}
 
 
 class ScalarRule(ElementwiseRule):
@@ -38,6 +50,8 @@ class MergeRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         shape = site.output_shapes[0]
+        if _has_mixed_list(site.call):
+            return site.pin_all("has a list of tensors and constants")
         lifted = [_lift(ids, len(shape)) for ids in site.inputs]
         partners = []
         for ids in lifted:
@@ -53,11 +67,21 @@ class MergeRule(Rule):
         """Constants that span a cut axis are cut with it."""
         ids = site.outputs[0]
 
-        def cut(leaf: Any) -> Any:
-            is_constant = hasattr(leaf, "shape") and not isinstance(leaf, (Ref, KerasTensor))
-            return _cut_constant(leaf, ids, kept) if is_constant else leaf
+        def cut(value: Any) -> Any:
+            if refs_in(value) or not np.ndim(value):
+                return value
+            return cut_constant(value, ids, kept)
 
-        return tree.map_structure(cut, (site.call.args, site.call.kwargs))
+        args = tuple(map(cut, site.call.args))
+        return args, {k: cut(v) for k, v in site.call.kwargs.items()}
+
+
+def _has_mixed_list(call: Call) -> bool:
+    """Whether an argument is a list of both tensors and constants."""
+    return any(
+        refs_in(x) and len(refs_in(x)) < len(tree.flatten(x))
+        for x in (*call.args, *call.kwargs.values())
+    )
 
 
 def _lift(ids: Ids, ndim: int) -> Ids:
@@ -71,7 +95,8 @@ def _is_spread_over_others(ids: Ids, lifted: list[Ids]) -> bool:
     return bool(others) and all(ids.shape[i] == 1 for i in others)
 
 
-def _cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
+def cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
+    """A constant that is broadcast against a tensor, without what is cut from the tensor."""
     array = to_numpy(value)
     for axis in range(-array.ndim, 0):
         if array.shape[axis] > 1:
@@ -95,7 +120,11 @@ class SoftmaxRule(Rule):
         axis = site.op.axis
         ids, *masks = site.inputs
         for mask in masks:
-            site.pin(mask, "is used as a mask")
+            if any(varies(mask, i) for i in range(mask.ndim)):
+                return site.pin_all("is used as a mask")
+        given = site.call.kwargs.get("mask", (*site.call.args, None)[1])
+        if given is not None and not isinstance(given, Ref) and np.size(given) > 1:
+            return site.pin_all("has a constant mask")
         for i in [axis] if isinstance(axis, int) else axis or range(1, ids.ndim):
             if varies(ids, i):
                 site.pin(ids, "normalises over the units")
@@ -121,9 +150,18 @@ _UNARY = (
     "Expm1 Floor Log Log10 Log1p Log2 NanToNum Negative Reciprocal Round Sign Sin Sinh Sqrt "
     "Square Tan Tanh Trunc Relu Relu6 ReLU Mish Sigmoid SparseSigmoid Softplus Softsign "
     "SoftShrink SparsePlus Silu Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu "
-    "Gelu Celu TanhShrink HardTanh HardShrink Threshold Cast StopGradient Rsqrt Erf"
+    "Gelu Celu TanhShrink HardTanh HardShrink Threshold Cast StopGradient Rsqrt Erf Erfc Erfinv "
+    "Fabs Angle Array BitwiseInvert BitwiseNot Conj Conjugate ConvertToTensor Deg2rad I0 Imag "
+    "Isfinite Isinf Isnan Isneginf Isposinf Isreal LogicalNot OnesLike Rad2deg Real SaturateCast "
+    "Signbit Sinc ZerosLike"
 ).split()
-_MERGE = ("Add Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power").split()
+_MERGE = (
+    "Add Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power Arctan2 BitwiseAnd "
+    "BitwiseLeftShift BitwiseOr BitwiseRightShift BitwiseXor Equal FloorDivide Fmax Fmin Fmod "
+    "FullLike Gcd Greater GreaterEqual Heaviside Hypot Isclose Lcm Ldexp LeftShift Less LessEqual "
+    "Logaddexp Logaddexp2 LogicalAnd LogicalOr LogicalXor Mod Nextafter NotEqual Polar RightShift "
+    "Where BinaryCrossentropy"
+).split()
 
 add(
     ElementwiseRule(),
@@ -144,7 +182,7 @@ add(
 )
 add(ScalarRule("scale", "offset"), layers.Rescaling)
 add(ScalarRule("mean", "variance"), layers.Normalization)
-add(ScalarRule("x_min", "x_max"), op_class("Clip"))
+add(ClipRule(), op_class("Clip"))
 add(MergeRule(), *map(op_class, _MERGE))
 add(
     MergeLayerRule(),

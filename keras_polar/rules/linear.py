@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
+import keras
 import numpy as np
 from keras import activations, layers
 
+from keras_polar.graph import Ref, op_class, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, find
 from keras_polar.rules.elementwise import ElementwiseRule
-from keras_polar.units import Ids, along
+from keras_polar.units import Ids, along, nobody
 
 ELEMENTWISE_ACTIVATIONS = frozenset(
     getattr(activations, name)
@@ -21,8 +23,9 @@ ELEMENTWISE_ACTIVATIONS = frozenset(
 
 
 def channel_axis(op: Any) -> int:
-    """Axis of the channels, by the layer's `data_format`."""
-    return 1 if getattr(op, "data_format", None) == "channels_first" else -1
+    """Axis of the channels, by the operation's `data_format` (None: Keras' global setting)."""
+    found = getattr(op, "data_format", "channels_last") or keras.config.image_data_format()
+    return 1 if found == "channels_first" else -1
 
 
 def is_elementwise(activation: Any) -> bool:
@@ -167,6 +170,59 @@ class SeparableConvRule(Rule):
         return [Term((middle,), macs=window * positions), Term((middle, out), macs=positions)]
 
 
+class KernelRule(Rule):
+    """A convolution as an operation, its kernels constants: units it reads are cut from them.
+
+    What it makes cannot be pruned, for a constant has no units of its own. `cuts` says for each
+    kernel (argument 1, 2, ...) which of its axes meets the input's channels, repeated or not.
+    """
+
+    def __init__(self, *cuts: int) -> None:
+        self.cuts = cuts
+
+    def flow(self, site: Site) -> list[Ids]:
+        if len(site.inputs) > 1 or not isinstance(site.call.args[0], Ref):
+            return site.pin_all("its kernel is not a constant")
+        axis = channel_axis(site.op)
+        if site.inputs[0].shape[axis] != self._kernel(site).shape[self.cuts[0]]:
+            return site.pin_all("is a grouped convolution with a constant kernel")
+        return self._pass(site, axis)
+
+    def _pass(self, site: Site, axis: int) -> list[Ids]:
+        site.read("in", axis)
+        return [nobody(site.output_shapes[0])]
+
+    def _kernel(self, site: Site) -> np.ndarray:
+        return to_numpy(site.call.args[1])
+
+    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+        """Kernels without the channels that are gone."""
+        args = list(site.call.args)
+        for i, axis in enumerate(self.cuts, 1) if "in" in site.axes else ():
+            kernel = to_numpy(args[i])
+            times = kernel.shape[axis] // len(site.axes["in"])
+            kernel = np.take(kernel, kept.where(np.repeat(site.axes["in"], times)), axis)
+            args[i] = keras.ops.convert_to_tensor(kernel)  # some backends want no other
+        return tuple(args), site.call.kwargs
+
+    def macs(self, site: Site) -> list[Term]:
+        positions = site.positions(0, channel_axis(site.op), output=True)
+        kernels = site.call.args[1 : len(self.cuts) + 1]
+        if "in" not in site.axes or len(kernels) < len(self.cuts):
+            return []
+        size = sum(math.prod(k.shape) for k in kernels) // len(site.axes["in"])
+        return [Term((site.axes["in"],), macs=size * positions)]
+
+
+class DepthwiseKernelRule(KernelRule):
+    """`ops.depthwise_conv` with a constant kernel: channel by channel."""
+
+    def _pass(self, site: Site, axis: int) -> list[Ids]:
+        vector = site.follow("in", axis)
+        out = np.repeat(vector, self._kernel(site).shape[-1])
+        return [spread(site, site.set_axis("out", out), axis)]
+
+
 def spread(site: Site, vector: Ids, axis: int) -> Ids:
     """The first output's ids: `vector` along `axis`, constant along all other axes."""
     shape = site.output_shapes[0]
@@ -183,3 +239,6 @@ add(
 )
 add(DepthwiseConvRule(), layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 add(SeparableConvRule(), layers.SeparableConv1D, layers.SeparableConv2D)
+add(KernelRule(-2), op_class("Conv"))
+add(KernelRule(-2, -2), op_class("SeparableConv"))
+add(DepthwiseKernelRule(-2), op_class("DepthwiseConv"))

@@ -1,12 +1,13 @@
 """Operations that only move elements: on ids they are the same operation in NumPy."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import layers
+from keras import layers, tree
 
-from keras_polar.graph import op_class
+from keras_polar.graph import Ref, op_class, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, add, line
 from keras_polar.units import Ids, varies
 
@@ -18,6 +19,8 @@ class MoveRule(Rule):
         self.move = move
 
     def flow(self, site: Site) -> list[Ids]:
+        if len(site.inputs) > 1:
+            return site.pin_all("has arguments that are computed")
         try:
             moved, shape = self.move(site.op, site.inputs[0]), site.output_shapes[0]
             if moved.ndim == len(shape):
@@ -26,6 +29,13 @@ class MoveRule(Rule):
             pass
         return site.pin_all("units cannot be followed through it")
 
+    def keeps_batch(self, site: Site) -> bool:
+        probe = np.zeros((7, *(1,) * (site.inputs[0].ndim - 1)))
+        try:
+            return self.move(site.op, probe).shape[:1] == (7,)
+        except ValueError:
+            return False
+
 
 class ReshapeRule(MoveRule):
     """Also Reshape of ops and BroadcastTo: `attribute` holds sizes, which shrink with the units."""
@@ -33,6 +43,19 @@ class ReshapeRule(MoveRule):
     def __init__(self, move: Callable, attribute: str, first: int) -> None:
         super().__init__(move)
         self.attribute, self.first = attribute, first
+
+    def flow(self, site: Site) -> list[Ids]:
+        if _unknown_after_units(site):
+            return site.pin_all("an axis of unknown size follows the units")
+        return super().flow(site)
+
+    def keeps_batch(self, site: Site) -> bool:
+        if self.first:
+            return True
+        before = site.specs[site.call.inputs[0]].shape[1:]
+        after = site.specs[site.call.outputs[0]].shape[1:]
+        is_known = None not in before and None not in after
+        return is_known and math.prod(before) == math.prod(after)
 
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
         target, ids = getattr(site.op, self.attribute), site.outputs[0]
@@ -43,11 +66,62 @@ class ReshapeRule(MoveRule):
         return {self.attribute: tuple(new)}
 
 
+class FlattenRule(MoveRule):
+    """Positions and units on one axis."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        if _unknown_after_units(site):
+            return site.pin_all("an axis of unknown size follows the units")
+        return super().flow(site)
+
+
+def _unknown_after_units(site: Site) -> bool:
+    """Whether the place of units in memory depends on a size that is not known."""
+    if not site.inputs:
+        return False
+    ids, shape = site.inputs[0], site.specs[site.call.inputs[0]].shape
+    on = [i for i in range(ids.ndim) if varies(ids, i)]
+    return bool(on) and None in shape[max(1, on[0]) :]
+
+
+class SqueezeRule(MoveRule):
+    """Names its axes, for an axis on which one unit is left must not vanish with the others."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda op, ids: ids)
+
+    def flow(self, site: Site) -> list[Ids]:
+        axes = self._axes(site)
+        (ids,) = site.inputs
+        if 0 in axes:
+            return site.pin_all("removes the batch axis")
+        return [ids[tuple(0 if i in axes else slice(None) for i in range(ids.ndim))]]
+
+    def _axes(self, site: Site) -> tuple:
+        axis, shape = site.op.axis, site.specs[site.call.inputs[0]].shape
+        if axis is None:
+            return tuple(i for i, n in enumerate(shape) if n == 1)
+        return tuple(a % len(shape) for a in ([axis] if isinstance(axis, int) else axis))
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        return {"axis": self._axes(site)}
+
+
 class ConcatRule(Rule):
     """Units of all inputs side by side."""
 
+    def __init__(self, axis: Callable[[Any], int | None] = lambda op: op.axis) -> None:
+        self.axis = axis
+
     def flow(self, site: Site) -> list[Ids]:
-        return [concatenate(site.inputs, site.op.axis, site.output_shapes[0])]
+        axis, shape = self.axis(site.op), site.output_shapes[0]
+        if len(site.inputs) < len(tree.flatten(site.call.args)):
+            return site.pin_all("has constants next to tensors")
+        if axis is None or any(x.ndim != len(shape) for x in site.inputs):
+            return site.pin_all("makes a new axis or flattens")
+        if axis % len(shape) == 0:
+            return site.pin_all("concatenates samples")
+        return [concatenate(site.inputs, axis, shape)]
 
 
 class StackRule(Rule):
@@ -56,6 +130,8 @@ class StackRule(Rule):
     def flow(self, site: Site) -> list[Ids]:
         shape = site.output_shapes[0]
         axis = site.op.axis % len(shape)
+        if axis == 0 or len(site.inputs) < len(tree.flatten(site.call.args)):
+            return site.pin_all("stacks along the batch axis, or constants")
         return [concatenate([np.expand_dims(x, axis) for x in site.inputs], axis, shape)]
 
 
@@ -96,15 +172,76 @@ class RollRule(Rule):
 class SplitRule(Rule):
     """`ops.split`: the places of the cuts move with the units."""
 
+    def __init__(self, axis: Callable = lambda op: op.axis, movable: bool = True) -> None:
+        self.axis, self.movable = axis, movable
+
     def flow(self, site: Site) -> list[Ids]:
-        parts = np.split(site.inputs[0], site.op.indices_or_sections, site.op.axis)
+        (ids,) = site.inputs
+        axis = self.axis(site.op) % ids.ndim
+        if axis == 0 or (varies(ids, axis) and not self.movable):
+            return site.pin_all("splits the batch, or units into parts of a fixed size")
+        if not varies(ids, axis):
+            one = ids.take([0], axis)
+            return [np.broadcast_to(one, shape) for shape in site.output_shapes]
+        sizes = [shape[axis] for shape in site.output_shapes]
+        parts = np.split(ids, np.cumsum(sizes)[:-1].tolist(), axis)
         for i, part in enumerate(parts):
-            site.set_axis(f"part{i}", line(part, site.op.axis))  # so that none vanishes
+            site.set_axis(f"part{i}", line(part, axis))  # so that none vanishes
         return parts
 
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
-        ends = np.cumsum([kept.size(part, site.op.axis) for part in site.outputs])
+        axis = self.axis(site.op)
+        if axis % site.inputs[0].ndim == 0 or not varies(site.inputs[0], axis):
+            return {}
+        ends = np.cumsum([kept.size(part, axis) for part in site.outputs])
         return {"indices_or_sections": ends[:-1].tolist()}
+
+
+class UnstackRule(Rule):
+    """One tensor per position of an axis; units on that axis stay."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        (ids,) = site.inputs
+        axis = site.op.axis % ids.ndim
+        if axis == 0 or varies(ids, axis):
+            return site.pin_all("makes one tensor per unit or sample")
+        return [ids.take(0, axis) for _ in site.output_shapes]
+
+
+class TakeRule(Rule):
+    """`ops.take` with constant indices along one axis: they are renumbered when units go."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        if len(site.inputs) > 1 or not isinstance(site.call.args[0], Ref) or site.op.axis is None:
+            return site.pin_all("takes from all samples, or by indices that are computed")
+        (ids,), index = site.inputs, self._index(site)
+        axis = site.op.axis % ids.ndim
+        if axis == 0:
+            return site.pin_all("picks samples")
+        if not varies(ids, axis):
+            return [self._from_fixed(site, ids, axis, index)]
+        if index.ndim != 1:
+            return site.pin_all("picks single units")
+        taken = np.take(ids, index % ids.shape[axis], axis)
+        site.set_axis("taken", line(taken, axis))  # so that not all of them vanish
+        return [taken]
+
+    def _index(self, site: Site) -> np.ndarray:
+        given = site.call.kwargs.get("indices", (*site.call.args, None)[1])
+        return to_numpy(given).astype(int)
+
+    def _from_fixed(self, site: Site, ids: Ids, axis: int, index: np.ndarray) -> Ids:
+        first = ids.take(np.zeros((1,) * index.ndim, int), axis)
+        return np.broadcast_to(first, site.output_shapes[0])
+
+    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+        """Indices of what stays, counted among what stays."""
+        if "taken" not in site.axes:
+            return super().arguments(site, kept)
+        ids, axis = site.inputs[0], site.op.axis
+        index = self._index(site) % ids.shape[axis]
+        index = index[kept.where(site.outputs[0], axis)]
+        return (site.call.args[0], np.searchsorted(kept.where(ids, axis), index)), {}
 
 
 class GetItemRule(Rule):
@@ -178,6 +315,20 @@ def _moved(part: Any, ids: Ids, axis: int | None, kept: Kept) -> Any:
     return slice(*np.searchsorted(kept.where(ids, axis), [start, stop]).tolist())
 
 
+def _reshape(op: Any, ids: Ids) -> Ids:
+    first, *rest = op.newshape
+    if first not in (-1, None) or -1 in rest or len(rest) == 0:
+        return ids.reshape(op.newshape)
+    # The batch axis may take up positions or give some away: rows and samples are whole multiples.
+    row, sample = math.prod(rest), math.prod(ids.shape)
+    if row % sample == 0:
+        ids = np.broadcast_to(ids, (row // sample, *ids.shape[1:]))
+    folded = ids.reshape(-1, *rest)
+    if len(folded) > 1 and varies(folded, 0) and (folded != folded[:1]).any():
+        raise ValueError("units become samples")
+    return folded[:1]
+
+
 def _flatten(op: Any, ids: Ids) -> Ids:
     if getattr(op, "data_format", None) == "channels_first":
         ids = np.moveaxis(ids, 1, -1)
@@ -195,26 +346,36 @@ def _repeat(op: Any, ids: Ids) -> Ids:
     return np.repeat(ids, op.repeats, op.axis)
 
 
-add(MoveRule(_flatten), layers.Flatten)
+add(FlattenRule(_flatten), layers.Flatten)
 add(MoveRule(lambda op, x: x.transpose(0, *op.dims)), layers.Permute)
 add(MoveRule(lambda op, x: x[:, None]), layers.RepeatVector)
 add(MoveRule(lambda op, x: x.transpose(op.axes)), op_class("Transpose"))
 add(MoveRule(lambda op, x: np.swapaxes(x, op.axis1, op.axis2)), op_class("Swapaxes"))
 add(MoveRule(lambda op, x: np.moveaxis(x, op.source, op.destination)), op_class("Moveaxis"))
 add(MoveRule(lambda op, x: np.expand_dims(x, op.axis)), op_class("ExpandDims"))
-add(MoveRule(lambda op, x: np.squeeze(x, op.axis)), op_class("Squeeze"))
+add(SqueezeRule(), op_class("Squeeze"))
+add(MoveRule(lambda op, x: np.rot90(x, op.k, op.axes)), op_class("Rot90"))
+add(MoveRule(lambda op, x: np.flip(x, 1)), op_class("Fliplr"))
+add(MoveRule(lambda op, x: x), op_class("Flipud"))
 add(MoveRule(lambda op, x: np.flip(x, op.axis)), op_class("Flip"))
 add(MoveRule(_tile), op_class("Tile"))
 add(MoveRule(_repeat), op_class("Repeat"))
 add(ReshapeRule(lambda op, x: x.reshape(1, *op.target_shape), "target_shape", 1), layers.Reshape)
-add(ReshapeRule(lambda op, x: x.reshape(op.newshape), "newshape", 0), op_class("Reshape"))
+add(ReshapeRule(_reshape, "newshape", 0), op_class("Reshape"))
 add(
     ReshapeRule(lambda op, x: x.reshape((1,) * (len(op.shape) - x.ndim) + x.shape), "shape", 0),
     op_class("BroadcastTo"),
 )
-add(ConcatRule(), layers.Concatenate, op_class("Concatenate"))
+add(ConcatRule(), layers.Concatenate, op_class("Concatenate"), op_class("Append"))
+add(ConcatRule(lambda op: 1), op_class("Hstack"))
+add(ConcatRule(lambda op: 2), op_class("Dstack"))
 add(StackRule(), op_class("Stack"))
 add(PadRule(), op_class("Pad"))
 add(RollRule(), op_class("Roll"))
 add(SplitRule(), op_class("Split"))
+add(SplitRule(movable=False), op_class("ArraySplit"))
+add(SplitRule(lambda op: 1), op_class("Hsplit"))
+add(SplitRule(lambda op: 2), op_class("Dsplit"))
+add(UnstackRule(), op_class("Unstack"))
+add(TakeRule(), op_class("Take"))
 add(GetItemRule(), op_class("GetItem"))

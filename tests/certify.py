@@ -1,0 +1,62 @@
+"""What every random model must keep: certificate, costs, a reason for every unit that stays."""
+
+import keras
+import numpy as np
+from helpers import randomise
+from random_models import build
+
+import keras_polar
+from keras_polar.cost import polynomial
+from keras_polar.coupling import _signatures, couple
+from keras_polar.graph import trace
+from keras_polar.samples import difference, random_inputs
+
+
+def certify(program, seed=0):
+    """Builds the program, closes units at random, and checks all that must hold.
+
+    Returns:
+        (units that can go, units).
+    """
+    keras.backend.clear_session(free_memory=False)  # collecting garbage costs a second
+    model = randomise(build(program), seed)
+    rng = np.random.default_rng(seed)
+    coupling = couple(trace(model))
+    assert_no_silent_pin(coupling)
+    produced = np.concatenate(list(coupling.produced().values()))
+    if coupling.groups:
+        certify_gated(model, coupling, rng)
+    return int((coupling.group_of[produced] >= 0).sum()), len(produced)
+
+
+def assert_no_silent_pin(coupling):
+    """Every unit is in a group, or has a reason, or is the only one of its kind."""
+    signatures = _signatures(coupling.sites, coupling.roots)
+    for name, vector in coupling.produced().items():
+        for root in np.unique(coupling.roots[vector]).tolist():
+            if coupling.group_of[root] < 0 and not coupling.reasons.get(root):
+                alike = np.flatnonzero(signatures == signatures[root])
+                free = [i for i in alike if coupling.roots[i] == i and i not in coupling.reasons]
+                assert free == [root], f"unit of {name!r} stays without a reason"
+
+
+def certify_gated(model, coupling, rng):
+    gate = ("static", "dynamic")[rng.integers(2)]
+    ignore = [coupling.groups[0].layers[0]] if rng.integers(4) == 0 else []
+    if ignore:
+        coupling = couple(coupling.graph, ignore)
+        if not coupling.groups:
+            return
+    gated = keras_polar.apply(model, 1e-3, gate=gate, measure="units", ignore=ignore)
+    counts = []
+    for group in gated.groups:
+        counts.append(int(rng.integers(1, group.units + 1)))  # one unit at least
+        group.set_mask(rng.permutation(group.units) < counts[-1])
+    small = keras_polar.convert(gated)
+    # Keras on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels: a batch of 2 and
+    # 2 channels left would differ. No tensor here has 29 channels.
+    assert difference(gated, small, random_inputs(model, batch=29)) <= 1e-4
+    counted = keras_polar.cost(small)
+    assert counted.weights == small.count_params()
+    for measure in ("weights", "macs", "units"):
+        assert polynomial(coupling, measure)(counts) == getattr(counted, measure), measure
