@@ -8,8 +8,8 @@ import numpy as np
 
 from keras_polar.coupling import Coupling, couple
 from keras_polar.gated import flags_for, require_gated, stripped
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace
-from keras_polar.rules import Kept, Site, rule_for
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild
+from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.samples import difference, random_inputs
 from keras_polar.units import compact
 
@@ -142,7 +142,7 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
 
         >>> small = keras_polar.remove(model, {"conv1": [0, 3, 5]})
     """
-    coupling = couple(trace(model))
+    coupling = couple(read(model))
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
     for name, indices in units.items():

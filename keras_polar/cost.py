@@ -14,8 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_polar.coupling import Coupling, couple, rules_of
-from keras_polar.graph import trace
-from keras_polar.rules import Rule, Site, Term
+from keras_polar.rules import Rule, Site, Term, read
 from keras_polar.rules.base import weight_terms
 from keras_polar.units import Ids
 
@@ -170,7 +169,7 @@ def cost(model: Any) -> Cost:
         >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
         36
     """
-    coupling = couple(trace(model))
+    coupling = couple(read(model))
     seen: set[int] = set()
     rows = []
     for site, rule in rules_of(coupling):

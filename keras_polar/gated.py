@@ -9,9 +9,10 @@ import numpy as np
 
 from keras_polar.coupling import Coupling
 from keras_polar.gates import PACKAGE, Gate, Mask
-from keras_polar.graph import Call, Graph, bypass, to_numpy, trace
+from keras_polar.graph import Call, Graph, bypass, to_numpy
 from keras_polar.plan import Budget, settle
 from keras_polar.polarization import Consensus
+from keras_polar.rules import read
 
 
 class GateGroup:
@@ -219,7 +220,7 @@ def stripped(gated: Any) -> Graph:
             return -1
         return call.inputs[0] if isinstance(call.op, (Mask, Consensus)) else None
 
-    return bypass(trace(gated), stands_for)
+    return bypass(read(gated), stands_for)
 
 
 def flags_for(gated: GatedModel, coupling: Coupling) -> np.ndarray:

@@ -9,9 +9,8 @@ from rich.table import Table
 
 from keras_polar.cost import MEASURES, Cost, cost
 from keras_polar.coupling import Coupling, couple, why_fixed
-from keras_polar.graph import trace
-from keras_polar.rules import rule_for
-from keras_polar.rules.base import UNKNOWN
+from keras_polar.rules import read, rule_for
+from keras_polar.rules.base import UNKNOWN, why_unknown
 
 WIDTH = 120
 
@@ -106,7 +105,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = couple(trace(model), ignore)
+    coupling = couple(read(model), ignore)
     costs = {r.name: r for r in cost(model).rows}
     whole = {m: max(1, sum(getattr(r, m) for r in costs.values())) for m in MEASURES}
     kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
@@ -126,11 +125,10 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
     """Layers without a rule: they make units nobody can follow."""
-    why = "no rule for this operation; see keras_polar.register"
     found = {s.name: s for s in coupling.sites if rule_for(s.op) is UNKNOWN}
     return [
         InspectRow(
-            *(name, type(site.op).__name__, 0, 0, "", why),
+            *(name, type(site.op).__name__, 0, 0, "", why_unknown(site.call)),
             *(getattr(costs[name], m) / whole[m] for m in ("weights", "macs")),
         )
         for name, site in found.items()

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.graph import Call, Spec
+from keras_polar.graph import Call, Graph, Spec, has_parts, trace
 from keras_polar.units import Ids, Units, along, compact, look_up, nobody
 
 
@@ -177,7 +177,7 @@ class Rule:
 
     def flow(self, site: Site) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""
-        return site.pin_all("no rule for this operation; see keras_polar.register")
+        return site.pin_all(why_unknown(site.call))
 
     def weights(self, op: Any) -> dict[str, tuple]:
         """Variable (attribute name) -> the axis name, or None, of each of its axes."""
@@ -228,6 +228,25 @@ def rule_for(op: Any) -> Rule:
     if getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False):
         return UNKNOWN
     return _REGISTRY.get(type(op), UNKNOWN)
+
+
+def why_unknown(call: Call) -> str:
+    """Why nothing is known about an operation without a rule."""
+    return call.note or "no rule for this operation; see keras_polar.register"
+
+
+def opens(op: Any) -> bool:
+    """Whether a layer is to be replaced by its parts: it has some, and no rule of its own."""
+    return rule_for(op) is UNKNOWN and has_parts(op)
+
+
+def read(model: Any) -> Graph:
+    """The graph of a model, composite layers without a rule opened.
+
+    Raises:
+        TypeError: `model` is not a functional or built Sequential model.
+    """
+    return trace(model, opens)
 
 
 def find(layer_class: type) -> Rule | None:
