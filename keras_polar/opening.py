@@ -15,6 +15,7 @@ the time of the trace, and the graph nodes that Keras records on them are taken 
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from keras import KerasTensor, tree
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
+from keras.src.utils.naming import to_snake_case
 
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.
@@ -140,6 +142,7 @@ class _Watch:
     ) -> None:
         self.root, self.closed = root, closed
         self.layers = list(root._flatten_layers())
+        self.operations = [o for x in self.layers for o in (x, *getattr(x, "_operations", ()))]
         self.masked = {id(x) for x in self.layers if needs_masks(x)}
         self.inline = {id(x) for x in self.layers if x is root or opens(x)} - set(closed)
         self.is_paused = False
@@ -150,8 +153,7 @@ class _Watch:
 
     @contextmanager
     def __call__(self, training: Any) -> Iterator:
-        operations = [o for x in self.layers for o in (x, *getattr(x, "_operations", ()))]
-        lengths = [(o, len(o._inbound_nodes), len(o._outbound_nodes)) for o in operations]
+        lengths = [(o, len(o._inbound_nodes), len(o._outbound_nodes)) for o in self.operations]
         classes = [(x, type(x)) for x in self.layers]
         watched = {c: self._watched(c) for c in {c for _, c in classes}}
         try:
@@ -184,7 +186,7 @@ class _Watch:
         if self.is_paused or not _tensors((args, kwargs)):
             return layer_class.__call__(layer, *args, **kwargs)
         if not layer.built and layer_class.build is not keras.layers.Layer.build:
-            raise CannotOpen(f"its sublayer {layer.name!r} is not built")
+            self._check_stateless(layer, layer_class, args, kwargs)
         self.stack.append(layer.name)
         try:
             if id(layer) in self.inline:
@@ -192,6 +194,21 @@ class _Watch:
             return self._kept(layer, layer_class, args, kwargs)
         finally:
             self.stack.pop()
+
+    def _check_stateless(
+        self, layer: Any, layer_class: type, args: tuple, kwargs: dict
+    ) -> None:
+        """A layer that was never built may be called if a copy of it makes no variables."""
+        self.is_paused = True
+        try:
+            twin = layer_class.from_config(layer.get_config())
+            twin(*args, **kwargs)
+        except Exception as error:
+            raise CannotOpen(f"its sublayer {layer.name!r} is not built") from error
+        finally:
+            self.is_paused = False
+        if twin.variables:
+            raise CannotOpen(f"its sublayer {layer.name!r} is not built")
 
     def _opened(self, layer: Any, layer_class: type, args: tuple, kwargs: dict) -> Any:
         self.composites.append((layer, args, kwargs))
@@ -304,7 +321,7 @@ def _traced(
             raise CannotOpen("returns something that does not depend on its inputs")
         if watch.loses_mask:
             raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
-        steps = _steps(flat, inlets, watch)
+        steps = _named(_steps(flat, inlets, watch), watch)
     return _Run(inlets, steps, flat, watch.composites)
 
 
@@ -315,12 +332,12 @@ def _with_training(op: Any, kwargs: dict, training: bool) -> dict:
 
 def why(error: Exception) -> str:
     """The first line of an error that says something."""
-    lines = [s.strip() for s in str(error).splitlines() if s.strip()]
-    if isinstance(error, CannotOpen):
-        return str(error)
+    # Keras wraps messages in what was called with what, and in escape codes for bold.
+    lines = [s.replace("\x1b[1m", "").replace("\x1b[0m", "").strip() for s in str(error).split("\n")]
     skip = ("Exception encountered when calling", "Arguments received by")
-    said = [s for s in lines if not s.startswith(skip)] or [""]
-    text = said[0].replace("\x1b[1m", "").replace("\x1b[0m", "")
+    text = next((s for s in lines if s and not s.startswith(skip)), "")
+    if isinstance(error, CannotOpen):
+        return text
     return f"its call does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
 
 
@@ -353,6 +370,19 @@ def _steps(outputs: list, inlets: list, watch: _Watch) -> list[Step]:
             if id(node.operation) in watch.masked:
                 needed += filter(None.__ne__, map(backend.get_keras_mask, needed))
             stack += [(_node(x, known), False) for x in reversed(needed)]
+    return steps
+
+
+def _named(steps: list[Step], watch: _Watch) -> list[Step]:
+    """Gives the operations that the run has made names that do not depend on earlier runs."""
+    known, used = {id(o) for o in watch.operations}, set()
+    for i, step in enumerate(steps):
+        if id(step.op) not in known:
+            kind = to_snake_case(type(step.op).__name__)
+            numbered = (f"{kind}_{n}" if n else kind for n in itertools.count())
+            step.op.name = next(n for n in numbered if n not in used)
+            used.add(step.op.name)
+            steps[i] = replace(step, path=f"{watch.root.name}/{step.op.name}")
     return steps
 
 
