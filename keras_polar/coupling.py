@@ -151,7 +151,7 @@ def _spans_several(ids: Ids) -> bool:
 
 
 def _differs(ids: Ids, axis: int) -> bool:
-    return bool((ids != ids.take([0], axis)).any())
+    return bool(ids.size) and bool((ids != ids.take([0], axis)).any())
 
 
 def _tie_to_best_axis(ids: Ids, roots: np.ndarray, units: Units) -> None:

@@ -5,6 +5,7 @@ data that says which operation is called on which tensors, in order. `rebuild` r
 on other tensors, which is how every new model of this library comes to be.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -235,8 +236,20 @@ def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)
-    calls = tuple(replace(call, name=names[id(call.op)]) for call in tracer.calls)
+    calls = [replace(call, name=names[id(call.op)]) for call in tracer.calls]
+    calls = _needed(calls, set(refs_in(outputs)))
     return Graph(model.name, inputs, outputs, layers, calls, tuple(tracer.specs))
+
+
+def _needed(calls: list[Call], wanted: set[int]) -> tuple[Call, ...]:
+    """The calls that any of the wanted tensors depends on: what only feeds an unused output of a
+    nested model is not part of the function."""
+    live = []
+    for call in reversed(calls):
+        if not wanted.isdisjoint(call.outputs):
+            wanted.update(call.inputs)
+            live.append(call)
+    return tuple(reversed(live))
 
 
 def _not_functional(model: Any) -> str:
@@ -381,14 +394,39 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
     try:
-        return type(op).from_config({**op.get_config(), "name": name, **changes})
+        return _from_config(op, {**op.get_config(), "name": name, **changes})
     except Exception as error:
         if not op.weights and not changes:
-            return op  # nothing to train and nothing to copy (a Lambda, say): share it
+            return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
         ) from error
+
+
+def _from_config(op: Any, config: dict) -> Any:
+    """The layer of a config; keys that `get_config` reports but `__init__` derives are left out.
+
+    Nothing is lost by that if the new layer reports them again with the same values.
+    """
+    try:
+        return type(op).from_config(config)
+    except (TypeError, ValueError):
+        parameters = inspect.signature(type(op).__init__).parameters
+        base = {"name", "trainable", "dtype"}
+        known = {k: v for k, v in config.items() if k in parameters or k in base}
+        new = type(op).from_config(known)
+        if known.keys() == config.keys() or new.get_config() != config:
+            raise
+        return new
+
+
+def _renamed(op: Any, name: str) -> Any:
+    """The layer without its graph nodes, under another name; everything inside is shared."""
+    new = object.__new__(type(op))
+    vars(new).update(vars(op))
+    vars(new).update(name=name, _inbound_nodes=[], _outbound_nodes=[])
+    return new
 
 
 def has_parts(op: Any) -> bool:

@@ -15,6 +15,7 @@ the time of the trace, and the graph nodes that Keras records on them are taken 
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -251,15 +252,29 @@ class _Watch:
 
     def _kept(self, layer: Any, layer_class: type, args: tuple, kwargs: dict) -> Any:
         self.is_paused = True
+        layer.__dict__["symbolic_call"] = functools.partial(_exact_spec, layer)
         try:
             outputs = layer_class.__call__(layer, *args, **kwargs)
         finally:
+            del layer.__dict__["symbolic_call"]
             self.is_paused = False
         self.paths[id(layer._inbound_nodes[-1])] = "/".join(self.stack)
         return outputs
 
     def use(self, variable: Any) -> None:
         raise CannotOpen(f"uses its own variable {variable.path!r} directly")
+
+
+def _exact_spec(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output's shape, found by running the call where the layer itself is vague.
+
+    EinsumDense, say, leaves sizes open that the code around it goes on to compute with.
+    """
+    spec = layer.compute_output_spec(*args, **kwargs)
+    is_vague = any(None in x.shape for x in _tensors(spec))
+    if is_vague and all(None not in x.shape for x in _tensors((args, kwargs))):
+        return backend.compute_output_spec(layer.call, *args, **kwargs)
+    return spec
 
 
 @contextmanager
@@ -317,12 +332,21 @@ def _traced(
         except Exception as error:
             raise CannotOpen(_with_sizes(why(error), args, kwargs)) from error
         inlets, flat = list(fresh.values()), [x for x in tree.flatten(outputs) if x is not None]
-        if not all(isinstance(x, KerasTensor) for x in flat):
-            raise CannotOpen("returns something that does not depend on its inputs")
+        flat = [_symbolic(x, inlets[0]) for x in flat]
         if watch.loses_mask:
             raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
         steps = _named(_steps(flat, inlets, watch), watch)
     return _Run(inlets, steps, flat, watch.composites)
+
+
+def _symbolic(output: Any, inlet: Any) -> Any:
+    """The output, made a node of the graph if it is a constant."""
+    if isinstance(output, KerasTensor):
+        return output
+    if not backend.is_tensor(output):
+        raise CannotOpen(f"returns {type(output).__name__} besides tensors")
+    zero = keras.ops.zeros_like(keras.ops.sum(inlet))
+    return keras.ops.add(keras.ops.cast(zero, output.dtype), output)
 
 
 def _with_training(op: Any, kwargs: dict, training: bool) -> dict:
@@ -398,6 +422,24 @@ def _node(x: Any, known: set[int]) -> Any:
     return node
 
 
+def function_steps(function: Callable) -> list[Step]:
+    """The operations of a function of one tensor, tried on a tensor of rank 3.
+
+    Raises:
+        CannotOpen: it does not run on symbolic tensors.
+    """
+    x = keras.Input((3, 5))
+    watch = _Watch(x._keras_history.operation, lambda op: False, {}, lambda op: False)
+    try:
+        with _Reads(watch):
+            y = function(x)
+    except Exception as error:
+        raise CannotOpen(why(error)) from error
+    if not isinstance(y, KerasTensor):
+        raise CannotOpen("does not return a tensor that depends on its input")
+    return _steps([y], [x], watch)
+
+
 # --- what two runs have in common ------------------------------------------------------------
 
 
@@ -425,7 +467,7 @@ class _Merge:
 
     def _step(self, a: Step, b: Step) -> Step:
         is_layer = isinstance(a.op, keras.layers.Layer)
-        if type(a.op) is not type(b.op) or (is_layer and a.op is not b.op):
+        if type(a.op) is not type(b.op) or (is_layer and not _alike(a.op, b.op)):
             raise CannotOpen("behaves differently in training")
         modes = [x.kwargs.get("training") for x in (a, b)]
         if modes not in ([False, True], [None, None]):
@@ -476,6 +518,16 @@ class _Merge:
         if _is_array(a) and _is_array(b):
             return _constant(_numpy(a), _numpy(b))
         return a if a is b or a == b else _differ()
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """One layer, or two without variables that a `call` has made anew, of the same config."""
+    if a is b:
+        return True
+    if a.variables or b.variables:
+        raise CannotOpen(f"makes a layer with variables in its call ({a.name!r})")
+    configs = [{k: v for k, v in x.get_config().items() if k != "name"} for x in (a, b)]
+    return bool(configs[0] == configs[1])
 
 
 def _differ() -> Any:
@@ -602,7 +654,7 @@ def _try_alone(layer: Any, args: tuple, kwargs: dict, opens: Callable, closed: d
 
 def _check_variables(op: Any, opened: Opened) -> None:
     """Nothing that is trained may be missing from the calls that stand for the layer."""
-    reached = {id(v) for s in opened.steps for v in getattr(s.op, "variables", ())}
-    for variable in op.variables:
+    reached = {id(v) for s in opened.steps for v in getattr(s.op, "weights", ())}
+    for variable in op.weights:  # the states of random generators are no weights
         if id(variable) not in reached:
             raise CannotOpen(f"does not use its variable {variable.path!r} by way of a sublayer")

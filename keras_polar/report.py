@@ -1,5 +1,6 @@
 """Tables: what a model costs, and which of its units can be pruned."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,14 +107,17 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
         >>> print(keras_polar.inspect(model))
     """
     coupling = couple(read(model), ignore)
-    costs = {r.name: r for r in cost(model).rows}
-    whole = {m: max(1, sum(getattr(r, m) for r in costs.values())) for m in MEASURES}
+    costs: dict[str, Counter] = {}  # of all calls of a shared layer together
+    for row in cost(model).rows:
+        own = {m: getattr(row, m) for m in MEASURES}
+        costs.setdefault(row.name, Counter()).update(own)
+    whole = {m: max(1, sum(r[m] for r in costs.values())) for m in MEASURES}
     kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
     rows = []
     for name, vector in coupling.produced().items():
         group = coupling.group_of[vector]
         names = dict.fromkeys(coupling.groups[i].name for i in group[group >= 0].tolist())
-        shares = [getattr(costs[name], m) / whole[m] for m in ("weights", "macs")]
+        shares = [costs[name][m] / whole[m] for m in ("weights", "macs")]
         can_go = int((group >= 0).sum())
         reason = why_fixed(coupling, vector[group < 0]) if can_go < len(vector) else ""
         rows.append(
@@ -129,7 +133,7 @@ def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectR
     return [
         InspectRow(
             *(name, type(site.op).__name__, 0, 0, "", why_unknown(site.call)),
-            *(getattr(costs[name], m) / whole[m] for m in ("weights", "macs")),
+            *(costs[name][m] / whole[m] for m in ("weights", "macs")),
         )
         for name, site in found.items()
     ]

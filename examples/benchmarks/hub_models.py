@@ -70,7 +70,7 @@ simple("ESMBackbone", **SHORT)
 simple("FNetBackbone", **{k: v for k, v in SHORT.items() if k != "num_heads"})
 simple("FalconBackbone", num_attention_heads=2, **TEXT)
 simple("GPT2Backbone", **SHORT)
-simple("GPTNeoXBackbone", **SHORT)
+simple("GPTNeoXBackbone", rotary_percentage=0.5, **SHORT)
 simple("OPTBackbone", **SHORT)
 simple("RobertaBackbone", **SHORT)
 simple("XLMRobertaBackbone", **SHORT)
@@ -258,7 +258,7 @@ simple(
     output_num_filters=24,
     depthwise_filters=16,
     depthwise_stride=2,
-    depthwise_residual=True,
+    depthwise_residual=False,
     last_layer_filter=24,
     squeeze_and_excite=0.5,
     input_num_filters=8,
@@ -275,6 +275,7 @@ simple(
     block_type="dark_block",
     stage_type="csp",
     stem_padding="same",
+    block_ratio=[0.5],
     image_shape=(16, 16, 3),
 )
 
@@ -345,7 +346,7 @@ def BASNetBackbone(hub: Any) -> keras.Model:
         hub.models.BASNetBackbone(
             image_encoder=resnet(hub),
             num_classes=1,
-            projection_filters=8,
+            projection_filters=64,
             image_shape=(64, 64, 3),
         )
     )
@@ -774,8 +775,6 @@ def main(prefixes: list[str]) -> None:
             try:
                 said = certified(build())
             except Exception as error:
-                import os, traceback
-                if os.environ.get("TB"): traceback.print_exc()
                 said = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             print(f"{name:32} {time.time() - start:5.1f} s  {said}", flush=True)
             keras.backend.clear_session()

@@ -22,7 +22,7 @@ class MoveRule(Rule):
             moved, shape = self.move(site.op, site.inputs[0]), site.output_shapes[0]
             if moved.ndim == len(shape):
                 return [np.broadcast_to(moved, shape)]
-        except ValueError:  # a reshape of sizes that are not known, say
+        except (ValueError, TypeError):  # a reshape of sizes that are not known, say
             pass
         return site.pin_all("units cannot be followed through it")
 
@@ -97,12 +97,17 @@ class SplitRule(Rule):
     """`ops.split`: the places of the cuts move with the units."""
 
     def flow(self, site: Site) -> list[Ids]:
-        parts = np.split(site.inputs[0], site.op.indices_or_sections, site.op.axis)
+        try:
+            parts = np.split(site.inputs[0], site.op.indices_or_sections, site.op.axis)
+        except ValueError:  # along an axis whose size here is a stand-in
+            return site.pin_all("units cannot be followed through it")
         for i, part in enumerate(parts):
             site.set_axis(f"part{i}", line(part, site.op.axis))  # so that none vanishes
         return parts
 
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        if "part0" not in site.axes:
+            return {}
         ends = np.cumsum([kept.size(part, site.op.axis) for part in site.outputs])
         return {"indices_or_sections": ends[:-1].tolist()}
 
