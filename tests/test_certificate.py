@@ -274,3 +274,20 @@ def test_wrong_user_rule_is_caught():
     gated.settle()
     with pytest.raises(ValueError, match="swapped"):
         keras_polar.convert(gated, verify=True)
+
+
+def test_a_rule_that_fits_in_shape_but_not_in_function_is_caught_at_its_layer():
+    class Reversed(layers.Dense):
+        """Its units come out in the opposite order."""
+
+        def call(self, x, training=None):
+            return ops.flip(super().call(x), -1)
+
+    keras_polar.register(Reversed, like=layers.Dense)
+    model = randomise(
+        body(layers.Dense(7, name="a"), Reversed(8, name="reversed"), layers.Dense(6), shape=(8,))
+    )
+    gated = keras_polar.apply(model, gate="static")
+    close_half(gated)
+    with pytest.raises(ValueError, match=r"first layer that differs is 'reversed' \(Reversed\)"):
+        keras_polar.convert(gated, verify=True)

@@ -373,7 +373,7 @@ def test_constants_made_from_the_sizes_hold_for_every_batch():
 
 
 def test_a_mask_given_as_an_argument_goes_in():
-    x, keep = keras.Input((5, 6)), keras.Input((5,), dtype="int32")
+    x, keep = keras.Input((5, 6), name="x"), keras.Input((5,), dtype="int32", name="keep")
     y = Causal()(x, keep=keep)
     model = randomise(keras.Model({"x": x, "keep": keep}, layers.Dense(2)(y)))
     assert not notes(model)
