@@ -139,6 +139,8 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
         arrays = [a for a in arrays if _spans_several(_rooted(a, roots))]
         for ids in arrays[:1]:
             _tie_to_best_axis(ids, roots, units)
+        # Once is enough: nobody's elements among the others stay what they are.
+        arrays = arrays[1:]
 
 
 def _rooted(ids: Ids, roots: np.ndarray) -> Ids:

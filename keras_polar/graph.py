@@ -404,6 +404,35 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         ) from error
 
 
+def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) -> tuple[Any, dict]:
+    """An equal layer built for inputs with fewer units.
+
+    Args:
+        args, kwargs: of its call, in KerasTensors.
+        resized: number of units -> fewer.
+
+    Returns:
+        The layer, and which keys of its config hold numbers of units: {key: units of `op`}.
+
+    Raises:
+        CannotOpen: there is none.
+    """
+    if not op.weights:
+        return op, {}
+    config = op.get_config()
+    sized = {k: v for k, v in config.items() if type(v) is int and v in resized}
+    shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
+    for keys in ({}, sized):
+        try:
+            twin = clone(op, op.name, **{k: resized[v] for k, v in keys.items()})
+            twin(*args, **kwargs)
+        except Exception:
+            continue
+        if [tuple(w.shape) for w in twin.weights] == shapes:
+            return twin, keys
+    raise CannotOpen("cannot be rebuilt for fewer units")
+
+
 def _from_config(op: Any, config: dict) -> Any:
     """The layer of a config; keys that `get_config` reports but `__init__` derives are left out.
 

@@ -66,6 +66,7 @@ class Opened:
     steps: list[Step]
     outputs: list
     closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
+    variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
 
 
 def open_layer(op: Any, args: tuple, kwargs: dict, opens: Callable[[Any], bool]) -> Opened:
@@ -120,6 +121,8 @@ class _Run:
     steps: list[Step]
     outputs: list
     composites: list = field(default_factory=list)  # (layer, args, kwargs) opened on the way
+    inputs: list = field(default_factory=list)  # of a leaf: the inlets that are no variables
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 class _Reads(keras.StatelessScope):
@@ -422,6 +425,79 @@ def _node(x: Any, known: set[int]) -> Any:
     return node
 
 
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A call of a layer without sublayers, in KerasTensors."""
+
+    op: Any
+    args: tuple
+    kwargs: dict
+
+
+def takes_mask(op: Any) -> bool:
+    """Whether Keras hands the layer's call masks that are not among its arguments."""
+    return any(n == "mask" or n.endswith("_mask") for n in op._call_signature.parameters)
+
+
+def trace_leaf(leaf: Leaf, twin: Leaf, resized: dict[int, int], training: Any) -> Opened:
+    """What a layer's `call` does with its input and variables, the same for any number of units.
+
+    Args:
+        leaf: the layer, with inputs whose batch size is None.
+        twin: an equal layer, on inputs with fewer units.
+        resized: number of units in `leaf` -> in `twin`.
+
+    Raises:
+        CannotOpen: it cannot be traced, or does different things.
+    """
+    pair = [_leaf_run(x, b, training) for x, b in zip((leaf, twin), BATCHES, strict=True)]
+    variables = [run.variables for run in pair]
+    if variables[0].keys() != variables[1].keys():
+        raise CannotOpen("has other variables on fewer units")
+    for a, b in ((variables[0][k], variables[1][k]) for k in variables[0]):
+        expected = tuple(resized.get(n, n) for n in a.shape)
+        if tuple(b.shape) not in (expected, tuple(a.shape)):
+            raise CannotOpen("has variables that do not follow the size of its input")
+        if tuple(b.shape) != expected:
+            raise CannotOpen("has a variable of a fixed size")
+    merge = _LeafMerge(*pair, resized)
+    return replace(merge.opened(), inlets=pair[0].inputs, variables=variables[0])
+
+
+def _leaf_run(leaf: Leaf, batch: int, training: Any) -> _Run:
+    fresh: dict[int, Any] = {}
+
+    def inlet(x: Any) -> Any:
+        if isinstance(x, KerasTensor) and id(x) not in fresh:
+            fresh[id(x)] = keras.Input(batch_shape=(batch, *x.shape[1:]), dtype=x.dtype)
+        return fresh.get(id(x), x)
+
+    args, kwargs = tree.map_structure(inlet, (leaf.args, leaf.kwargs))
+    if training is not None:
+        kwargs = {**kwargs, "training": training}
+    names = [k for k, v in vars(leaf.op).items() if any(v is w for w in leaf.op.weights)]
+    if len(names) != len(leaf.op.weights):
+        raise CannotOpen("holds variables in a structure")
+    own = {n: getattr(leaf.op, n) for n in names}
+    symbols = {n: keras.Input(batch_shape=v.shape, dtype=v.dtype) for n, v in own.items()}
+    watch = _Watch(leaf.op, lambda op: False, {}, lambda op: False)
+    watch.is_paused = True  # it may draw random numbers: it stays whole, and the scope undoes it
+    vars(leaf.op).update(symbols)
+    try:
+        with _Reads(watch), _mode(training):
+            outputs = leaf.op.call(*args, **kwargs)
+    except Exception as error:
+        raise CannotOpen(why(error)) from error
+    finally:
+        vars(leaf.op).update(own)
+    flat = tree.flatten(outputs)
+    if not all(isinstance(x, KerasTensor) for x in flat):
+        raise CannotOpen("returns something that does not depend on its inputs")
+    inlets = [*fresh.values(), *symbols.values()]
+    steps = _named(_steps(flat, inlets, watch), watch)
+    return _Run(inlets, steps, flat, inputs=list(fresh.values()), variables=symbols)
+
+
 def function_steps(function: Callable) -> list[Step]:
     """The operations of a function of one tensor, tried on a tensor of rank 3.
 
@@ -518,6 +594,29 @@ class _Merge:
         if _is_array(a) and _is_array(b):
             return _constant(_numpy(a), _numpy(b))
         return a if a is b or a == b else _differ()
+
+
+class _LeafMerge(_Merge):
+    """The same for a layer that stays whole: shapes may follow the number of units."""
+
+    def __init__(self, first: _Run, second: _Run, resized: dict[int, int]) -> None:
+        super().__init__(first, second)
+        self.resized = resized
+
+    def _shape(self, a: tuple, b: tuple) -> tuple:
+        if len(a) != len(b):
+            return _differ()
+        return tuple(
+            x if self.resized.get(x) == y else super(_LeafMerge, self)._shape((x,), (y,))[0]
+            for x, y in zip(a, b, strict=True)
+        )
+
+    def value(self, a: Any, b: Any) -> Any:
+        if _is_array(a) and _is_array(b) and not isinstance(a, (int, np.integer)):
+            per_sample = (a.shape[:1], b.shape[:1]) == ((BATCHES[0],), (BATCHES[1],))
+            if per_sample and set(a.shape[1:]) | set(b.shape[1:]) <= {1}:
+                return 0.0  # one number for each sample, of no interest: a random draw, say
+        return super().value(a, b)
 
 
 def _alike(a: Any, b: Any) -> bool:

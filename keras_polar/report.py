@@ -10,8 +10,7 @@ from rich.table import Table
 
 from keras_polar.cost import MEASURES, Cost, cost
 from keras_polar.coupling import Coupling, couple, why_fixed
-from keras_polar.rules import read, rule_for
-from keras_polar.rules.base import UNKNOWN, why_unknown
+from keras_polar.rules import read
 
 WIDTH = 120
 
@@ -129,10 +128,10 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
     """Layers without a rule: they make units nobody can follow."""
-    found = {s.name: s for s in coupling.sites if rule_for(s.op) is UNKNOWN}
+    found = {s.name: s for s in coupling.sites if s.unknown}
     return [
         InspectRow(
-            *(name, type(site.op).__name__, 0, 0, "", why_unknown(site.call)),
+            *(name, type(site.op).__name__, 0, 0, "", site.unknown),
             *(costs[name][m] / whole[m] for m in ("weights", "macs")),
         )
         for name, site in found.items()

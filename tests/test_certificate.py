@@ -180,6 +180,9 @@ CASES = {
     "mean_over_units": lambda: body(
         layers.Conv2D(8, 1), layers.Conv2D(6, 1), lambda x: ops.mean(x, axis=-1, keepdims=True)
     ),
+    "units_beside_nobody": lambda: body(
+        lambda x: ops.concatenate([layers.Dense(4)(x), x], axis=1), layers.Dense(5), shape=(3, 4),
+    ),
     "channels_first": lambda: body(
         layers.Permute((3, 1, 2)),
         layers.ZeroPadding2D(1, data_format="channels_first"),

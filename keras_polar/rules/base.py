@@ -29,6 +29,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_polar.graph import Call, Graph, Spec, has_parts, trace
@@ -93,6 +94,7 @@ class Site:
         outputs: id arrays of the output tensors, once `flow` has been asked.
         axes: the layer's named id vectors; calls of a shared layer have the same ones.
         reads: (input position, axis) whose closed units must arrive as zeros.
+        unknown: why nothing is known about the operation; empty if something is.
     """
 
     call: Call
@@ -104,6 +106,7 @@ class Site:
     outputs: list[Ids] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     produces: list[str] = field(default_factory=list)
+    unknown: str = ""  # why nothing is known about the operation
 
     @property
     def op(self) -> Any:
@@ -177,7 +180,8 @@ class Rule:
 
     def flow(self, site: Site) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""
-        return site.pin_all(why_unknown(site.call))
+        site.unknown = site.call.note or "no rule for this operation; see keras_polar.register"
+        return site.pin_all(site.unknown)
 
     def weights(self, op: Any) -> dict[str, tuple]:
         """Variable (attribute name) -> the axis name, or None, of each of its axes."""
@@ -214,7 +218,7 @@ def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
     return Term(factors, weights=math.prod(other))
 
 
-_REGISTRY: dict[type, Rule] = {}
+_REGISTRY: dict[type | None, Rule] = {}
 UNKNOWN = Rule()
 
 
@@ -227,12 +231,8 @@ def rule_for(op: Any) -> Rule:
     """The rule of an operation; the one that pins everything if there is none."""
     if getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False):
         return UNKNOWN
-    return _REGISTRY.get(type(op), UNKNOWN)
-
-
-def why_unknown(call: Call) -> str:
-    """Why nothing is known about an operation without a rule."""
-    return call.note or "no rule for this operation; see keras_polar.register"
+    is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
+    return _REGISTRY.get(type(op)) or _REGISTRY.get(keras.layers.Layer if is_leaf else None, UNKNOWN)
 
 
 def opens(op: Any) -> bool:
