@@ -100,12 +100,24 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     for call in graph.calls:
         axes = shared.setdefault(id(call.op), {})
         site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
-        site.outputs = rule_for(call.op).flow(site)
+        site.outputs = _followed(site)
         ids.update(zip(call.outputs, site.outputs, strict=True))
         sites.append(site)
     for i in refs_in(graph.outputs):
         units.pin(ids[i], "is an output of the model")
     return tuple(sites)
+
+
+def _followed(site: Site) -> list[Ids]:
+    """What the rule says; all of a call's units stay if it does not fit the tensors' shapes."""
+    try:
+        return rule_for(site.op).flow(site)
+    except ValueError as error:
+        site.reads, site.produces = [], []
+        why = f"units cannot be followed through it: {error}"
+        for vector in site.axes.values():
+            site.pin(vector, why)
+        return site.pin_all(why)
 
 
 def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:

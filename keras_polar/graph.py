@@ -20,6 +20,7 @@ from keras.src.models.functional import Functional
 from keras.src.ops import core, image, math, nn
 from keras.src.ops import numpy as keras_numpy
 
+from keras_polar.duplicate import duplicate
 from keras_polar.opening import CannotOpen, Opened, Step, open_layer, run_functional, with_attributes
 
 _OP_MODULES = (keras_numpy, nn, core, math, image, activations)
@@ -126,11 +127,8 @@ class _Tracer:
         if training is not None and getattr(op, "_call_has_training_arg", False):
             kwargs = {**kwargs, "training": training}
         inner, refs = functional(op), _nested_inputs(op, args, kwargs)
-        if inner is not None and refs is not None and self._fits(inner, refs):
-            inside = path + step.path + "/"
-            return tree.flatten(self.run(inner, refs, inside, kwargs.get("training")))
         if inner is not None and refs is not None:
-            return self._inline(_rerun, op, args, kwargs, path)
+            return self._nested(step, inner, refs, args, kwargs, path)
         if self.opens(op) and id(op) not in self.notes:
             try:
                 # In a functional model, training=False of a call does not outlive the model's own.
@@ -140,6 +138,17 @@ class _Tracer:
             except CannotOpen as error:
                 self.notes[id(op)] = f"{NOT_OPENED}: {error}"
         return self._call(step, args, kwargs, path)
+
+    def _nested(
+        self, step: Step, inner: Any, refs: list, args: tuple, kwargs: dict, path: str
+    ) -> list:
+        if not self._fits(inner, refs):
+            try:
+                return self._inline(_rerun, step.op, args, kwargs, path)
+            except CannotOpen:
+                pass  # its own nodes say as much, but for the sizes
+        inside = path + step.path + "/"
+        return tree.flatten(self.run(inner, refs, inside, kwargs.get("training")))
 
     def _call(self, step: Step, args: tuple, kwargs: dict, path: str) -> list:
         op, path = step.op, path + step.path
@@ -398,6 +407,8 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     except Exception as error:
         if not op.weights and not changes:
             return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
+        if not changes:
+            return duplicate(op, name)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
@@ -419,7 +430,10 @@ def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) ->
     """
     if not op.weights:
         return op, {}
-    config = op.get_config()
+    try:
+        config = op.get_config()
+    except Exception as error:
+        raise CannotOpen("has no config to be rebuilt from") from error
     sized = {k: v for k, v in config.items() if type(v) is int and v in resized}
     shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
     for keys in ({}, sized):
@@ -479,12 +493,24 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> No
     """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`."""
     if source is target or not isinstance(source, keras.layers.Layer):
         return
-    for old, new in zip(source.variables, target.variables, strict=True):
+    for old, new in _twins(source.variables, target.variables):
         new.assign(cut(old, to_numpy(old)))
     for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
+
+
+def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:
+    """Pairs of variables of two equal layers: by their paths, in order if those are ambiguous.
+
+    The order is that in which they were made, and a copy may be built in another.
+    """
+    paths = [[v.path.partition("/")[2] for v in variables] for variables in (old, new)]
+    if set(paths[0]) == set(paths[1]) and len(set(paths[0])) == len(old) == len(new):
+        found = dict(zip(paths[1], new, strict=True))
+        return [(v, found[path]) for v, path in zip(old, paths[0], strict=True)]
+    return zip(old, new, strict=True)
 
 
 def _layers_of(op: Any) -> list:

@@ -178,6 +178,8 @@ class _Watch:
             return watch.called(layer, layer_class, args, kwargs)
 
         def add_loss(layer: Any, loss: Any) -> None:
+            if watch.is_paused:
+                return  # only its shape is asked for
             raise CannotOpen(f"{layer.name!r} adds a loss in its call")
 
         return type(
@@ -754,6 +756,6 @@ def _try_alone(layer: Any, args: tuple, kwargs: dict, opens: Callable, closed: d
 def _check_variables(op: Any, opened: Opened) -> None:
     """Nothing that is trained may be missing from the calls that stand for the layer."""
     reached = {id(v) for s in opened.steps for v in getattr(s.op, "weights", ())}
-    for variable in op.weights:  # the states of random generators are no weights
-        if id(variable) not in reached:
+    for variable in op.weights:
+        if variable.trainable and id(variable) not in reached:
             raise CannotOpen(f"does not use its variable {variable.path!r} by way of a sublayer")

@@ -171,8 +171,13 @@ class Site:
 
 
 def sizes(shape: Iterable) -> tuple:
-    """A static shape with the batch and unknown sizes as 1."""
-    return (1, *(1 if d is None else d for d in tuple(shape)[1:]))
+    """A static shape with the batch and unknown sizes as 1.
+
+    The first axis is the batch, unless its size is known and that of another is not.
+    """
+    first, *others = tuple(shape) or (None,)
+    is_batch = first is None or None not in others
+    return (1 if is_batch else first, *(1 if d is None else d for d in others))
 
 
 class Rule:

@@ -27,8 +27,11 @@ class TracedRule(Rule):
         try:
             return self._follow(site)
         except CannotOpen as error:
-            site.unknown = f"no rule for this operation; its call was traced, but it {error}"
-            return site.pin_all(site.unknown)
+            why = f"its call was traced, but it {error}"
+        except ValueError:  # positions of unknown size, say
+            why = "its call was traced, but units cannot be followed through it"
+        site.unknown = f"no rule for this operation (see keras_polar.register); {why}"
+        return site.pin_all(site.unknown)
 
     def _follow(self, site: Site) -> list[Ids]:
         op, resized = site.op, _resized(site)
