@@ -112,7 +112,7 @@ def _followed(site: Site) -> list[Ids]:
     """What the rule says; all of a call's units stay if it does not fit the tensors' shapes."""
     try:
         return rule_for(site.op).flow(site)
-    except ValueError as error:
+    except (IndexError, TypeError, ValueError) as error:
         site.reads, site.produces = [], []
         why = f"units cannot be followed through it: {error}"
         for vector in site.axes.values():

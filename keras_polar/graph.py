@@ -21,7 +21,14 @@ from keras.src.ops import core, image, math, nn
 from keras.src.ops import numpy as keras_numpy
 
 from keras_polar.duplicate import duplicate
-from keras_polar.opening import CannotOpen, Opened, Step, open_layer, run_functional, with_attributes
+from keras_polar.opening import (
+    CannotOpen,
+    Opened,
+    Step,
+    open_layer,
+    run_functional,
+    with_attributes,
+)
 
 _OP_MODULES = (keras_numpy, nn, core, math, image, activations)
 
@@ -246,8 +253,8 @@ def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)
     calls = [replace(call, name=names[id(call.op)]) for call in tracer.calls]
-    calls = _needed(calls, set(refs_in(outputs)))
-    return Graph(model.name, inputs, outputs, layers, calls, tuple(tracer.specs))
+    needed = _needed(calls, set(refs_in(outputs)))
+    return Graph(model.name, inputs, outputs, layers, needed, tuple(tracer.specs))
 
 
 def _needed(calls: list[Call], wanted: set[int]) -> tuple[Call, ...]:

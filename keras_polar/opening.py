@@ -171,7 +171,7 @@ class _Watch:
             for o, inbound, outbound in lengths:
                 del o._inbound_nodes[inbound:], o._outbound_nodes[outbound:]
 
-    def _watched(self, layer_class: type) -> type:
+    def _watched(self, layer_class: Any) -> type:
         watch = self
 
         def __call__(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +188,7 @@ class _Watch:
             {"__call__": __call__, "add_loss": add_loss, "__module__": layer_class.__module__},
         )
 
-    def called(self, layer: Any, layer_class: type, args: tuple, kwargs: dict) -> Any:
+    def called(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if self.is_paused or not _tensors((args, kwargs)):
             return layer_class.__call__(layer, *args, **kwargs)
         if not layer.built and layer_class.build is not keras.layers.Layer.build:
@@ -201,9 +201,7 @@ class _Watch:
         finally:
             self.stack.pop()
 
-    def _check_stateless(
-        self, layer: Any, layer_class: type, args: tuple, kwargs: dict
-    ) -> None:
+    def _check_stateless(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> None:
         """A layer that was never built may be called if a copy of it makes no variables."""
         self.is_paused = True
         try:
@@ -216,7 +214,7 @@ class _Watch:
         if twin.variables:
             raise CannotOpen(f"its sublayer {layer.name!r} is not built")
 
-    def _opened(self, layer: Any, layer_class: type, args: tuple, kwargs: dict) -> Any:
+    def _opened(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         self.composites.append((layer, args, kwargs))
         if layer is self.root:
             return self._in_line(layer, layer_class, args, kwargs)
@@ -232,7 +230,7 @@ class _Watch:
         self.inline.discard(id(layer))
         self.closed[id(layer)] = why(error)
 
-    def _in_line(self, layer: Any, layer_class: type, args: tuple, kwargs: dict) -> Any:
+    def _in_line(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if layer.activity_regularizer is not None:
             raise CannotOpen(f"{layer.name!r} has an activity regularizer")
         found = []
@@ -255,7 +253,7 @@ class _Watch:
                 self.loses_mask = True
         return found[0]
 
-    def _kept(self, layer: Any, layer_class: type, args: tuple, kwargs: dict) -> Any:
+    def _kept(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         self.is_paused = True
         layer.__dict__["symbolic_call"] = functools.partial(_exact_spec, layer)
         try:
@@ -362,7 +360,9 @@ def _with_training(op: Any, kwargs: dict, training: bool) -> dict:
 def why(error: Exception) -> str:
     """The first line of an error that says something."""
     # Keras wraps messages in what was called with what, and in escape codes for bold.
-    lines = [s.replace("\x1b[1m", "").replace("\x1b[0m", "").strip() for s in str(error).split("\n")]
+    lines = [
+        s.replace("\x1b[1m", "").replace("\x1b[0m", "").strip() for s in str(error).split("\n")
+    ]
     skip = ("Exception encountered when calling", "Arguments received by")
     text = next((s for s in lines if s and not s.startswith(skip)), "")
     if isinstance(error, CannotOpen):
@@ -462,7 +462,7 @@ def trace_leaf(leaf: Leaf, twin: Leaf, resized: dict[int, int], training: Any) -
             raise CannotOpen("has variables that do not follow the size of its input")
         if tuple(b.shape) != expected:
             raise CannotOpen("has a variable of a fixed size")
-    merge = _LeafMerge(*pair, resized)
+    merge = _LeafMerge(pair[0], pair[1], resized)
     return replace(merge.opened(), inlets=pair[0].inputs, variables=variables[0])
 
 
@@ -550,8 +550,8 @@ class _Merge:
         modes = [x.kwargs.get("training") for x in (a, b)]
         if modes not in ([False, True], [None, None]):
             raise CannotOpen(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
-        kwargs = [{k: v for k, v in x.kwargs.items() if k != "training"} for x in (a, b)]
-        args, kwargs = self.value((a.args, kwargs[0]), (b.args, kwargs[1]))
+        given = [{k: v for k, v in x.kwargs.items() if k != "training"} for x in (a, b)]
+        args, kwargs = self.value((a.args, given[0]), (b.args, given[1]))
         args, kwargs = _resolved(a, args, kwargs)
         op = a.op if is_layer else self._operation(a, b.op)
         self._number(a.outputs, b.outputs)

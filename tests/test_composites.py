@@ -188,7 +188,9 @@ def test_every_variable_moves_to_the_gated_model_and_is_trained():
     before = [np.array(v) for v in map(ops.convert_to_numpy, own)]
     x = random_inputs(model, batch=8)
     gated.fit(x, np.ones((8, 5, 2), "float32"), verbose=0)
-    moved = [np.abs(a - ops.convert_to_numpy(v)).max() > 0 for a, v in zip(before, own, strict=True)]
+    moved = [
+        np.abs(a - ops.convert_to_numpy(v)).max() > 0 for a, v in zip(before, own, strict=True)
+    ]
     assert all(moved)
 
 

@@ -443,7 +443,8 @@ def DFineBackbone(hub: Any) -> keras.Model:
 @entry
 def DepthAnythingBackbone(hub: Any) -> keras.Model:
     encoder = hub.models.DINOV2Backbone(
-        **{**WIDE, "num_layers": 4, "image_shape": (32, 32, 3)}, position_embedding_shape=(32, 32, 3)
+        **{**WIDE, "num_layers": 4, "image_shape": (32, 32, 3)},
+        position_embedding_shape=(32, 32, 3),
     )
     return fixed(
         hub.models.DepthAnythingBackbone(
@@ -461,9 +462,7 @@ def DepthAnythingBackbone(hub: Any) -> keras.Model:
 def pair(hub: Any, family: str, backbone: str, **config: Any) -> keras.Model:
     vision = getattr(hub.models, f"{family}VisionEncoder")(**WIDE)
     text = getattr(hub.models, f"{family}TextEncoder")(embedding_dim=8, **SHORT)
-    return fixed(
-        getattr(hub.models, backbone)(vision_encoder=vision, text_encoder=text, **config)
-    )
+    return fixed(getattr(hub.models, backbone)(vision_encoder=vision, text_encoder=text, **config))
 
 
 @entry
@@ -711,9 +710,7 @@ def SAM3PromptableConceptBackbone(hub: Any) -> keras.Model:
             detr_decoder=layers.SAM3DetrDecoder(
                 image_shape=(56, 56, 3), patch_size=14, num_queries=4, **size
             ),
-            mask_decoder=layers.SAM3MaskDecoder(
-                num_upsampling_stages=3, hidden_dim=8, num_heads=2
-            ),
+            mask_decoder=layers.SAM3MaskDecoder(num_upsampling_stages=3, hidden_dim=8, num_heads=2),
         ),
         token_ids=(32,),
         padding_mask=(32,),
@@ -798,7 +795,9 @@ def certified(model: keras.Model) -> str:
     small = keras_polar.convert(gated)
     off = difference(gated, small, random_inputs(model))
     left = small.count_params() / model.count_params()
-    closed = [f"{r.kind}: {r.reason.split('opened: ')[-1]}" for r in found.rows if "opened" in r.reason]
+    closed = [
+        f"{r.kind}: {r.reason.split('opened: ')[-1]}" for r in found.rows if "opened" in r.reason
+    ]
     return (
         f"{'ok' if off <= 1e-4 else 'DIFFERS'} difference {off:.1e}, layers with prunable units "
         f"hold {share:.0%} of the weights, units {found.prunable:.0%}, weights left {left:.0%}"

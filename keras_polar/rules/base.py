@@ -223,7 +223,7 @@ def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
     return Term(factors, weights=math.prod(other))
 
 
-_REGISTRY: dict[type | None, Rule] = {}
+_REGISTRY: dict[type, Rule] = {}
 UNKNOWN = Rule()
 
 
@@ -237,7 +237,8 @@ def rule_for(op: Any) -> Rule:
     if getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False):
         return UNKNOWN
     is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
-    return _REGISTRY.get(type(op)) or _REGISTRY.get(keras.layers.Layer if is_leaf else None, UNKNOWN)
+    otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see traced.py
+    return _REGISTRY.get(type(op), otherwise)
 
 
 def opens(op: Any) -> bool:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import KerasTensor
 
-from keras_polar.graph import Call, Spec, fill, refs_in, smaller_twin
+from keras_polar.graph import Call, Ref, Spec, fill, refs_in, smaller_twin
 from keras_polar.opening import CannotOpen, Leaf, Opened, takes_mask, trace_leaf
 from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for, sizes
 from keras_polar.rules.elementwise import MergeRule
@@ -28,37 +28,34 @@ class TracedRule(Rule):
             return self._follow(site)
         except CannotOpen as error:
             why = f"its call was traced, but it {error}"
-        except ValueError:  # positions of unknown size, say
+        except (IndexError, TypeError, ValueError):  # positions of unknown size, say
             why = "its call was traced, but units cannot be followed through it"
         site.unknown = f"no rule for this operation (see keras_polar.register); {why}"
         return site.pin_all(site.unknown)
 
     def _follow(self, site: Site) -> list[Ids]:
-        op, resized = site.op, _resized(site)
-        if takes_mask(op):
+        if takes_mask(site.op):
             raise CannotOpen("takes a mask")
-        symbols = [_symbol(site, i, {}) for i in range(len(site.inputs))]
-        fewer = [_symbol(site, i, resized) for i in range(len(site.inputs))]
-        leaf = Leaf(op, *_arguments(site, symbols))
-        args, kwargs = _arguments(site, fewer)
-        twin, keys = smaller_twin(op, args, kwargs, resized)
-        modes = (False, True) if op._call_has_training_arg else (None,)
-        runs = [trace_leaf(leaf, Leaf(twin, args, kwargs), resized, m) for m in modes]
+        # One unit fewer, and as few as can be: code may ask whether there are more than so many.
+        for is_far in (False, True):
+            resized = _resized(site, is_far)
+            runs, keys = _traces(site, resized)
         vectors = self._variables(site, runs[0], resized)
         for key, size in keys.items():
             same = [v for v in vectors.values() if len(v) == size] or [_lines(site)[size]]
             for other in same[1:]:
                 site.units.tie(same[0], other, f"sized by {key!r} of {site.name!r}")
             site.set_axis(f"config {key}", same[0])
-        first, *others = [_through(site, run, vectors) for run in runs]
-        for other in others:
-            for a, b in zip(first, other, strict=True):
+        first, *rest = [_through(site, run, vectors) for run in runs]
+        for outputs in rest:
+            for a, b in zip(first, outputs, strict=True):
                 site.units.tie(a, b, f"mixed with fixed elements by {site.name!r} in training")
         return first
 
     def _variables(self, site: Site, run: Opened, resized: dict) -> dict[str, Ids]:
         """Ids of the layer's own variables: those of its input, where they are sized by it."""
-        lines, found = _lines(site), {}
+        lines = _lines(site)
+        found: dict[str, Ids] = {}
         for name, symbol in run.variables.items():
             axes = [i for i, n in enumerate(symbol.shape) if n in resized and n in lines]
             if len(axes) > 1:
@@ -80,6 +77,16 @@ class TracedRule(Rule):
         return {k.removeprefix("config "): kept.count(site.axes[k]) for k in keys}
 
 
+def _traces(site: Site, resized: dict[int, int]) -> tuple[list[Opened], dict[str, int]]:
+    """What the call does in each mode, if a twin for fewer units does the same."""
+    positions = range(len(site.inputs))
+    leaf = Leaf(site.op, *_arguments(site, [_symbol(site, i, {}) for i in positions]))
+    args, kwargs = _arguments(site, [_symbol(site, i, resized) for i in positions])
+    twin, keys = smaller_twin(site.op, args, kwargs, resized)
+    modes = (False, True) if site.op._call_has_training_arg else (None,)
+    return [trace_leaf(leaf, Leaf(twin, args, kwargs), resized, m) for m in modes], keys
+
+
 def _small(ids: Ids) -> Ids:
     return ids[tuple(slice(None) if varies(ids, i) else slice(0, 1) for i in range(ids.ndim))]
 
@@ -94,13 +101,14 @@ def _lines(site: Site) -> dict[int, Ids]:
     return found
 
 
-def _resized(site: Site) -> dict[int, int]:
-    """Sizes of axes with units -> fewer, that no other axis has."""
+def _resized(site: Site, is_far: bool) -> dict[int, int]:
+    """Sizes of axes with units -> fewer, that no other axis has: one or many fewer."""
     lines = _lines(site)
     taken = {d for ids in site.inputs for d in ids.shape}
     resized: dict[int, int] = {}
     for n in lines:
-        fewer = next((m for m in range(n - 1, 0, -1) if m not in taken), None)
+        smaller = range(2, n) if is_far else range(n - 1, 1, -1)
+        fewer = next((m for m in smaller if m not in taken), None)
         if fewer is None:
             raise CannotOpen("has too few units to see how it depends on their number")
         taken.add(fewer)
@@ -134,7 +142,7 @@ class _Inner(Site):
     @property
     def output_shapes(self) -> list[tuple]:
         shapes = [self.specs[i].shape for i in self.call.outputs]
-        return [sizes(s) if s and s[0] is None else tuple(s) for s in shapes]
+        return [sizes(s) if None in s else tuple(s) for s in shapes]
 
 
 def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
@@ -154,7 +162,8 @@ def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
             for ids in inner.inputs:
                 site.pin(ids, f"computes with its units ({type(step.op).__name__})")
         table.update((id(x), ids) for x, ids in zip(step.outputs, outputs, strict=True))
-    return [np.broadcast_to(table[id(x)], s) for x, s in zip(run.outputs, site.output_shapes)]
+    found = zip(run.outputs, site.output_shapes, strict=True)
+    return [np.broadcast_to(table[id(x)], shape) for x, shape in found]
 
 
 def _adapts(rule: Rule) -> bool:
@@ -165,8 +174,6 @@ def _adapts(rule: Rule) -> bool:
 
 
 def _site(site: Site, step: Any, table: dict) -> _Inner:
-    from keras_polar.graph import Ref
-
     tensors: list[Any] = []
 
     def swap(leaf: Any) -> Any:
@@ -179,9 +186,7 @@ def _site(site: Site, step: Any, table: dict) -> _Inner:
     inputs = refs_in((args, kwargs))
     outputs = tuple(range(len(tensors), len(tensors) + len(step.outputs)))
     specs = [Spec(tuple(x.shape), x.dtype) for x in tensors]
-    specs += [
-        Spec(tuple(s), x.dtype) for s, x in zip(step.shapes, step.outputs, strict=True)
-    ]
+    specs += [Spec(tuple(s), x.dtype) for s, x in zip(step.shapes, step.outputs, strict=True)]
     call = Call(step.op, step.op.name, site.call.path, args, kwargs, inputs, outputs)
     return _Inner(call, tuple(specs), site.units, [table[id(x)] for x in tensors], {})
 
