@@ -6,6 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_JAX := $(VENV)/.installed-jax
+INSTALLED_HUB := $(VENV)/.installed-hub
 CODE := setup.py keras_polar tests examples
 
 # TensorFlow's start-up notes hide what the commands below have to say.
@@ -31,13 +32,17 @@ $(INSTALLED_JAX): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[jax]'
 	@touch $@
 
+$(INSTALLED_HUB): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[hub]'
+	@touch $@
+
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
 test: $(INSTALLED) ## the quick tests
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(INSTALLED) test-jax ## every test, and the smoke test on JAX
+test-all: $(INSTALLED) $(INSTALLED_HUB) test-jax ## every test, KerasHub's models and JAX included
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)

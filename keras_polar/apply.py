@@ -11,11 +11,11 @@ from keras_polar.cost import MEASURES, polynomial, sizes_known
 from keras_polar.coupling import Coupling, Group, couple, off_batch, why_fixed
 from keras_polar.gated import GatedModel, is_gated
 from keras_polar.gates import DynamicGate, Gate, Mask
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused
 from keras_polar.inner import InnerMask, pack
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
-from keras_polar.rules import Site
+from keras_polar.rules import Site, read
 from keras_polar.rules.base import inner_vector, line
 from keras_polar.schedule import Schedule
 
@@ -76,7 +76,7 @@ def apply(
             f"apply: model {model.name!r} has gates already. Pass the model without gates; to "
             "prune further, `convert` first and apply to the result."
         )
-    coupling = couple(trace(model), ignore)
+    coupling = couple(read(model), ignore)
     _check_prunable(coupling, model, measure)
     budget = _budget(coupling, sparsity, measure, min_units, round_to)
     inserter = _Inserter(coupling, GATES[gate], min_units, schedule or Schedule(), budget, measure)

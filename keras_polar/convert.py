@@ -1,17 +1,30 @@
 """From a plan of what stays to a physically smaller model: gated -> small, and direct surgery."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+from keras import tree
 
 from keras_polar.coupling import Coupling, couple
 from keras_polar.gated import flags_for, require_gated, stripped
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, trace, unused, variable_at
-from keras_polar.rules import Kept, Site, rule_for
+from keras_polar.graph import (
+    Call,
+    clone,
+    copy_weights,
+    fill,
+    rebuild,
+    refs_in,
+    to_numpy,
+    unused,
+    variable_at,
+)
+from keras_polar.inner import Substituted, masked_variables
+from keras_polar.rules import Kept, Site, read, rule_for
+from keras_polar.rules.base import inner_vector
 from keras_polar.samples import difference, random_inputs
-from keras_polar.units import compact
+from keras_polar.units import compact, varies
 
 
 def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
@@ -20,29 +33,91 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
     Args:
         flags: bool of shape (ids,), True for ids that stay, equal within each class.
     """
-    kept, made, cloned = Kept(flags), {}, set()
-    sites = {id(s.call): s for s in coupling.sites}
-    names = {c.name for c in coupling.graph.calls}
+    return rebuild(coupling.graph, _Cutter(coupling, flags).visit, keras.Model)
 
-    def visit(call: Call, values: dict) -> Any:
-        site = sites[id(call)]
-        changes = _changes(site, kept)
+
+class _Cutter:
+    """Calls the smaller twins of a graph's operations, made when first needed."""
+
+    def __init__(self, coupling: Coupling, flags: np.ndarray) -> None:
+        self.coupling, self.kept = coupling, Kept(flags)
+        self.made: dict[tuple, Any] = {}
+        self.cloned: set[int] = set()
+        self.sites = {id(s.call): s for s in coupling.sites}
+        self.names = {c.name for c in coupling.graph.calls}
+
+    def visit(self, call: Call, values: dict) -> Any:
+        site = self.sites[id(call)]
+        changes = _changes(site, self.kept)
         # A shared layer without weights (a Reshape, say) may be cut differently in each call.
         key = (id(call.op), repr(sorted(changes.items())))
-        is_new = key not in made
+        is_new = key not in self.made
         if is_new:
-            name = unused(site.name, names) if id(call.op) in cloned else site.name
-            cloned.add(id(call.op))
-            names.add(name)
-            made[key] = clone(site.op, name, **changes)
-        op = made[key]
-        args, kwargs = rule_for(call.op).arguments(site, kept)
+            self.made[key] = clone(site.op, self._name(site), **changes)
+        op = self.made[key]
+        args, kwargs = rule_for(call.op).arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
-            _copy_cut_weights(site, op, kept)
+            _copy_cut_weights(site, op, self.kept)
         return outputs
 
-    return rebuild(coupling.graph, visit, keras.Model)
+    def _name(self, site: Site) -> str:
+        name = unused(site.name, self.names) if id(site.op) in self.cloned else site.name
+        self.cloned.add(id(site.op))
+        self.names.add(name)
+        return name
+
+    def first_difference(self, inputs: Any, tolerance: float) -> str:
+        """The first call whose twin computes something else on its units, in words."""
+        graph = self.coupling.graph
+        given = dict(zip(refs_in(graph.inputs), tree.flatten(inputs), strict=True))
+        full = {i: keras.ops.convert_to_tensor(x) for i, x in given.items()}
+        small = dict(full)
+        for site in self.coupling.sites:
+            call = site.call
+            masked = {**full, **_masked(site, self.kept, full)}
+            with Substituted(_masked_inside(site, self.kept)):
+                wanted = call.op(*fill(call.args, masked), **fill(call.kwargs, masked))
+            found = self.visit(call, small)
+            full.update(zip(call.outputs, tree.flatten(wanted), strict=True))
+            small.update(zip(call.outputs, tree.flatten(found), strict=True))
+            for index, ids in zip(call.outputs, site.outputs, strict=True):
+                off = _off(full[index], small[index], ids, self.kept)
+                if off > tolerance:
+                    kind = type(call.op).__name__
+                    return f"The first layer that differs is {site.name!r} ({kind}), by {off:g}"
+        return "No single layer differs"
+
+
+def _masked(site: Site, kept: Kept, values: dict) -> dict:
+    found = {}
+    for tensor, axis in site.reads:
+        index, ids = site.call.inputs[tensor], site.inputs[tensor]
+        x = keras.ops.convert_to_tensor(values[index])
+        shape = [1] * len(x.shape)
+        shape[axis] = ids.shape[axis]
+        mask = np.isin(np.arange(shape[axis]), kept.where(ids, axis)).reshape(shape)
+        found[index] = x * keras.ops.cast(mask, x.dtype)
+    return found
+
+
+def _masked_inside(site: Site, kept: Kept) -> list[tuple]:
+    masks = []
+    for path, axis in site.inner_reads:
+        vector = inner_vector(site, path, axis)
+        masks.append((path, axis, np.isin(np.arange(len(vector)), kept.where(vector))))
+    return masked_variables(site.op, masks)
+
+
+def _off(full: Any, small: Any, ids: np.ndarray, kept: Kept) -> float:
+    """How far two outputs are apart on the units that stay, relative to the largest."""
+    full, small = to_numpy(full).astype("float64"), to_numpy(small).astype("float64")
+    for axis in range(ids.ndim):
+        if varies(ids, axis):
+            full = np.take(full, kept.where(ids, axis), axis)
+    if full.shape != small.shape:
+        return np.inf
+    return float(np.abs(full - small).max(initial=0) / max(np.abs(full).max(initial=0), 1e-30))
 
 
 def _changes(site: Site, kept: Kept) -> dict[str, Any]:
@@ -103,17 +178,21 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
     """
     require_gated(gated, "convert")
     coupling = couple(stripped(gated))
-    small = cut(coupling, flags_for(gated, coupling))
+    cutter = _Cutter(coupling, flags_for(gated, coupling))
+    small = rebuild(coupling.graph, cutter.visit, keras.Model)
     if verify is not None and verify is not False:
-        check_certificate(gated, small, verify)
+        check_certificate(gated, small, verify, cutter.first_difference)
     return small
 
 
-def check_certificate(gated: Any, small: Any, inputs: Any = True) -> float:
+def check_certificate(
+    gated: Any, small: Any, inputs: Any = True, explain: Callable | None = None
+) -> float:
     """The largest difference between two models' outputs, relative to the largest output.
 
     Args:
         inputs: inputs of both models, or True for random ones.
+        explain: `explain(inputs, tolerance)` says in words where a difference begins.
 
     Raises:
         ValueError: the difference exceeds round-off (1e-4; 2e-2 in half precision).
@@ -123,10 +202,12 @@ def check_certificate(gated: Any, small: Any, inputs: Any = True) -> float:
     is_half = any("16" in layer.compute_dtype for layer in gated.layers)
     tolerance = 2e-2 if is_half else 1e-4
     if not found <= tolerance:
+        where = explain(inputs, tolerance) if explain else ""
         raise ValueError(
             f"Certificate: expected the converted model to equal {gated.name!r} to {tolerance:g} "
-            f"of the largest output, but it differs by {found:g}. Layers with user-registered "
-            "rules are the first suspects; see keras_polar.inspect(model)."
+            f"of the largest output, but it differs by {found:g}. {where}. If that layer has a "
+            "rule given to keras_polar.register, compare `flow`, `weights` and `config` with what "
+            "its call computes."
         )
     return found
 
@@ -151,7 +232,7 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
 
         >>> small = keras_polar.remove(model, {"conv1": [0, 3, 5]})
     """
-    coupling = couple(trace(model))
+    coupling = couple(read(model))
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
     for name, indices in units.items():

@@ -15,8 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_polar.coupling import Coupling, couple, rules_of
-from keras_polar.graph import trace
-from keras_polar.rules import Rule, Site, Term
+from keras_polar.rules import Rule, Site, Term, read
 from keras_polar.rules.base import weight_terms
 from keras_polar.units import Ids
 
@@ -177,7 +176,7 @@ def cost(model: Any) -> Cost:
         >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
         36
     """
-    return counted(couple(trace(model)))
+    return counted(couple(read(model)))
 
 
 def counted(coupling: Coupling) -> Cost:

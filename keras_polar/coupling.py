@@ -102,12 +102,24 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
         # Calls of a layer without weights are nothing to each other.
         axes = shared.setdefault(id(call.op), {}) if getattr(call.op, "weights", ()) else {}
         site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
-        site.outputs = [as_view(ids) for ids in rule_for(call.op).flow(site)]
+        site.outputs = [as_view(ids) for ids in _followed(site)]
         ids.update(zip(call.outputs, site.outputs, strict=True))
         sites.append(site)
     for i in refs_in(graph.outputs):
         units.pin(ids[i], "is an output of the model")
     return tuple(sites)
+
+
+def _followed(site: Site) -> list[Ids]:
+    """What the rule says; all of a call's units stay if it does not fit the tensors' shapes."""
+    try:
+        return rule_for(site.op).flow(site)
+    except (IndexError, TypeError, ValueError) as error:
+        site.reads, site.produces = [], []
+        why = f"units cannot be followed through it: {error}"
+        for vector in site.axes.values():
+            site.pin(vector, why)
+        return site.pin_all(why)
 
 
 def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:
@@ -152,7 +164,7 @@ def _spans_several(ids: Ids) -> bool:
 
 
 def _differs(ids: Ids, axis: int) -> bool:
-    return bool((ids != ids.take([0], axis)).any())
+    return bool(ids.size) and bool((ids != ids.take([0], axis)).any())
 
 
 def _tie_to_best_axis(ids: Ids, forest: Forest, is_fixed: np.ndarray, units: Units) -> None:

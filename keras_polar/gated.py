@@ -10,10 +10,11 @@ import numpy as np
 
 from keras_polar.coupling import Coupling
 from keras_polar.gates import PACKAGE, Gate, Mask
-from keras_polar.graph import Call, Graph, bypass, refs_in, to_numpy, trace
+from keras_polar.graph import Call, Graph, bypass, refs_in, to_numpy
 from keras_polar.inner import InnerMask, unpack
 from keras_polar.plan import Budget, settle
 from keras_polar.polarization import Consensus
+from keras_polar.rules import read
 
 
 class GateGroup:
@@ -221,7 +222,7 @@ def stripped(gated: Any) -> Graph:
             return -1
         return call.inputs[0] if isinstance(call.op, (Mask, Consensus)) else None
 
-    graph = trace(gated)
+    graph = read(gated)
     bare = replace(graph, calls=tuple(map(_without_inner_mask, graph.calls)))
     return bypass(bare, stands_for)
 

@@ -1,4 +1,4 @@
-"""A functional model as a flat list of calls; the only file that touches Keras internals.
+"""A functional model as a flat list of calls; with opening.py all that touches Keras internals.
 
 `trace` turns a functional or Sequential model, nested models included, into a `Graph`: plain
 data that says which operation is called on which tensors, in order. `rebuild` runs such a graph
@@ -6,19 +6,31 @@ on other tensors, which is how every new model of this library comes to be.
 """
 
 import contextlib
+import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 from keras import tree
+from keras.src import backend
 from keras.src.activations import activations
 from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
+
+from keras_polar.duplicate import duplicate
+from keras_polar.opening import (
+    CannotOpen,
+    Opened,
+    Step,
+    open_layer,
+    run_functional,
+    with_attributes,
+)
 
 DEEPEST = 100_000  # nodes in a row
 
@@ -59,6 +71,7 @@ class Call:
     kwargs: dict
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    note: str = ""  # why a composite layer was left as it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,40 +97,152 @@ def functional(model: Any) -> Any:
     return model if is_plain else None
 
 
+def _nothing(op: Any) -> bool:
+    return False
+
+
 class _Tracer:
-    def __init__(self) -> None:
+    """Turns nodes of functional models and steps of opened layers into calls, in order."""
+
+    def __init__(self, opens: Callable[[Any], bool]) -> None:
+        self.opens = opens
         self.calls: list[Call] = []
         self.specs: list[Spec] = []
+        self.notes: dict[int, str] = {}  # id(composite layer) -> why it is not opened
+        self.masks: dict[int, tuple] = {}  # tensor -> Keras mask, and where to look it up
+        self.alive: list[Opened] = []  # tables are keyed by id
 
-    def new_tensor(self, tensor: Any) -> Ref:
-        self.specs.append(Spec(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype)))
+    def new_tensor(self, tensor: Any, shape: Iterable) -> Ref:
+        self.specs.append(Spec(tuple(shape), keras.backend.standardize_dtype(tensor.dtype)))
         return Ref(len(self.specs) - 1)
 
     def run(self, core_model: Any, refs: list, path: str, training: Any) -> Any:
         table = {id(x): ref for x, ref in zip(core_model.inputs, refs, strict=True)}
         for node in _ordered_nodes(core_model):
             if not node.is_input and all(id(x) in table for x in node.input_tensors):
-                outputs = self.node(node, table, path, training)
-                table.update((id(x), r) for x, r in zip(node.outputs, outputs, strict=True))
+                self.step(_as_step(node), table, path, training)
         return tree.map_structure(lambda x: table[id(x)], core_model._outputs_struct)
 
-    def node(self, node: Any, table: dict, path: str, training: Any) -> list:
-        args, kwargs = _with_refs((node.arguments.args, node.arguments.kwargs), table)
-        op, path = node.operation, path + node.operation.name
+    def step(self, step: Step, table: dict, path: str, training: Any) -> None:
+        """Adds the calls of one step; `table` gets the Refs of its outputs."""
+        outputs = self._calls(step, table, path, training)
+        table.update((id(x), r) for x, r in zip(step.outputs, outputs, strict=True))
+        for x, ref in zip(step.outputs, outputs, strict=True):
+            mask = backend.get_keras_mask(x)
+            if mask is not None:
+                self.masks[ref.index] = mask, table, path
+
+    def _calls(self, step: Step, table: dict, path: str, training: Any) -> list:
+        args, kwargs = _with_refs((step.args, step.kwargs), table)
+        op = step.op
         if training is not None and getattr(op, "_call_has_training_arg", False):
             kwargs = {**kwargs, "training": training}
         inner, refs = functional(op), _nested_inputs(op, args, kwargs)
         if inner is not None and refs is not None:
-            training = kwargs.get("training")
-            return tree.flatten(self.run(inner, refs, path + "/", training))
-        outputs = [self.new_tensor(x) for x in node.outputs]
-        inputs = refs_in((args, kwargs))
-        self.calls.append(Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs)))
+            return self._nested(step, inner, refs, args, kwargs, path)
+        if self.opens(op) and id(op) not in self.notes:
+            try:
+                # In a functional model, training=False of a call does not outlive the model's own.
+                is_fixed = kwargs.get("training") is True
+                kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
+                return self._inline(_open, op, args, kwargs, path)
+            except CannotOpen as error:
+                self.notes[id(op)] = f"{NOT_OPENED}: {error}"
+        return self._call(step, args, kwargs, path)
+
+    def _nested(
+        self, step: Step, inner: Any, refs: list, args: tuple, kwargs: dict, path: str
+    ) -> list:
+        if not self._fits(inner, refs):
+            try:
+                return self._inline(_rerun, step.op, args, kwargs, path)
+            except CannotOpen:
+                pass  # its own nodes say as much, but for the sizes
+        inside = path + step.path + "/"
+        return tree.flatten(self.run(inner, refs, inside, kwargs.get("training")))
+
+    def _call(self, step: Step, args: tuple, kwargs: dict, path: str) -> list:
+        op, path = step.op, path + step.path
+        outputs = list(map(self.new_tensor, step.outputs, step.shapes))
+        note, inputs = self.notes.get(id(op), ""), refs_in((args, kwargs))
+        call = Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs), note)
+        self.calls.append(call)
         return outputs
 
+    def _fits(self, inner: Any, refs: list) -> bool:
+        """Whether a nested model's own nodes say what happens on these tensors."""
+        shapes = [tuple(x.shape) for x in inner.inputs]
+        if any(r.index in self.masks for r in refs) and any(map(self.opens, _layers_of(inner))):
+            return False
+        return shapes == [self.specs[r.index].shape for r in refs]
 
-def trace(model: Any) -> Graph:
+    def _inline(self, how: Callable, op: Any, args: tuple, kwargs: dict, path: str) -> list:
+        refs = list(dict.fromkeys(refs_in((args, kwargs))))
+        symbols = {i: self._symbol(i) for i in refs}
+        opened = how(op, *fill((args, kwargs), symbols), self.opens)
+        known = [Ref(i) for i in refs for i in (i, *self._mask_ref(i))]
+        table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
+        self.alive.append(opened)
+        self.notes.update((k, f"{NOT_OPENED}: {v}") for k, v in opened.closed.items())
+        for step in opened.steps:
+            self.step(step, table, path, kwargs.get("training"))
+        return [table[id(x)] for x in opened.outputs]
+
+    def _symbol(self, index: int) -> Any:
+        spec = self.specs[index]
+        symbol = keras.KerasTensor(spec.shape, spec.dtype)
+        for mask in self._mask_ref(index):
+            backend.set_keras_mask(symbol, self._symbol(mask))
+        return symbol
+
+    def _mask_ref(self, index: int) -> tuple[int, ...]:
+        """The tensor that is the Keras mask of a tensor, if it has one."""
+        if index not in self.masks:
+            return ()
+        mask, table, path = self.masks[index]
+        self._ensure(mask, table, path)
+        return (table[id(mask)].index,)
+
+    def _ensure(self, tensor: Any, table: dict, path: str) -> None:
+        if id(tensor) in table:
+            return
+        history = tensor._keras_history
+        node = history.operation._inbound_nodes[history.node_index]
+        for x in node.input_tensors:
+            self._ensure(x, table, path)
+        self.step(_as_step(node), table, path, None)
+
+
+NOT_OPENED = "a composite layer that cannot be opened"
+
+
+def _as_step(node: Any) -> Step:
+    shapes = [tuple(x.shape) for x in node.outputs]
+    arguments = node.arguments
+    return Step(
+        node.operation,
+        node.operation.name,
+        arguments.args,
+        arguments.kwargs,
+        list(node.outputs),
+        shapes,
+    )
+
+
+def _open(op: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
+    return open_layer(op, args, kwargs, lambda x: functional(x) is not None or opens(x))
+
+
+def _rerun(model: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
+    return run_functional(model, args, kwargs, lambda x: functional(x) is not None, opens)
+
+
+def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
     """The graph of a functional (or built Sequential) model, nested models flattened.
+
+    Args:
+        opens: which layers are to be replaced by the calls they consist of, where that is
+            possible; where it is not, `Call.note` says why.
 
     Raises:
         TypeError: `model` is not a functional or built Sequential model.
@@ -125,14 +250,26 @@ def trace(model: Any) -> Graph:
     core_model = functional(model)
     if core_model is None:
         raise TypeError(_not_functional(model))
-    tracer = _Tracer()
-    refs = [tracer.new_tensor(x) for x in core_model.inputs]
+    tracer = _Tracer(opens)
+    refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
     outputs = tracer.run(core_model, refs, "", None)
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)
-    calls = tuple(replace(call, name=names[id(call.op)]) for call in tracer.calls)
-    return Graph(model.name, inputs, outputs, layers, calls, tuple(tracer.specs))
+    calls = [replace(call, name=names[id(call.op)]) for call in tracer.calls]
+    needed = _needed(calls, set(refs_in(outputs)))
+    return Graph(model.name, inputs, outputs, layers, needed, tuple(tracer.specs))
+
+
+def _needed(calls: list[Call], wanted: set[int]) -> tuple[Call, ...]:
+    """The calls that any of the wanted tensors depends on: what only feeds an unused output of a
+    nested model is not part of the function."""
+    live = []
+    for call in reversed(calls):
+        if not wanted.isdisjoint(call.outputs):
+            wanted.update(call.inputs)
+            live.append(call)
+    return tuple(reversed(live))
 
 
 def _not_functional(model: Any) -> str:
@@ -292,26 +429,82 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
     try:
-        return type(op).from_config({**op.get_config(), "name": name, **changes})
+        return _from_config(op, {**op.get_config(), "name": name, **changes})
     except Exception as error:
         if not op.weights and not changes:
-            return op  # nothing to train and nothing to copy (a Lambda, say): share it
+            return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
+        if not changes:
+            return duplicate(op, name)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
         ) from error
 
 
-def _clone_op_node(op: Any, name: str, changes: dict) -> Any:
+def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) -> tuple[Any, dict]:
+    """An equal layer built for inputs with fewer units.
+
+    Args:
+        args, kwargs: of its call, in KerasTensors.
+        resized: number of units -> fewer.
+
+    Returns:
+        The layer, and which keys of its config hold numbers of units: {key: units of `op`}.
+
+    Raises:
+        CannotOpen: there is none.
+    """
+    if not op.weights:
+        return op, {}
     try:
-        new = type(op)(**{**op._auto_config.config, **changes})
-    except (AttributeError, NotImplementedError):
-        # Arguments that Keras cannot serialise: a copy without the original's graph nodes.
-        new = object.__new__(type(op))
-        new.__dict__.update(op.__dict__)
-        new._inbound_nodes, new._outbound_nodes = [], []
-        for key, value in changes.items():
-            setattr(new, key, value)
+        config = op.get_config()
+    except Exception as error:
+        raise CannotOpen("has no config to be rebuilt from") from error
+    sized = {k: v for k, v in config.items() if type(v) is int and v in resized}
+    shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
+    for keys in ({}, sized):
+        try:
+            twin = clone(op, op.name, **{k: resized[v] for k, v in keys.items()})
+            twin(*args, **kwargs)
+        except Exception:
+            continue
+        if [tuple(w.shape) for w in twin.weights] == shapes:
+            return twin, keys
+    raise CannotOpen("cannot be rebuilt for fewer units")
+
+
+def _from_config(op: Any, config: dict) -> Any:
+    """The layer of a config; keys that `get_config` reports but `__init__` derives are left out.
+
+    Nothing is lost by that if the new layer reports them again with the same values.
+    """
+    try:
+        return type(op).from_config(config)
+    except (TypeError, ValueError):
+        parameters = inspect.signature(type(op).__init__).parameters
+        base = {"name", "trainable", "dtype"}
+        known = {k: v for k, v in config.items() if k in parameters or k in base}
+        new = type(op).from_config(known)
+        if known.keys() == config.keys() or new.get_config() != config:
+            raise
+        return new
+
+
+def _renamed(op: Any, name: str) -> Any:
+    """The layer without its graph nodes, under another name; everything inside is shared."""
+    new = object.__new__(type(op))
+    vars(new).update(vars(op))
+    vars(new).update(name=name, _inbound_nodes=[], _outbound_nodes=[])
+    return new
+
+
+def has_parts(op: Any) -> bool:
+    """Whether a layer has sublayers."""
+    return isinstance(op, keras.layers.Layer) and bool(op._layers)
+
+
+def _clone_op_node(op: Any, name: str, changes: dict) -> Any:
+    new = with_attributes(op, changes)
     new.name = name
     return new
 
@@ -333,12 +526,24 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> No
     """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`."""
     if source is target or not isinstance(source, keras.layers.Layer):
         return
-    for old, new in zip(source.variables, target.variables, strict=True):
+    for old, new in _twins(source.variables, target.variables):
         new.assign(cut(old, to_numpy(old)))
     for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
+
+
+def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:
+    """Pairs of variables of two equal layers: by their paths, in order if those are ambiguous.
+
+    The order is that in which they were made, and a copy may be built in another.
+    """
+    paths = [[v.path.partition("/")[2] for v in variables] for variables in (old, new)]
+    if set(paths[0]) == set(paths[1]) and len(set(paths[0])) == len(old) == len(new):
+        found = dict(zip(paths[1], new, strict=True))
+        return [(v, found[path]) for v, path in zip(old, paths[0], strict=True)]
+    return zip(old, new, strict=True)
 
 
 def _layers_of(op: Any) -> list:

@@ -37,6 +37,21 @@ class Substituted(keras.StatelessScope):
         self.updates[id(update[0])] = update
 
 
+def masked_variables(layer: Any, masks: Sequence[tuple]) -> list[tuple]:
+    """Pairs (variable, its value times its masks), as `Substituted` takes them.
+
+    Args:
+        masks: triples of the variable's attribute path, the axis, and a mask along it.
+    """
+    masked: dict[int, tuple] = {}
+    for path, axis, mask in masks:
+        variable = variable_at(layer, path)
+        _, value = masked.get(id(variable), (variable, ops.convert_to_tensor(variable)))
+        shape = [-1 if i == axis else 1 for i in range(len(value.shape))]
+        masked[id(variable)] = variable, value * ops.cast(ops.reshape(mask, shape), value.dtype)
+    return list(masked.values())
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class InnerMask(keras.layers.Wrapper):
     """Calls a layer with some of its weights masked: closed units contribute nothing within it.
@@ -79,14 +94,10 @@ class InnerMask(keras.layers.Wrapper):
 
     def _masked_variables(self, gates: list) -> list[tuple]:
         known = ops.concatenate([*gates, ops.ones_like(gates[0][:, :1])], axis=1)[0]
-        masked: dict[int, tuple] = {}
-        for path, axis, index in self.reads:
-            variable = variable_at(self.layer, path)
-            _, value = masked.get(id(variable), (variable, ops.convert_to_tensor(variable)))
-            shape = [-1 if i == axis else 1 for i in range(len(value.shape))]
-            mask = ops.reshape(ops.take(known, np.asarray(index, "int32")), shape)
-            masked[id(variable)] = variable, value * ops.cast(mask, value.dtype)
-        return list(masked.values())
+        masks = [
+            (path, axis, ops.take(known, np.asarray(i, "int32"))) for path, axis, i in self.reads
+        ]
+        return masked_variables(self.layer, masks)
 
     def compute_output_spec(
         self,

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.rules.base import Rule, add, find
+from keras_polar.rules.base import PinRule, Rule, add, find
 
 
 def register(layer_class: type, rule: Rule | None = None, *, like: type | None = None) -> None:
@@ -48,7 +48,7 @@ def _given(layer_class: type, rule: Any) -> Rule:
 
 def _known(like: type) -> Rule:
     rule = find(like)
-    if rule is None:
+    if rule is None or isinstance(rule, PinRule):
         raise ValueError(
             f"register: nothing is known about like={getattr(like, '__name__', like)!r}. Pass a "
             "class the library prunes (keras.layers.Dense, say) or a keras_polar.Rule."

@@ -1,5 +1,6 @@
 """Tables: what a model costs, and which of its units can be pruned."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,7 @@ from rich.table import Table
 
 from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
-from keras_polar.graph import trace
-from keras_polar.rules import rule_for
-from keras_polar.rules.base import UNKNOWN, PinRule
+from keras_polar.rules import read
 
 WIDTH = 120
 
@@ -120,15 +119,18 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = couple(trace(model), ignore)
-    costs = {r.name: r for r in counted(coupling).rows}
-    whole = {m: max(1, sum(getattr(r, m) for r in costs.values())) for m in MEASURES}
+    coupling = couple(read(model), ignore)
+    costs: dict[str, Counter] = {}  # of all calls of a shared layer together
+    for row in counted(coupling).rows:
+        own = {m: getattr(row, m) for m in MEASURES}
+        costs.setdefault(row.name, Counter()).update(own)
+    whole = {m: max(1, sum(r[m] for r in costs.values())) for m in MEASURES}
     kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
     rows = []
     for name, vector in coupling.produced().items():
         group = coupling.group_of[vector]
         names = dict.fromkeys(coupling.groups[i].name for i in group[group >= 0].tolist())
-        shares = [getattr(costs[name], m) / whole[m] for m in ("weights", "macs")]
+        shares = [costs[name][m] / whole[m] for m in ("weights", "macs")]
         can_go = int((group >= 0).sum())
         reason = why_fixed(coupling, vector[group < 0]) if can_go < len(vector) else ""
         rows.append(
@@ -148,16 +150,11 @@ def _removable(coupling: Coupling, measure: str) -> float:
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
     """Layers without a rule: they make units nobody can follow."""
-    rules = {s.name: (s, rule_for(s.op)) for s in coupling.sites}
-    found = {
-        name: (site, rule.why)
-        for name, (site, rule) in rules.items()
-        if rule is UNKNOWN or (isinstance(rule, PinRule) and getattr(site.op, "weights", None))
-    }
+    found = {s.name: s for s in coupling.sites if s.unknown}
     return [
         InspectRow(
-            *(name, type(site.op).__name__, 0, 0, "", why),
-            *(getattr(costs[name], m) / whole[m] for m in ("weights", "macs")),
+            *(name, type(site.op).__name__, 0, 0, "", site.unknown),
+            *(costs[name][m] / whole[m] for m in ("weights", "macs")),
         )
-        for name, (site, why) in found.items()
+        for name, site in found.items()
     ]

@@ -8,7 +8,7 @@ from random_models import build
 import keras_polar
 from keras_polar.cost import polynomial
 from keras_polar.coupling import _signatures, couple
-from keras_polar.graph import trace
+from keras_polar.rules import read
 from keras_polar.samples import difference, random_inputs
 
 
@@ -21,7 +21,7 @@ def certify(program, seed=0):
     keras.backend.clear_session(free_memory=False)  # collecting garbage costs a second
     model = randomise(build(program), seed)
     rng = np.random.default_rng(seed)
-    coupling = couple(trace(model))
+    coupling = couple(read(model))
     assert_no_silent_pin(coupling)
     produced = np.concatenate(list(coupling.produced().values()))
     if coupling.groups:

@@ -164,6 +164,9 @@ CASES = {
     "mean_over_units": lambda: body(
         layers.Conv2D(8, 1), layers.Conv2D(6, 1), lambda x: ops.mean(x, axis=-1, keepdims=True)
     ),
+    "units_beside_nobody": lambda: body(
+        lambda x: ops.concatenate([layers.Dense(4)(x), x], axis=1), layers.Dense(5), shape=(3, 4),
+    ),
     "channels_first": lambda: body(
         layers.Permute((3, 1, 2)),
         layers.ZeroPadding2D(1, data_format="channels_first"),
@@ -257,4 +260,21 @@ def test_wrong_user_rule_is_caught():
     gated.groups[0].set_mask(np.arange(8) < 3)
     gated.settle()
     with pytest.raises(ValueError, match="swapped"):
+        keras_polar.convert(gated, verify=True)
+
+
+def test_a_rule_that_fits_in_shape_but_not_in_function_is_caught_at_its_layer():
+    class Reversed(layers.Dense):
+        """Its units come out in the opposite order."""
+
+        def call(self, x, training=None):
+            return ops.flip(super().call(x), -1)
+
+    keras_polar.register(Reversed, like=layers.Dense)
+    model = randomise(
+        body(layers.Dense(7, name="a"), Reversed(8, name="reversed"), layers.Dense(6), shape=(8,))
+    )
+    gated = keras_polar.apply(model, gate="static")
+    close_half(gated)
+    with pytest.raises(ValueError, match=r"first layer that differs is 'reversed' \(Reversed\)"):
         keras_polar.convert(gated, verify=True)

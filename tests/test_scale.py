@@ -12,6 +12,7 @@ from keras import layers
 
 from keras_polar.coupling import _make_rectangular, couple
 from keras_polar.graph import rebuild, trace
+from keras_polar.rules import read
 from keras_polar.units import Forest, Units
 
 
@@ -28,7 +29,7 @@ def buffers(coupling):
 
 def test_id_arrays_of_resnet50_are_views():
     model = keras.applications.ResNet50(weights=None, input_shape=(224, 224, 3))
-    coupling = couple(trace(model))
+    coupling = couple(read(model))
     elements = sum(ids.size for site in coupling.sites for ids in site.outputs)
     assert elements > 30e6
     # One vector of int32 per layer that makes units, and little else.

@@ -39,8 +39,9 @@ import reporting
 import keras_polar
 from keras_polar.cost import polynomial
 from keras_polar.coupling import couple
-from keras_polar.graph import to_numpy, trace
+from keras_polar.graph import to_numpy
 from keras_polar.plan import Budget, settle
+from keras_polar.rules import read
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
@@ -170,7 +171,7 @@ def cut_halfway(trainer, setting, *, scores, everywhere_alike=True, penalty=None
     half = setting.epochs // 2
     model = trainer(setting.build(), last=half, penalty=penalty)
     rng = np.random.default_rng(trainer.seed)
-    coupling = couple(trace(model))
+    coupling = couple(read(model))
     ranked = [_group_scores(model, coupling, g, scores, rng) for g in coupling.groups]
     if everywhere_alike:
         ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]

@@ -134,10 +134,10 @@ def predicted(model, gated) -> int:
     """Weights of the converted model, from the cost polynomial of the original one."""
     from keras_polar.cost import polynomial
     from keras_polar.coupling import couple
-    from keras_polar.graph import trace
+    from keras_polar.rules import read
 
     counts = [int(group.mask.sum()) for group in gated.groups]
-    return polynomial(couple(trace(model)), "weights")(counts)
+    return polynomial(couple(read(model)), "weights")(counts)
 
 
 def pins(found) -> list[list]:

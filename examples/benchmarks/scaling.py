@@ -84,13 +84,13 @@ def measure(build: Callable) -> dict:
 
     import keras_polar
     from keras_polar.coupling import couple
-    from keras_polar.graph import trace
+    from keras_polar.rules import read
 
     sys.setrecursionlimit(100_000)  # Keras walks a model recursively, one frame per layer in a row
     keras_polar.apply(keras.Sequential([keras.Input((2,)), *dense(3)]), 0.1)  # first use is slow
     model, built = timed(build)
     own = peak_memory()
-    coupling, couple_s = timed(lambda: couple(trace(model)))
+    coupling, couple_s = timed(lambda: couple(read(model)))
     row = {
         "calls": len(coupling.graph.calls),
         "units": len(coupling.roots),

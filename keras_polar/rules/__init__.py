@@ -11,9 +11,10 @@ from keras_polar.rules import (  # noqa: F401
     linear,
     movement,
     recurrent,
+    traced,
     wrappers,
 )
 from keras_polar.rules import pinned as _pinned  # noqa: F401  (last: only what has no rule)
-from keras_polar.rules.base import Kept, Rule, Site, Term, rule_for
+from keras_polar.rules.base import Kept, Rule, Site, Term, read, rule_for
 
-__all__ = ["Kept", "Rule", "Site", "Term", "rule_for"]
+__all__ = ["Kept", "Rule", "Site", "Term", "read", "rule_for"]

@@ -34,10 +34,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.graph import Call, Ref, Spec, variable_at
+from keras_polar.graph import Call, Graph, Ref, Spec, has_parts, trace, variable_at
 from keras_polar.units import Ids, Units, along, compact, look_up, nobody
 
 
@@ -101,6 +102,7 @@ class Site:
         reads: (input position, axis) whose closed units must arrive as zeros.
         inner_reads: (variable, axis) of the layer's own weights, the variable named as in
             `Rule.weights`, whose slices for closed units must be zeros.
+        unknown: why nothing is known about the operation; empty if something is.
     """
 
     call: Call
@@ -113,6 +115,7 @@ class Site:
     reads: list[tuple[int, int]] = field(default_factory=list)
     inner_reads: list[tuple[str, int]] = field(default_factory=list)
     produces: list[str] = field(default_factory=list)
+    unknown: str = ""  # why nothing is known about the operation
 
     @property
     def op(self) -> Any:
@@ -207,8 +210,13 @@ class Site:
 
 
 def sizes(shape: Iterable) -> tuple:
-    """A static shape with the batch and unknown sizes as 1."""
-    return (1, *(1 if d is None else d for d in tuple(shape)[1:]))
+    """A static shape with the batch and unknown sizes as 1.
+
+    The first axis is the batch, unless its size is known and that of another is not.
+    """
+    first, *others = tuple(shape) or (None,)
+    is_batch = first is None or None not in others
+    return (1 if is_batch else first, *(1 if d is None else d for d in others))
 
 
 class Rule:
@@ -271,7 +279,17 @@ class PinRule(Rule):
         self.why = why
 
     def flow(self, site: Site) -> list[Ids]:
+        if getattr(site.op, "weights", None):
+            site.unknown = self.why
         return site.pin_all(self.why)
+
+
+class UnknownRule(Rule):
+    """Nobody wrote a rule: all units that reach the operation stay."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        site.unknown = site.call.note or "no rule for this operation; see keras_polar.register"
+        return site.pin_all(site.unknown)
 
 
 def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
@@ -281,7 +299,7 @@ def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
 
 
 _REGISTRY: dict[type, Rule] = {}
-UNKNOWN = PinRule("no rule for this operation; see keras_polar.register")
+UNKNOWN = UnknownRule()
 
 
 def add(rule: Rule, *classes: type) -> None:
@@ -293,7 +311,23 @@ def rule_for(op: Any) -> Rule:
     """The rule of an operation; the one that pins everything if there is none."""
     if getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False):
         return UNKNOWN
-    return _REGISTRY.get(type(op), UNKNOWN)
+    is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
+    otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see traced.py
+    return _REGISTRY.get(type(op), otherwise)
+
+
+def opens(op: Any) -> bool:
+    """Whether a layer is to be replaced by its parts: it has some, and no rule of its own."""
+    return rule_for(op) is UNKNOWN and has_parts(op)
+
+
+def read(model: Any) -> Graph:
+    """The graph of a model, composite layers without a rule opened.
+
+    Raises:
+        TypeError: `model` is not a functional or built Sequential model.
+    """
+    return trace(model, opens)
 
 
 def find(layer_class: type) -> Rule | None:

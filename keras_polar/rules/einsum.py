@@ -45,8 +45,8 @@ class EinsumDenseRule(Rule):
     """Reads the axes that vanish and makes the new ones.
 
     Of several new axes (heads and their width, say) the units are along the first, even if only
-    one is left there. Units on an axis that stays pass through it, and then it makes none of its own: an
-    element of the output can belong to one unit only.
+    one is left there. Units on an axis that stays pass through it, and then it makes none of its
+    own: an element of the output can belong to one unit only.
     """
 
     def flow(self, site: Site) -> list[Ids]:

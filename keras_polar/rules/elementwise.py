@@ -1,12 +1,15 @@
 """Operations that act on every element alone, on one tensor or on several."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import layers, tree
+from keras import KerasTensor, layers, tree
 
 from keras_polar.graph import Call, Ref, op_class, refs_in, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, add, line
+from keras_polar.opening import CannotOpen, Step, function_steps
+from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for
 from keras_polar.units import Ids, nobody, varies
 
 
@@ -102,6 +105,24 @@ def cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
         if array.shape[axis] > 1:
             array = np.take(array, kept.where(line(ids, axis)), axis=axis)
     return array
+
+
+@functools.lru_cache(maxsize=256)
+def acts_elementwise(function: Callable) -> bool:
+    """Whether a function of one tensor consists of element-wise operations and scalars."""
+    try:
+        steps = function_steps(function)
+    except CannotOpen:
+        return False
+    return all(_is_elementwise(step) for step in steps)
+
+
+def _is_elementwise(step: Step) -> bool:
+    rule, flat = rule_for(step.op), tree.flatten((step.args, step.kwargs))
+    constants = [x for x in flat if hasattr(x, "shape") and not isinstance(x, KerasTensor)]
+    if type(rule) is MergeRule:
+        return all(np.size(x) == 1 for x in constants)
+    return type(rule) is ElementwiseRule and not constants
 
 
 class MergeLayerRule(MergeRule):

@@ -9,7 +9,7 @@ from keras import activations, layers
 
 from keras_polar.graph import Ref, op_class, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, find
-from keras_polar.rules.elementwise import ElementwiseRule
+from keras_polar.rules.elementwise import ElementwiseRule, acts_elementwise
 from keras_polar.units import Ids, along, nobody
 
 ELEMENTWISE_ACTIVATIONS = frozenset(
@@ -32,7 +32,7 @@ def is_elementwise(activation: Any) -> bool:
     """Whether an activation (function or layer) is known to act on each element alone."""
     if isinstance(activation, layers.Layer):
         return isinstance(find(type(activation)), ElementwiseRule)
-    return activation in ELEMENTWISE_ACTIVATIONS
+    return activation in ELEMENTWISE_ACTIVATIONS or acts_elementwise(activation)
 
 
 def activated(site: Site, ids: Ids) -> list[Ids]:

@@ -25,7 +25,7 @@ class MoveRule(Rule):
             moved, shape = self.move(site.op, site.inputs[0]), site.output_shapes[0]
             if moved.ndim == len(shape):
                 return [np.broadcast_to(moved, shape)]
-        except ValueError:  # a reshape of sizes that are not known, say
+        except (ValueError, TypeError):  # a reshape of sizes that are not known, say
             pass
         return site.pin_all("units cannot be followed through it")
 

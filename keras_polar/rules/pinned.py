@@ -12,7 +12,7 @@ from keras_polar.graph import op_class
 from keras_polar.rules.base import PinRule, add, find
 
 LAYERS = {
-    "is an abstract base class": "Layer Wrapper StackedRNNCells InputLayer",
+    "is an abstract base class": "Wrapper StackedRNNCells InputLayer",
     "its function is Python code that cannot be read": "Lambda",
     "wraps a model of another framework": "FlaxLayer JaxLayer TFSMLayer TorchModuleWrapper",
     "is a cell, not a layer to be called on tensors": "LSTMCell GRUCell SimpleRNNCell",

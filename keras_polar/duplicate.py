@@ -1,0 +1,131 @@
+"""A copy of a built layer, for layers that cannot be made anew from their config."""
+
+import io
+import itertools
+import pickle
+import types
+from typing import Any
+
+import keras
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
+
+# What a layer's attributes may refer to without owning it.
+_SHARED = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    keras.KerasTensor,
+    keras.DTypePolicy,
+    keras.initializers.Initializer,
+    keras.regularizers.Regularizer,
+    keras.constraints.Constraint,
+)
+
+
+def duplicate(layer: Any, name: str) -> Any:
+    """A layer with the same sublayers and variables of the same values, sharing none of them.
+
+    Its sublayers keep their names; functions, initializers and the like are shared.
+
+    Raises:
+        TypeError: the layer holds something that cannot be copied.
+    """
+    writer = _Writer(buffer := io.BytesIO())
+    try:
+        writer.dump(layer)
+        buffer.seek(0)
+        new = _Reader(buffer, writer.kept).load()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"Layer {layer.name!r} ({type(layer).__name__}) can neither be rebuilt from its config "
+            f"nor copied: {error}. Implement `get_config` so that `from_config(get_config())` "
+            "gives an equal layer."
+        ) from error
+    vars(new)["name"] = name
+    return new
+
+
+class _Writer(pickle.Pickler):
+    """Walks the object; variables and shared things are kept aside under a number."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.kept: dict[int, Any] = {}
+        self.numbers: dict[int, int] = {}
+        self.count = itertools.count()
+        self.alive: list[Any] = []
+
+    def persistent_id(self, x: Any) -> int | None:
+        is_variable = isinstance(x, keras.Variable)
+        if not is_variable and not isinstance(x, _SHARED) and not keras.ops.is_tensor(x):
+            return None
+        if id(x) not in self.numbers:
+            number = self.numbers[id(x)] = next(self.count)
+            self.kept[number] = _copied(x) if is_variable else x
+            self.alive.append(x)
+        return self.numbers[id(x)]
+
+    def reducer_override(self, x: Any) -> Any:
+        if isinstance(x, KerasSaveable):
+            return _blank, (type(x),), _state(x)
+        for kind, fill in _TRACKED.items():
+            if isinstance(x, kind):
+                items = dict(x) if kind is TrackedDict else list(x)
+                return kind.__new__, (kind,), (vars(x), items), None, None, fill
+        return NotImplemented
+
+
+def _state(x: Any) -> dict:
+    nodes: dict = {"_inbound_nodes": [], "_outbound_nodes": []}
+    # `build` is a wrapper around this very object; what begins with _self_ is TensorFlow's.
+    skipped = ("_self_", "_obj_reference_counts", "build")
+    own = {k: v for k, v in vars(x).items() if not k.startswith(skipped) or k == "built"}
+    return {**own, **{k: v for k, v in nodes.items() if k in own}}
+
+
+def _copied(variable: Any) -> Any:
+    return keras.Variable(
+        keras.ops.convert_to_tensor(variable),
+        dtype=variable.dtype,
+        trainable=variable.trainable,
+        autocast=variable._autocast,
+        aggregation=variable.aggregation,
+        name=variable.name,
+    )
+
+
+def _blank(kind: type) -> Any:
+    return object.__new__(kind)
+
+
+# Keras' own containers report what enters them to a tracker, which is not there yet.
+
+
+def _fill_list(new: Any, state: tuple) -> None:
+    vars(new).update(state[0])
+    list.extend(new, state[1])
+
+
+def _fill_dict(new: Any, state: tuple) -> None:
+    vars(new).update(state[0])
+    dict.update(new, state[1])
+
+
+def _fill_set(new: Any, state: tuple) -> None:
+    vars(new).update(state[0])
+    set.update(new, state[1])
+
+
+_TRACKED = {TrackedList: _fill_list, TrackedDict: _fill_dict, TrackedSet: _fill_set}
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: Any, kept: dict[int, Any]) -> None:
+        super().__init__(file)
+        self.kept = kept
+
+    def persistent_load(self, number: int) -> Any:
+        return self.kept[number]

@@ -1,0 +1,194 @@
+"""Layers nobody wrote a rule for: their `call` is run on symbolic tensors to see what it does.
+
+The layer itself stays as it is in every model; the trace only says how units flow through it. That
+it will do the same on fewer units is not taken for granted: a twin, made from its config and built
+for fewer units, is traced too, and every operation, argument and constant must be the same.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import KerasTensor
+
+from keras_polar.graph import Call, Ref, Spec, fill, refs_in, smaller_twin
+from keras_polar.opening import CannotOpen, Leaf, Opened, takes_mask, trace_leaf
+from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for, sizes
+from keras_polar.rules.elementwise import MergeRule
+from keras_polar.units import Ids, along, nobody, varies
+
+
+class TracedRule(Rule):
+    """A layer without sublayers whose `call` consists of `keras.ops` on its input."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        if not any((ids >= 0).any() for ids in map(_small, site.inputs)):
+            return [nobody(shape) for shape in site.output_shapes]
+        try:
+            return self._follow(site)
+        except CannotOpen as error:
+            why = f"its call was traced, but it {error}"
+        except (IndexError, TypeError, ValueError):  # positions of unknown size, say
+            why = "its call was traced, but units cannot be followed through it"
+        site.unknown = f"no rule for this operation (see keras_polar.register); {why}"
+        return site.pin_all(site.unknown)
+
+    def _follow(self, site: Site) -> list[Ids]:
+        if takes_mask(site.op):
+            raise CannotOpen("takes a mask")
+        # One unit fewer, and as few as can be: code may ask whether there are more than so many.
+        for is_far in (False, True):
+            resized = _resized(site, is_far)
+            runs, keys = _traces(site, resized)
+        vectors = self._variables(site, runs[0], resized)
+        for key, size in keys.items():
+            same = [v for v in vectors.values() if len(v) == size] or [_lines(site)[size]]
+            for other in same[1:]:
+                site.units.tie(same[0], other, f"sized by {key!r} of {site.name!r}")
+            site.set_axis(f"config {key}", same[0])
+        first, *rest = [_through(site, run, vectors) for run in runs]
+        for outputs in rest:
+            for a, b in zip(first, outputs, strict=True):
+                site.units.tie(a, b, f"mixed with fixed elements by {site.name!r} in training")
+        return first
+
+    def _variables(self, site: Site, run: Opened, resized: dict) -> dict[str, Ids]:
+        """Ids of the layer's own variables: those of its input, where they are sized by it."""
+        lines = _lines(site)
+        found: dict[str, Ids] = {}
+        for name, symbol in run.variables.items():
+            axes = [i for i, n in enumerate(symbol.shape) if n in resized and n in lines]
+            if len(axes) > 1:
+                raise CannotOpen(f"has a variable {name!r} with units on several axes")
+            for axis in axes:
+                vector = site.set_axis(f"{name} {axis}", lines[symbol.shape[axis]])
+                found[name] = vector
+        return found
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {
+            name: tuple(f"{name} {i}" for i in range(len(value.shape)))
+            for name, value in vars(op).items()
+            if any(value is w for w in op.weights)
+        }
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        keys = [k for k in site.axes if k.startswith("config ")]
+        return {k.removeprefix("config "): kept.count(site.axes[k]) for k in keys}
+
+
+def _traces(site: Site, resized: dict[int, int]) -> tuple[list[Opened], dict[str, int]]:
+    """What the call does in each mode, if a twin for fewer units does the same."""
+    positions = range(len(site.inputs))
+    leaf = Leaf(site.op, *_arguments(site, [_symbol(site, i, {}) for i in positions]))
+    args, kwargs = _arguments(site, [_symbol(site, i, resized) for i in positions])
+    twin, keys = smaller_twin(site.op, args, kwargs, resized)
+    modes = (False, True) if site.op._call_has_training_arg else (None,)
+    return [trace_leaf(leaf, Leaf(twin, args, kwargs), resized, m) for m in modes], keys
+
+
+def _small(ids: Ids) -> Ids:
+    return ids[tuple(slice(None) if varies(ids, i) else slice(0, 1) for i in range(ids.ndim))]
+
+
+def _lines(site: Site) -> dict[int, Ids]:
+    """Size -> the ids along the input axis of that size, of the first input that has one."""
+    found: dict[int, Ids] = {}
+    for ids in site.inputs:
+        for axis in range(1, ids.ndim):
+            if varies(ids, axis):
+                found.setdefault(ids.shape[axis], line(ids, axis))
+    return found
+
+
+def _resized(site: Site, is_far: bool) -> dict[int, int]:
+    """Sizes of axes with units -> fewer, that no other axis has: one or many fewer."""
+    lines = _lines(site)
+    taken = {d for ids in site.inputs for d in ids.shape}
+    resized: dict[int, int] = {}
+    for n in lines:
+        smaller = range(2, n) if is_far else range(n - 1, 1, -1)
+        fewer = next((m for m in smaller if m not in taken), None)
+        if fewer is None:
+            raise CannotOpen("has too few units to see how it depends on their number")
+        taken.add(fewer)
+        resized[n] = fewer
+    return resized
+
+
+def _symbol(site: Site, position: int, resized: dict) -> Any:
+    spec, ids = site.specs[site.call.inputs[position]], site.inputs[position]
+    if None in spec.shape[1:]:
+        shape = [None if i == 0 else d or 7 for i, d in enumerate(spec.shape)]
+    else:
+        shape = list(spec.shape)
+    for axis in range(1, ids.ndim):
+        if varies(ids, axis):
+            shape[axis] = resized.get(shape[axis], shape[axis])
+        elif shape[axis] in _lines(site):
+            raise CannotOpen("has a position axis as long as its units")
+    return KerasTensor([None, *shape[1:]], spec.dtype)
+
+
+def _arguments(site: Site, symbols: list) -> tuple[tuple, dict]:
+    values = dict(zip(site.call.inputs, symbols, strict=True))
+    args, kwargs = fill((site.call.args, site.call.kwargs), values)
+    return args, {k: v for k, v in kwargs.items() if k != "training"}
+
+
+class _Inner(Site):
+    """A call inside a layer; shapes of variables have no batch axis."""
+
+    @property
+    def output_shapes(self) -> list[tuple]:
+        shapes = [self.specs[i].shape for i in self.call.outputs]
+        return [sizes(s) if None in s else tuple(s) for s in shapes]
+
+
+def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
+    """Ids of the outputs of a traced call."""
+    own = iter(site.inputs)
+    table = {id(x): next(own) for x in run.inlets}
+    for name, symbol in run.variables.items():
+        shape = tuple(symbol.shape)
+        axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
+        ids = along(vectors[name], axes[0], shape) if axes else nobody(shape)
+        table[id(symbol)] = ids
+    for step in run.steps:
+        inner = _site(site, step, table)
+        rule = rule_for(step.op)
+        outputs = rule.flow(inner)
+        if inner.reads or inner.produces or not _adapts(rule):
+            for ids in inner.inputs:
+                site.pin(ids, f"computes with its units ({type(step.op).__name__})")
+        table.update((id(x), ids) for x, ids in zip(step.outputs, outputs, strict=True))
+    found = zip(run.outputs, site.output_shapes, strict=True)
+    return [np.broadcast_to(table[id(x)], shape) for x, shape in found]
+
+
+def _adapts(rule: Rule) -> bool:
+    """Whether an operation does the right thing on fewer units without any change."""
+    kind = type(rule)
+    is_plain = kind.config is Rule.config and kind.arguments is Rule.arguments
+    return is_plain or isinstance(rule, MergeRule)
+
+
+def _site(site: Site, step: Any, table: dict) -> _Inner:
+    tensors: list[Any] = []
+
+    def swap(leaf: Any) -> Any:
+        if not isinstance(leaf, KerasTensor):
+            return leaf
+        tensors.append(leaf)
+        return Ref(len(tensors) - 1)
+
+    args, kwargs = keras.tree.map_structure(swap, (step.args, step.kwargs))
+    inputs = refs_in((args, kwargs))
+    outputs = tuple(range(len(tensors), len(tensors) + len(step.outputs)))
+    specs = [Spec(tuple(x.shape), x.dtype) for x in tensors]
+    specs += [Spec(tuple(s), x.dtype) for s, x in zip(step.shapes, step.outputs, strict=True)]
+    call = Call(step.op, step.op.name, site.call.path, args, kwargs, inputs, outputs)
+    return _Inner(call, tuple(specs), site.units, [table[id(x)] for x in tensors], {})
+
+
+add(TracedRule(), keras.layers.Layer)
