@@ -27,6 +27,7 @@ from keras_polar.opening import (
     CannotOpen,
     Opened,
     Step,
+    exact_shapes,
     open_layer,
     run_functional,
     with_attributes,
@@ -163,11 +164,20 @@ class _Tracer:
 
     def _call(self, step: Step, args: tuple, kwargs: dict, path: str) -> list:
         op, path = step.op, path + step.path
-        outputs = list(map(self.new_tensor, step.outputs, step.shapes))
+        outputs = list(map(self.new_tensor, step.outputs, self._exact(step, args, kwargs)))
         note, inputs = self.notes.get(id(op), ""), refs_in((args, kwargs))
         call = Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs), note)
         self.calls.append(call)
         return outputs
+
+    def _exact(self, step: Step, args: tuple, kwargs: dict) -> list[tuple]:
+        """Shapes of a step's outputs: asked for again where they are vaguer than the inputs'."""
+        read = {i: self.specs[i] for i in refs_in((args, kwargs))}
+        is_vague = any(None in shape[1:] for shape in step.shapes)
+        if not is_vague or any(None in spec.shape[1:] for spec in read.values()):
+            return step.shapes
+        symbols = {i: keras.KerasTensor(spec.shape, spec.dtype) for i, spec in read.items()}
+        return exact_shapes(step.op, *fill((args, kwargs), symbols)) or step.shapes
 
     def _fits(self, inner: Any, refs: list) -> bool:
         """Whether a nested model's own nodes say what happens on these tensors."""

@@ -279,6 +279,18 @@ def _exact_spec(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return spec
 
 
+def exact_shapes(op: Any, args: tuple, kwargs: dict) -> list[tuple] | None:
+    """The shapes of what an operation returns for these KerasTensors; None if it does not say."""
+    try:
+        if isinstance(op, keras.layers.Layer):
+            spec = backend.compute_output_spec(op.call, *args, **kwargs)
+        else:
+            spec = op.compute_output_spec(*args, **kwargs)
+    except Exception:  # whatever the code of a layer raises on symbolic tensors
+        return None
+    return [tuple(x.shape) for x in _tensors(spec)]
+
+
 @contextmanager
 def _mode(training: Any) -> Iterator:
     """What Keras does around the outermost call, without clearing that layer's losses."""
