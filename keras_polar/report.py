@@ -10,7 +10,7 @@ from rich.table import Table
 
 from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
-from keras_polar.rules import read
+from keras_polar.rules import is_unknown, read
 
 WIDTH = 120
 
@@ -149,11 +149,15 @@ def _removable(coupling: Coupling, measure: str) -> float:
 
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
-    """Layers without a rule: they make units nobody can follow."""
-    found = {s.name: s for s in coupling.sites if s.unknown}
+    """Layers without a rule, or with weights that their rule cannot follow units through."""
+    found = {
+        s.name: s
+        for s in coupling.sites
+        if s.refused and (is_unknown(s.op) or getattr(s.op, "weights", None))
+    }
     return [
         InspectRow(
-            *(name, type(site.op).__name__, 0, 0, "", site.unknown),
+            *(name, type(site.op).__name__, 0, 0, "", site.refused),
             *(costs[name][m] / whole[m] for m in ("weights", "macs")),
         )
         for name, site in found.items()

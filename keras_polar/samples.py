@@ -11,10 +11,11 @@ from keras_polar.graph import functional, to_numpy
 UNKNOWN_SIZE = 32
 
 
-def random_inputs(model: Any, batch: int = 2, seed: int = 0) -> Any:
+def random_inputs(model: Any, batch: int = 5, seed: int = 0) -> Any:
     """Random inputs for a functional model, in the structure the model takes.
 
-    Floats are standard normal, integers 0 or 1; unknown sizes become 32.
+    Floats are standard normal, integers 0 or 1; unknown sizes become 32. The batch is odd: Keras
+    on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels.
     """
     rng = np.random.default_rng(seed)
 

@@ -48,14 +48,16 @@ def certify_gated(model, coupling, rng):
         if not coupling.groups:
             return
     gated = keras_polar.apply(model, 1e-3, gate=gate, measure="units", ignore=ignore)
+    # Keras on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels: a batch of 2 and
+    # 2 channels left would differ. No tensor here has 29 channels.
+    inputs = random_inputs(model, batch=29)
+    assert difference(model, gated, inputs) <= 1e-4  # all gates are open
     counts = []
     for group in gated.groups:
         counts.append(int(rng.integers(1, group.units + 1)))  # one unit at least
         group.set_mask(rng.permutation(group.units) < counts[-1])
     small = keras_polar.convert(gated)
-    # Keras on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels: a batch of 2 and
-    # 2 channels left would differ. No tensor here has 29 channels.
-    assert difference(gated, small, random_inputs(model, batch=29)) <= 1e-4
+    assert difference(gated, small, inputs) <= 1e-4
     counted = keras_polar.cost(small)
     assert counted.weights == small.count_params()
     for measure in ("weights", "macs", "units"):

@@ -15,6 +15,6 @@ from keras_polar.rules import (  # noqa: F401
     wrappers,
 )
 from keras_polar.rules import pinned as _pinned  # noqa: F401  (last: only what has no rule)
-from keras_polar.rules.base import Kept, Rule, Site, Term, read, rule_for
+from keras_polar.rules.base import Kept, Rule, Site, Term, is_unknown, read, rule_for
 
-__all__ = ["Kept", "Rule", "Site", "Term", "read", "rule_for"]
+__all__ = ["Kept", "Rule", "Site", "Term", "is_unknown", "read", "rule_for"]

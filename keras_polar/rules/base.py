@@ -102,7 +102,7 @@ class Site:
         reads: (input position, axis) whose closed units must arrive as zeros.
         inner_reads: (variable, axis) of the layer's own weights, the variable named as in
             `Rule.weights`, whose slices for closed units must be zeros.
-        unknown: why nothing is known about the operation; empty if something is.
+        refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
     """
 
     call: Call
@@ -115,7 +115,7 @@ class Site:
     reads: list[tuple[int, int]] = field(default_factory=list)
     inner_reads: list[tuple[str, int]] = field(default_factory=list)
     produces: list[str] = field(default_factory=list)
-    unknown: str = ""  # why nothing is known about the operation
+    refused: str = ""
 
     @property
     def op(self) -> Any:
@@ -204,6 +204,7 @@ class Site:
 
     def pin_all(self, why: str) -> list[Ids]:
         """Pins every input; the outputs belong to nobody."""
+        self.refused = why
         for ids in self.inputs:
             self.pin(ids, why)
         return [nobody(shape) for shape in self.output_shapes]
@@ -279,8 +280,6 @@ class PinRule(Rule):
         self.why = why
 
     def flow(self, site: Site) -> list[Ids]:
-        if getattr(site.op, "weights", None):
-            site.unknown = self.why
         return site.pin_all(self.why)
 
 
@@ -288,8 +287,8 @@ class UnknownRule(Rule):
     """Nobody wrote a rule: all units that reach the operation stay."""
 
     def flow(self, site: Site) -> list[Ids]:
-        site.unknown = site.call.note or "no rule for this operation; see keras_polar.register"
-        return site.pin_all(site.unknown)
+        why = site.call.note or "no rule for this operation; see keras_polar.register"
+        return site.pin_all(why)
 
 
 def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
@@ -314,6 +313,11 @@ def rule_for(op: Any) -> Rule:
     is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
     otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see traced.py
     return _REGISTRY.get(type(op), otherwise)
+
+
+def is_unknown(op: Any) -> bool:
+    """Whether nobody wrote a rule for an operation."""
+    return rule_for(op) in (UNKNOWN, _REGISTRY[keras.layers.Layer])
 
 
 def opens(op: Any) -> bool:

@@ -30,8 +30,7 @@ class TracedRule(Rule):
             why = f"its call was traced, but it {error}"
         except (IndexError, TypeError, ValueError):  # positions of unknown size, say
             why = "its call was traced, but units cannot be followed through it"
-        site.unknown = f"no rule for this operation (see keras_polar.register); {why}"
-        return site.pin_all(site.unknown)
+        return site.pin_all(f"no rule for this operation (see keras_polar.register); {why}")
 
     def _follow(self, site: Site) -> list[Ids]:
         if takes_mask(site.op):
