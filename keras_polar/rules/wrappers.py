@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 from keras_polar.graph import Call, Ref, Spec
-from keras_polar.rules.base import UNKNOWN, Kept, PinRule, Rule, Site, Term, add, rule_for
+from keras_polar.rules.base import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
 from keras_polar.units import Ids, varies
 
 
@@ -16,7 +16,7 @@ class TimeDistributedRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         (ids, *masks), inner = site.inputs, site.op.layer
-        if rule_for(inner) is UNKNOWN:
+        if is_unknown(inner):
             kind = type(inner).__name__
             return site.pin_all(f"is read by a layer without a rule in TimeDistributed: {kind}")
         for mask in masks:
@@ -27,6 +27,7 @@ class TimeDistributedRule(Rule):
         if len(step.output_shapes) != 1:
             return site.pin_all("has several outputs in TimeDistributed")
         (out,) = rule_for(inner).flow(step)
+        site.refused = step.refused
         site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
         site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
         return [np.broadcast_to(np.expand_dims(out, 1), site.output_shapes[0])]
