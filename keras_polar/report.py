@@ -125,12 +125,15 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
 
 def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
-    """Layers without a rule: they make units nobody can follow."""
-    why = "no rule for this operation; see keras_polar.register"
-    found = {s.name: s for s in coupling.sites if rule_for(s.op) is UNKNOWN}
+    """Layers without a rule, or whose rule gives up: they make units nobody can follow."""
+    found = {
+        s.name: s
+        for s in coupling.sites
+        if s.refused and (rule_for(s.op) is UNKNOWN or getattr(s.op, "weights", None))
+    }
     return [
         InspectRow(
-            *(name, type(site.op).__name__, 0, 0, "", why),
+            *(name, type(site.op).__name__, 0, 0, "", site.refused),
             *(getattr(costs[name], m) / whole[m] for m in ("weights", "macs")),
         )
         for name, site in found.items()

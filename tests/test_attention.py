@@ -186,11 +186,12 @@ def block(x, i):
     return layers.Add()([x, layers.Dense(x.shape[-1], name=f"narrow{i}")(y)])
 
 
-def transformer(classes=2, mask_zero=True):
+def transformer(blocks=2):
     tokens = keras.Input((6,), dtype="int32")
-    x = layers.Embedding(20, 8, mask_zero=mask_zero, name="embedding")(tokens)
-    x = block(block(x, 0), 1)
-    return keras.Model(tokens, layers.Dense(classes)(layers.GlobalAveragePooling1D()(x)))
+    x = layers.Embedding(20, 8, mask_zero=True, name="embedding")(tokens)
+    for i in range(blocks):
+        x = block(x, i)
+    return keras.Model(tokens, layers.Dense(2)(layers.GlobalAveragePooling1D()(x)))
 
 
 def padded_tokens(n=16, seed=0):
@@ -219,9 +220,9 @@ def values(model):
     return [np.array(ops.convert_to_numpy(v)) for v in model.trainable_weights]
 
 
-@pytest.mark.parametrize("gate", ["static", "dynamic"])
+@pytest.mark.parametrize("gate", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
 def test_gated_transformer_trains_saves_and_loads(gate, tmp_path):
-    gated = keras_polar.apply(transformer(), 0.3, gate=gate)
+    gated = keras_polar.apply(transformer(blocks=1), 0.3, gate=gate)
     tokens, labels = padded_tokens(64), np.arange(64) % 2
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     gated.compile("adam", loss, jit_compile=False)
@@ -292,3 +293,25 @@ def test_half_precision_keeps_its_policy():
     close_half(gated)
     small = keras_polar.convert(gated, verify=True)
     assert small.get_layer("attention").compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "reason"),
+    [
+        ("btc,cbd->btd", (5, 4), "not one the library can follow"),
+        ("btc,cd->btd", (5, 4), "element"),
+    ],
+)
+def test_einsum_that_cannot_be_cut_says_why(equation, shape, reason):
+    inputs = keras.Input(batch_shape=(2, 5, 8))
+    activation = "softmax" if reason == "element" else None
+    odd = layers.EinsumDense(equation, shape, activation=activation, name="odd")
+    model = randomise(keras.Model(inputs, layers.Dense(3)(odd(layers.Dense(8)(inputs)))))
+    reasons = {r.name: r.reason for r in keras_polar.inspect(model).rows}
+    assert reason in reasons["odd"]
+
+
+def test_first_new_axis_of_einsum_goes():
+    _, small = check(randomise(model_of(attention_by_einsum)))
+    assert small.get_layer("q").kernel.shape == (4, 2, 6)
+    assert small.get_layer("project").kernel.shape[0] == 2

@@ -101,6 +101,7 @@ class Site:
         reads: (input position, axis) whose closed units must arrive as zeros.
         inner_reads: (variable, axis) of the layer's own weights, the variable named as in
             `Rule.weights`, whose slices for closed units must be zeros.
+        refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
     """
 
     call: Call
@@ -113,6 +114,7 @@ class Site:
     reads: list[tuple[int, int]] = field(default_factory=list)
     inner_reads: list[tuple[str, int]] = field(default_factory=list)
     produces: list[str] = field(default_factory=list)
+    refused: str = ""
 
     @property
     def op(self) -> Any:
@@ -201,6 +203,7 @@ class Site:
 
     def pin_all(self, why: str) -> list[Ids]:
         """Pins every input; the outputs belong to nobody."""
+        self.refused = why
         for ids in self.inputs:
             self.pin(ids, why)
         return [nobody(shape) for shape in self.output_shapes]

@@ -27,6 +27,7 @@ class TimeDistributedRule(Rule):
         if len(step.output_shapes) != 1:
             return site.pin_all("has several outputs in TimeDistributed")
         (out,) = rule_for(inner).flow(step)
+        site.refused = step.refused
         site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
         site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
         return [np.broadcast_to(np.expand_dims(out, 1), site.output_shapes[0])]
