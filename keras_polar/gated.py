@@ -164,6 +164,13 @@ class FollowSchedule(keras.callbacks.Callback):
         if not self.steps_per_epoch:
             self.steps_per_epoch = self.in_epoch
             self._announce()
+        self._add_to(logs)
+
+    def _add_to(self, logs: Any) -> None:
+        """Puts into the epoch's logs what the metrics of the consensus cannot say."""
+        if logs is not None and not self.model.consensus.has_metrics:
+            latest = self._sync().consensus.latest.items()
+            logs.update((name, float(to_numpy(value))) for name, value in latest)
 
     def on_train_end(self, logs: Any = None) -> None:
         if not self._sync().settled and self.model.consensus.schedule.steps is None:

@@ -68,14 +68,18 @@ class Consensus(keras.layers.Layer):
         self.min_units = min_units
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
-        self.sparsity_metric = keras.metrics.Mean("sparsity")
-        self.polarization_metric = keras.metrics.Mean("polarization")
+        # Keras on JAX takes the variables of metrics away while a layer is called.
+        self.has_metrics = keras.backend.backend() != "jax"
+        if self.has_metrics:
+            self.sparsity_metric = keras.metrics.Mean("sparsity")
+            self.polarization_metric = keras.metrics.Mean("polarization")
 
     def build(self, *shapes: Any) -> None:
         self.step = self._state("step", 0)
         self.steps = self._state("steps", self.schedule.steps or 0)
         self.multiplier = self._state("multiplier", 0)
         self.settled = self._state("settled", 0)
+        self.latest = {name: self._state(name, 0) for name in ("sparsity", "polarization")}
 
     def _state(self, name: str, value: float) -> Any:
         return self.add_weight(
@@ -92,11 +96,18 @@ class Consensus(keras.layers.Layer):
         local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
         rates = global_mean(ops.concatenate(local)) if training else ops.concatenate(local)
         sparsity = self.expected_sparsity(rates)
-        self.sparsity_metric.update_state(sparsity)
-        self.polarization_metric.update_state(polarized(rates))
+        self._report(sparsity, polarized(rates), training)
         if training:
             self._press(rates, sparsity)
         return x
+
+    def _report(self, sparsity: Any, polarization: Any, training: bool) -> None:
+        if self.has_metrics:
+            self.sparsity_metric.update_state(sparsity)
+            self.polarization_metric.update_state(polarization)
+        elif training:
+            self.latest["sparsity"].assign(sparsity)
+            self.latest["polarization"].assign(polarization)
 
     def expected_sparsity(self, open_rates: Any) -> Any:
         """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""

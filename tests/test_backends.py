@@ -16,7 +16,7 @@ def test_apply_fit_convert(gate):
     y = (x.mean(axis=(1, 2, 3)) > 0).astype("int64")
     gated = keras_polar.apply(small_resnet(classes=2), 0.5, gate=gate)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    gated.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
+    gated.compile("adam", loss, metrics=["accuracy"])
     history = gated.fit(x, y, epochs=6, batch_size=32, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
     assert history["sparsity"][0] == pytest.approx(0, abs=0.05)
