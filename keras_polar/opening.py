@@ -7,8 +7,8 @@ operations, and that is what the layer computes: nothing about any class has to 
 Python code can do more than a graph can say, so that every layer is opened twice, with two batch
 sizes, once in training and once in inference mode. What is the same both times is what the layer
 does; sizes that grow with the batch are recognised by the prime numbers that stand for it. A layer
-that differs in anything else, that reads or writes a variable of its own, draws random numbers or
-adds a loss is not opened (`CannotOpen` says why), because something of it would be lost.
+that differs in anything else, that uses a trainable variable of its own, changes one, draws random
+numbers or adds a loss is not opened (`CannotOpen` says why), because something of it would be lost.
 
 The caller's layers are as before afterwards: calls go to watched classes that the layers get for
 the time of the trace, and the graph nodes that Keras records on them are taken away again.
@@ -121,6 +121,7 @@ class _Run:
     steps: list[Step]
     outputs: list
     composites: list = field(default_factory=list)  # (layer, args, kwargs) opened on the way
+    buffers: set[int] = field(default_factory=set)  # ids of variables that are constants
     inputs: list = field(default_factory=list)  # of a leaf: the inlets that are no variables
     variables: dict[str, Any] = field(default_factory=dict)
 
@@ -137,6 +138,11 @@ class _Reads(keras.StatelessScope):
             self.watch.use(variable)
         return super().get_current_value(variable)
 
+    def add_update(self, update: tuple) -> None:
+        if not self.watch.is_paused:
+            raise CannotOpen(f"changes its own variable {update[0].path!r}")
+        super().add_update(update)
+
 
 class _Watch:
     """Follows the calls that a layer makes, in its own class for each layer's class."""
@@ -149,6 +155,8 @@ class _Watch:
         self.operations = [o for x in self.layers for o in (x, *getattr(x, "_operations", ()))]
         self.masked = {id(x) for x in self.layers if needs_masks(x)}
         self.inline = {id(x) for x in self.layers if x is root or opens(x)} - set(closed)
+        # What no training changes may become a constant, unless the call itself changes it.
+        self.buffers = {id(v) for x in self.layers for v in _made_untrainable(x)}
         self.is_paused = False
         self.stack: list = []
         self.paths: dict[int, str] = {}
@@ -265,7 +273,8 @@ class _Watch:
         return outputs
 
     def use(self, variable: Any) -> None:
-        raise CannotOpen(f"uses its own variable {variable.path!r} directly")
+        if id(variable) not in self.buffers:
+            raise CannotOpen(f"uses its own variable {variable.path!r} directly")
 
 
 def _exact_spec(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -291,6 +300,10 @@ def _mode(training: Any) -> Iterator:
         yield
     finally:
         global_state.set_global_attribute("current_call_ctx", before)
+
+
+def _made_untrainable(layer: Any) -> list:
+    return getattr(layer, "_non_trainable_variables", [])
 
 
 def _tensors(structure: Any) -> list:
@@ -339,7 +352,7 @@ def _traced(
         if watch.loses_mask:
             raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
         steps = _named(_steps(flat, inlets, watch), watch)
-    return _Run(inlets, steps, flat, watch.composites)
+    return _Run(inlets, steps, flat, watch.composites, watch.buffers)
 
 
 def _symbolic(output: Any, inlet: Any) -> Any:
@@ -584,6 +597,8 @@ class _Merge:
         if isinstance(a, KerasTensor) and isinstance(b, KerasTensor):
             first, second = (t[id(x)] for t, x in zip(self.numbers, (a, b), strict=True))
             return a if first == second else _differ()
+        if isinstance(a, keras.Variable) and a is b and id(a) in self.first.buffers:
+            return _numpy(keras.ops.convert_to_tensor(a))
         if isinstance(a, (keras.Variable, keras.layers.Layer)):
             return a if a is b else _differ()
         if isinstance(a, slice) and isinstance(b, slice):

@@ -29,11 +29,12 @@ def close_half(gated, seed=0):
 
 
 def check(model, gate="static", seed=0, inputs=None):
-    """apply -> random masks -> convert: certificate, and cost predicted == cost counted."""
+    """apply: same outputs; random masks, convert: certificate, cost predicted == cost counted."""
     gated = keras_polar.apply(model, 0.01, gate=gate, measure="units")
+    inputs = random_inputs(model) if inputs is None else inputs
+    assert difference(model, gated, inputs) <= 1e-4  # all gates are open
     close_half(gated, seed)
     small = keras_polar.convert(gated)
-    inputs = random_inputs(model) if inputs is None else inputs
     assert difference(gated, small, inputs) <= 1e-4
     counts = [int(g.mask.sum()) for g in gated.groups]
     counted = keras_polar.cost(small)

@@ -247,6 +247,16 @@ class OwnVariableCast(OwnVariable):
         return self.plain(x) * ops.cast(self.scale, "float32")
 
 
+class Counts(Parts):
+    def build(self, shape):
+        super().build(shape)
+        self.calls = self.add_weight((), "zeros", trainable=False, name="calls")
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return self.plain(x)
+
+
 class Unused(Parts):
     def call(self, x):
         return self.a(x)[..., :6]
@@ -295,6 +305,7 @@ CLOSED = [
     (FixedMode(), "sets the mode"),
     (OwnVariable(), "own variable .*scale"),
     (OwnVariableCast(), "own variable .*scale"),
+    (Counts(), "changes its own variable .*calls"),
     (Unused(), "does not use its variable"),
     (Noisy(), "own variable .*seed"),
     (AddsLoss(), "adds a loss"),
@@ -316,6 +327,20 @@ def test_what_cannot_be_opened_stays_whole_and_says_why(number):
     assert "whole" in rows["before"].reason
     assert note in rows["whole"].reason
     assert any(v is w for v in layer.variables for w in model.variables)
+
+
+def test_a_variable_that_nothing_changes_becomes_a_constant():
+    class Buffer(Parts):
+        def build(self, shape):
+            super().build(shape)
+            self.table = self.add_weight((6,), "ones", trainable=False, name="table")
+
+        def call(self, x):
+            return self.plain(x) * self.table + ops.cast(self.table, "float32")
+
+    model = randomise(model_of(Buffer(name="buffer")))
+    assert not notes(model)
+    check(model)
 
 
 def test_a_sublayer_that_cannot_be_opened_stays_whole_inside():

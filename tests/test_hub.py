@@ -10,7 +10,7 @@ import keras_polar
 
 pytest.importorskip("keras_hub")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
-from hub_models import BACKBONES  # noqa: E402
+from hub_models import BACKBONES
 
 QUICK = ("BertBackbone", "LlamaBackbone", "EfficientNetBackbone", "ViTBackbone")
 # Why nothing in them can be pruned, or what Keras cannot do with them.
