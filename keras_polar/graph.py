@@ -136,6 +136,8 @@ class _Tracer:
     def _calls(self, step: Step, table: dict, path: str, training: Any) -> list:
         args, kwargs = _with_refs((step.args, step.kwargs), table)
         op = step.op
+        if any(isinstance(x, keras.KerasTensor) for x in tree.flatten((args, kwargs))):
+            raise CannotOpen(f"calls {op.name!r} on a tensor that is not part of the model")
         if training is not None and getattr(op, "_call_has_training_arg", False):
             kwargs = {**kwargs, "training": training}
         inner, refs = functional(op), _nested_inputs(op, args, kwargs)
@@ -191,6 +193,8 @@ class _Tracer:
         symbols = {i: self._symbol(i) for i in refs}
         opened = how(op, *fill((args, kwargs), symbols), self.opens)
         known = [Ref(i) for i in refs for i in (i, *self._mask_ref(i))]
+        if len(known) != len(opened.inlets):
+            raise CannotOpen("is called on a tensor that is not part of the model")
         table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
         self.alive.append(opened)
         self.notes.update((k, f"{NOT_OPENED}: {v}") for k, v in opened.closed.items())
@@ -438,6 +442,10 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     """
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
+    if not changes and op.built and has_parts(op):
+        # A new one could make its variables in another order, under other names.
+        with contextlib.suppress(TypeError):
+            return duplicate(op, name)
     try:
         return _from_config(op, {**op.get_config(), "name": name, **changes})
     except Exception as error:
@@ -549,11 +557,15 @@ def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:
 
     The order is that in which they were made, and a copy may be built in another.
     """
-    paths = [[v.path.partition("/")[2] for v in variables] for variables in (old, new)]
+    paths = [_paths(old), _paths(new)]
     if set(paths[0]) == set(paths[1]) and len(set(paths[0])) == len(old) == len(new):
         found = dict(zip(paths[1], new, strict=True))
         return [(v, found[path]) for v, path in zip(old, paths[0], strict=True)]
     return zip(old, new, strict=True)
+
+
+def _paths(variables: list) -> list[str]:
+    return [v.path.partition("/")[2] for v in variables]
 
 
 def _layers_of(op: Any) -> list:
