@@ -37,7 +37,7 @@ def test_units_inside_a_layer(gate):
     z = layers.LSTM(8, dropout=0.1, name="lstm")(z)
     gated = keras_polar.apply(keras.Model(tokens, layers.Dense(2)(z)), 0.4, gate=gate)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    gated.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=False)
+    gated.compile(keras.optimizers.Adam(1e-2), loss)
     before = keras.ops.convert_to_numpy(keras.ops.copy(gated.get_layer("lstm").variables[1]))
     history = gated.fit(x, y, epochs=6, batch_size=32, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
