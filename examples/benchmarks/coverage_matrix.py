@@ -285,7 +285,7 @@ def _line(row: dict, name: str) -> str:
         return f"| {name} {'| ' * 9}| **{failure}** |"
     share = [row[k] for k in ("prunable_units", "prunable_weights", "prunable_macs")]
     cells = [
-        f"{row['weights'] / 1e6:.1f} M",
+        _size(row["weights"]),
         *(f"{x:.1%}" for x in share),
         f"{row['difference']:.0e}",
         *(f"{row[k]:.1%}" for k in ("kept_weights", "kept_macs")),
@@ -293,6 +293,10 @@ def _line(row: dict, name: str) -> str:
         f"**{failure}**" if failure else "; ".join(f"{n:,}: {why}" for why, n in row["pins"]),
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _size(weights: int) -> str:
+    return f"{weights / 1e6:.1f} M" if weights >= 1e5 else f"{weights / 1e3:.1f} k"
 
 
 def main(argv: list[str]) -> None:
