@@ -1,5 +1,8 @@
 """What several tests need: models whose nothing is zero by luck, random masks, the certificate."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 
@@ -45,6 +48,21 @@ def check(model, gate="static", seed=0, inputs=None):
     assert counted.weights == small.count_params()
     assert gated.sparsity > 0
     return gated, small
+
+
+def check_loads_alone(small, tmp_path):
+    """The saved model gives the same outputs in a process that never imports keras_polar."""
+    small.save(tmp_path / "small.keras")
+    x = random_inputs(small)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", small.predict(x, verbose=0))
+    code = (
+        "import sys, keras, numpy as np; m = keras.models.load_model('small.keras');"
+        "y = m.predict(np.load('x.npy'), verbose=0);"
+        "assert np.allclose(y, np.load('y.npy'), atol=1e-6);"
+        "assert 'keras_polar' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def predicted(model, counts, measure):

@@ -1,12 +1,8 @@
 """keras.applications, every model class: certificate, costs, and how much of it can go."""
 
-import subprocess
-import sys
-
 import keras
-import numpy as np
 import pytest
-from helpers import check, close_half, randomise
+from helpers import check, check_loads_alone, close_half, randomise
 from keras import layers
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
@@ -117,14 +113,4 @@ def test_saved_small_models_of_keras_applications_load_without_keras_polar(tmp_p
     gated = keras_polar.apply(model, 0.2, gate="static")
     close_half(gated)
     small = keras_polar.convert(gated, verify=True)
-    small.save(tmp_path / "small.keras")
-    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype("float32")
-    np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "y.npy", small.predict(x, verbose=0))
-    code = (
-        "import sys, keras, numpy as np; m = keras.models.load_model('small.keras');"
-        "y = m.predict(np.load('x.npy'), verbose=0);"
-        "assert np.allclose(y, np.load('y.npy'), atol=1e-6);"
-        "assert 'keras_polar' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    check_loads_alone(small, tmp_path)

@@ -1,12 +1,9 @@
 """The certificate: gated in inference mode == converted, and cost predicted == cost counted."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
-from helpers import check, close_half, randomise, small_resnet
+from helpers import check, check_loads_alone, close_half, randomise, small_resnet
 from keras import layers, ops
 
 import keras_polar
@@ -226,17 +223,7 @@ def test_saved_small_model_loads_without_keras_polar(tmp_path):
     gated = keras_polar.apply(model, gate="static")
     close_half(gated)
     small = keras_polar.convert(gated, verify=True)
-    small.save(tmp_path / "small.keras")
-    x = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype("float32")
-    np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "y.npy", small.predict(x, verbose=0))
-    code = (
-        "import sys, keras, numpy as np; m = keras.models.load_model('small.keras');"
-        "y = m.predict(np.load('x.npy'), verbose=0);"
-        "assert np.allclose(y, np.load('y.npy'), atol=1e-6);"
-        "assert 'keras_polar' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    check_loads_alone(small, tmp_path)
 
 
 def test_wrong_user_rule_is_caught():

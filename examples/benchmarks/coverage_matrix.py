@@ -23,6 +23,7 @@ from pathlib import Path
 
 from absl import app, flags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "coverage.jsonl"
@@ -184,17 +185,6 @@ def tensorflow_version() -> str:
 # --- running ---------------------------------------------------------------------------------
 
 
-def read_rows() -> dict[str, dict]:
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    return {row["name"]: row for row in map(json.loads, lines)}
-
-
-def add_row(row: dict) -> None:
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def work(name: str, wanted: list[str]) -> None:
     """Makes the rows of one model; runs in a process of its own, which gives its memory back."""
     import keras
@@ -209,7 +199,7 @@ def work(name: str, wanted: list[str]) -> None:
             row = measure(build)
         except Exception as error:  # the reason is what the table is for
             row = {"failure": f"{type(error).__name__}: {error}"}
-        add_row({"name": row_name, **row})
+        add_row(ROWS, {"name": row_name, **row})
 
 
 def make_rows(name: str, wanted: list[str]) -> None:
@@ -220,10 +210,10 @@ def make_rows(name: str, wanted: list[str]) -> None:
         why = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
     except subprocess.TimeoutExpired:
         why = f"not done within {TIMEOUT} s"
-    have = read_rows()
+    have = read_rows(ROWS)
     for row_name in wanted:
         if row_name not in have:
-            add_row({"name": row_name, "failure": why})
+            add_row(ROWS, {"name": row_name, "failure": why})
 
 
 def all_rows() -> dict[str, list[str]]:
@@ -237,7 +227,7 @@ def missing(rows: list[str], have: dict) -> list[str]:
 
 
 def forget(pattern: str) -> None:
-    rows = [r for r in read_rows().values() if not re.search(pattern, r["name"])]
+    rows = [r for r in read_rows(ROWS).values() if not re.search(pattern, r["name"])]
     ROWS.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
@@ -245,7 +235,7 @@ def forget(pattern: str) -> None:
 
 
 def write_table() -> None:
-    rows = sorted(read_rows().values(), key=lambda r: r["name"].lower())
+    rows = sorted(read_rows(ROWS).values(), key=lambda r: r["name"].lower())
     good = sum(not r["failure"] for r in rows)
     versions = next((r["versions"] for r in reversed(rows) if "versions" in r), {})
     text = INTRODUCTION.format(command=COMMAND, rows=len(rows), good=good, **versions)
@@ -305,7 +295,7 @@ def main(argv: list[str]) -> None:
         return
     if _REDO.value:
         forget(_REDO.value)
-    have = read_rows()
+    have = read_rows(ROWS)
     todo = {n: rows for n, r in all_rows().items() if (rows := missing(r, have))}
     columns = [TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn()]
     with Progress(*columns, TimeElapsedColumn()) as progress:

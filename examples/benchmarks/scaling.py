@@ -9,7 +9,6 @@ model of that size at all. Rows are kept in docs/scaling.jsonl and not repeated.
     python examples/benchmarks/scaling.py --only=residual
 """
 
-import json
 import os
 import re
 import resource
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 from rich.progress import track
+from rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "scaling.jsonl"
@@ -128,17 +128,6 @@ def peak_memory() -> float:
 # --- running ---------------------------------------------------------------------------------
 
 
-def read_rows() -> dict[str, dict]:
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    return {row["name"]: row for row in map(json.loads, lines)}
-
-
-def add_row(row: dict) -> None:
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def make_row(name: str) -> None:
     """One row, in a process of its own, so that its peak of memory is its own."""
     command = [sys.executable, __file__, f"--worker={name}"]
@@ -147,8 +136,8 @@ def make_row(name: str) -> None:
         why = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
     except subprocess.TimeoutExpired:
         why = f"not done within {TIMEOUT} s"
-    if name not in read_rows():
-        add_row({"name": name, "failure": why})
+    if name not in read_rows(ROWS):
+        add_row(ROWS, {"name": name, "failure": why})
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -175,8 +164,8 @@ linear, 2 quadratic):
 
 
 def write_table() -> None:
-    rows = {n: r for n, r in read_rows().items() if "failure" not in r}
-    failed = [r for r in read_rows().values() if "failure" in r]
+    rows = {n: r for n, r in read_rows(ROWS).items() if "failure" not in r}
+    failed = [r for r in read_rows(ROWS).values() if "failure" in r]
     if not rows:
         return
     versions = next(iter(rows.values()))
@@ -212,9 +201,9 @@ def _exponents(kind: str, rows: dict) -> list[float]:
 def main(argv: list[str]) -> None:
     del argv
     if _WORKER.value:
-        add_row({"name": _WORKER.value, **measure(builders()[_WORKER.value])})
+        add_row(ROWS, {"name": _WORKER.value, **measure(builders()[_WORKER.value])})
         return
-    have = read_rows()
+    have = read_rows(ROWS)
     todo = [n for n in builders() if n not in have and re.search(_ONLY.value, n)]
     for name in track(todo, "scaling"):
         make_row(name)
