@@ -43,7 +43,8 @@ class Polynomial:
     @cached_property
     def _index(self) -> np.ndarray:
         """Places in (1, *counts), int32 of shape (products, factors)."""
-        return np.asarray(self.factors, "int32").reshape(len(self.coefficients), -1) + 1
+        width = len(self.factors[0]) if self.factors else 1  # nothing costs anything
+        return np.asarray(self.factors, "int32").reshape(-1, width) + 1
 
     @cached_property
     def _scale(self) -> np.ndarray:

@@ -411,10 +411,18 @@ def rebuild(
     values: dict[int, Any] = dict(zip(refs_in(graph.inputs), inputs, strict=True))
     for call in graph.calls:
         outputs = tree.flatten(visit(call, values))
+        if not any(values[i].sparse for i in call.inputs):
+            _make_dense(outputs)
         values.update(zip(call.outputs, outputs, strict=True))
     struct = tree.pack_sequence_as(graph.inputs, inputs)
     with _deep_models_allowed():
         return model_class(struct, fill(graph.outputs, values), name=graph.name, **kwargs)
+
+
+def _make_dense(outputs: list) -> None:
+    """Keras says of a product of a dense tensor and a constant that it is sparse."""
+    for x in outputs:
+        x._sparse = False
 
 
 @contextlib.contextmanager

@@ -465,3 +465,30 @@ def test_a_mask_that_opening_would_lose_keeps_the_layer_whole():
     assert "implicit mask" in notes(model)["whole"]
     inputs = np.array([[1, 2, 0, 3, 0], [0, 0, 1, 1, 2]], "int32")
     check(model, inputs=inputs)
+
+
+class Scale(keras.layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight((shape[-1],), "ones")
+
+    def call(self, x):
+        return x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True)) * self.scale
+
+
+def test_a_product_with_a_constant_does_not_become_sparse():
+    """Keras says so of it, and a layer that states no output shape then fails on it."""
+
+    class Scaled(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense, self.norm = layers.Dense(8), Scale()
+
+        def build(self, shape):
+            self.dense.build(shape)
+            self.norm.build(shape)
+
+        def call(self, x):
+            return self.norm(self.dense(x) * np.float32(3.0))
+
+    inputs = keras.Input((5, 8))
+    check(randomise(keras.Model(inputs, layers.Dense(3)(layers.Dense(6)(Scaled()(inputs))))))

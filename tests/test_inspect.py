@@ -36,3 +36,8 @@ def test_ignored_layers_lower_the_prunable_shares():
     free, held = keras_polar.inspect(model), keras_polar.inspect(model, ignore=["block1_*"])
     assert held.prunable_weights < free.prunable_weights
     assert held.prunable_macs < free.prunable_macs
+
+
+def test_a_model_without_multiplications_has_no_macs_to_lose():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.ReLU()])
+    assert keras_polar.inspect(model).prunable_macs == 0

@@ -155,6 +155,7 @@ def pins(found) -> list[list]:
 
 def randomise(model, seed: int = 0):
     """Random offsets and statistics: a fresh model has too many zeros to prove anything."""
+    import keras
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -164,6 +165,11 @@ def randomise(model, seed: int = 0):
             if "variance" in weight.path:
                 noise = 1 + abs(noise)
             weight.assign(1 + noise if "gamma" in weight.path else noise)
+        elif "kernel" in weight.path and "float" in weight.dtype:
+            # Transformers start so small that what a mask changes would drown in round-off.
+            scale = 1 / np.sqrt(np.prod(weight.shape[:-1]))
+            if float(keras.ops.std(weight)) < 0.3 * scale:
+                weight.assign(scale * rng.standard_normal(weight.shape))
     return model
 
 
