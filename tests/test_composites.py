@@ -472,23 +472,25 @@ class Scale(keras.layers.Layer):
         self.scale = self.add_weight((shape[-1],), "ones")
 
     def call(self, x):
-        return x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True)) * self.scale
+        variance = ops.mean(ops.square(ops.cast(x, "float32")), axis=-1, keepdims=True)
+        return x * ops.reciprocal(ops.sqrt(variance + 1e-6)) * self.scale
 
 
 def test_a_product_with_a_constant_does_not_become_sparse():
     """Keras says so of it, and a layer that states no output shape then fails on it."""
 
-    class Scaled(keras.layers.Layer):
+    class Normed(keras.layers.Layer):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            self.dense, self.norm = layers.Dense(8), Scale()
+            self.norm, self.dense = Scale(), layers.Dense(8)
 
         def build(self, shape):
-            self.dense.build(shape)
             self.norm.build(shape)
+            self.dense.build(shape)
 
         def call(self, x):
-            return self.norm(self.dense(x) * np.float32(3.0))
+            return self.dense(self.norm(x))
 
     inputs = keras.Input((5, 8))
-    check(randomise(keras.Model(inputs, layers.Dense(3)(layers.Dense(6)(Scaled()(inputs))))))
+    x = layers.Dense(8)(inputs) * ops.cast(ops.sqrt(9.0), "float32")
+    check(randomise(keras.Model(inputs, layers.Dense(3)(Normed()(x)))))
