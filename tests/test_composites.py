@@ -477,7 +477,7 @@ class Scale(keras.layers.Layer):
 
 
 def test_a_product_with_a_constant_does_not_become_sparse():
-    """Keras says so of it, and a layer that states no output shape then fails on it."""
+    """Keras says so of it, and a sublayer that states no output shape then fails on it."""
 
     class Normed(keras.layers.Layer):
         def __init__(self, **kwargs):
@@ -490,6 +490,9 @@ def test_a_product_with_a_constant_does_not_become_sparse():
 
         def call(self, x):
             return self.dense(self.norm(x))
+
+        def compute_output_shape(self, shape):
+            return shape
 
     inputs = keras.Input((5, 8))
     x = layers.Dense(8)(inputs) * ops.cast(ops.sqrt(9.0), "float32")
