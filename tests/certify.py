@@ -13,20 +13,14 @@ from keras_polar.samples import difference, random_inputs
 
 
 def certify(program, seed=0):
-    """Builds the program, closes units at random, and checks all that must hold.
-
-    Returns:
-        (units that can go, units).
-    """
+    """Builds the program, closes units at random, and checks all that must hold."""
     keras.backend.clear_session(free_memory=False)  # collecting garbage costs a second
     model = randomise(build(program), seed)
     rng = np.random.default_rng(seed)
     coupling = couple(read(model))
     assert_no_silent_pin(coupling)
-    produced = np.concatenate(list(coupling.produced().values()))
     if coupling.groups:
         certify_gated(model, coupling, rng)
-    return int((coupling.group_of[produced] >= 0).sum()), len(produced)
 
 
 def assert_no_silent_pin(coupling):

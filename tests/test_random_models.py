@@ -14,7 +14,7 @@ from random_models import STEPS, build, programs, seeded_program
 
 from keras_polar.coupling import couple
 from keras_polar.graph import fill, op_class, refs_in, trace
-from keras_polar.rules import base
+from keras_polar.rules import base, read
 from keras_polar.rules.base import find
 from keras_polar.samples import random_inputs
 
@@ -63,9 +63,19 @@ def certify_or_explain(program, seed):
 
 
 def certify_chunk(first):
-    found = [certify_or_explain(seeded_program(s), s) for s in range(first, first + CHUNK)]
-    prunable, units = np.sum(found, axis=0)
-    assert prunable > 0.1 * units  # the check is not about models of which nothing can go
+    for seed in range(first, first + CHUNK):
+        certify_or_explain(seeded_program(seed), seed)
+
+
+def test_a_good_part_of_the_random_models_can_go():
+    """The certificate says little about models that stay as they are."""
+    shares = []
+    for seed in range(60):
+        keras.backend.clear_session(free_memory=False)
+        coupling = couple(read(build(seeded_program(seed))))
+        units = np.concatenate(list(coupling.produced().values()))
+        shares.append((coupling.group_of[units] >= 0).mean())
+    assert np.mean(shares) > 0.25
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
