@@ -104,7 +104,7 @@ def measure(build: Callable) -> dict:
     small = keras_polar.convert(gated)
     converted = time.perf_counter()
     before, after = keras_polar.cost(model), keras_polar.cost(small)
-    inputs = random_inputs(model)
+    inputs = random_inputs(model, batch=2)  # SAM3 takes no other
     row = {
         "weights": before.weights,
         "prunable_units": found.prunable,

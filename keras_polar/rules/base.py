@@ -69,7 +69,7 @@ class Kept:
         """Indices along an axis at which anything stays."""
         (small,) = compact(ids)
         flags = np.moveaxis(look_up(self.flags, small, True), axis, 0)
-        stays = flags.reshape(len(flags), -1).any(axis=1)
+        stays = flags.any(axis=tuple(range(1, flags.ndim)))
         return np.flatnonzero(np.broadcast_to(stays, ids.shape[axis]))
 
     def size(self, ids: Ids, axis: int) -> int:
