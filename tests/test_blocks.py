@@ -18,7 +18,13 @@ def blocks_of(model):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("ResNet50", 16), ("ResNet50V2", 16), ("MobileNetV2", 10), ("EfficientNetB0", 9), ("VGG16", 0)],
+    [
+        ("ResNet50", 16),
+        ("ResNet50V2", 16),
+        ("MobileNetV2", 10),
+        ("EfficientNetB0", 9),
+        ("VGG16", 0),
+    ],
 )
 def test_blocks_of_known_architectures(name, count):
     model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3))
