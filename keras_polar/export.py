@@ -21,10 +21,10 @@ import keras
 import numpy as np
 
 from keras_polar.graph import functional
+from keras_polar.samples import UNKNOWN_SIZE
 
 _QUANTIZE = (None, "float16")
 _SAMPLES = 8  # enough to see an error, few enough to cost nothing beside the conversion
-_UNKNOWN_SIZE = 32  # stands for a dimension the model leaves open, such as height and width
 _WARM_UP = 5
 
 
@@ -339,7 +339,7 @@ def _check_fits(array: np.ndarray, tensor: Any) -> None:
 def _random_array(
     rng: np.random.Generator, shape: Sequence[int | None], dtype: str, name: str
 ) -> np.ndarray:
-    sizes = [_UNKNOWN_SIZE if size is None else size for size in shape]
+    sizes = [UNKNOWN_SIZE if size is None else size for size in shape]
     if "float" in dtype:
         return rng.random(sizes).astype(dtype)
     if "int" in dtype or dtype == "bool":

@@ -8,7 +8,7 @@ from keras import tree
 
 from keras_polar.graph import functional, to_numpy
 
-UNKNOWN_SIZE = 32
+UNKNOWN_SIZE = 32  # stands for a dimension the model leaves open, such as height and width
 
 
 def random_inputs(model: Any, batch: int = 5, seed: int = 0) -> Any:

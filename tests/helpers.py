@@ -73,6 +73,15 @@ def predicted(model, counts, measure):
     return polynomial(couple(read(model)), measure)(counts)
 
 
+def model_of(*steps, shape=(5, 8)):
+    """Steps between a Dense layer, whose units can go, and a head."""
+    inputs = keras.Input(shape)
+    x = keras.layers.Dense(8, activation="tanh", name="before")(inputs)
+    for step in steps:
+        x = step(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(keras.layers.Flatten()(x)))
+
+
 def small_resnet(input_shape=(8, 8, 1), widths=(8, 16), classes=10):
     """Two residual stages with projection shortcuts; BatchNorm that settles within few steps."""
     layers = keras.layers

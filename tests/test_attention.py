@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import check, close_half, randomise
+from helpers import check, close_half, model_of, randomise
 from keras import layers, ops
 
 import keras_polar
@@ -11,15 +11,6 @@ from keras_polar.samples import difference, random_inputs
 
 ATTENTION = {"num_heads": 4, "key_dim": 6, "name": "attention"}
 GROUPED = {"head_dim": 6, "name": "attention"}
-
-
-def model_of(*steps, shape=(5, 8)):
-    """Steps between a Dense layer, whose units can go, and a head."""
-    inputs = keras.Input(shape)
-    x = layers.Dense(8, activation="tanh", name="before")(inputs)
-    for step in steps:
-        x = step(x)
-    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
 
 
 def self_attention(kind=layers.MultiHeadAttention, call=None, **options):

@@ -1,5 +1,8 @@
 """Recurrent layers and wrappers: hidden units really go, and the certificate holds."""
 
+import functools
+
+import helpers
 import keras
 import numpy as np
 import pytest
@@ -20,13 +23,7 @@ KINDS = {
 }
 
 
-def model_of(*steps, shape=(5, 6)):
-    """Steps between a Dense layer, whose units can go, and a head."""
-    inputs = keras.Input(shape)
-    x = layers.Dense(8, activation="tanh", name="before")(inputs)
-    for step in steps:
-        x = step(x)
-    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+model_of = functools.partial(helpers.model_of, shape=(5, 6))
 
 
 @pytest.mark.parametrize("kind", KINDS)
