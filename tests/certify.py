@@ -13,7 +13,10 @@ from keras_polar.samples import difference, random_inputs
 
 
 def certify(program, seed=0):
-    """Builds the program, closes units at random, and checks all that must hold."""
+    """Builds the program, closes units at random, checks all that must hold.
+
+    Returns the number of groups that can go.
+    """
     keras.backend.clear_session(free_memory=False)  # collecting garbage costs a second
     model = randomise(build(program), seed)
     rng = np.random.default_rng(seed)
@@ -21,6 +24,7 @@ def certify(program, seed=0):
     assert_no_silent_pin(coupling)
     if coupling.groups:
         certify_gated(model, coupling, rng)
+    return len(coupling.groups)
 
 
 def assert_no_silent_pin(coupling):
