@@ -8,7 +8,6 @@ import numpy as np
 
 from keras_polar.cost import Polynomial
 
-
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
 
 
