@@ -10,9 +10,10 @@ import numpy as np
 from keras_polar.blocks import Block
 from keras_polar.cost import MEASURES, sizes_known
 from keras_polar.coupling import Coupling, couple, off_batch, why_fixed
-from keras_polar.gated import GatedModel, is_gated
+from keras_polar.gated import GatedModel
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused
+from keras_polar.groups import is_gated
 from keras_polar.inner import InnerMask, pack
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
@@ -37,6 +38,7 @@ def apply(
     min_units: int = 1,
     max_sparsity: float | Mapping[str, float] | None = None,
     schedule: Schedule | None = None,
+    compact: bool = True,
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -64,6 +66,10 @@ def apply(
             in every group, so that none collapses by accident (as far as `sparsity` can then
             be reached).
         schedule: a `keras_polar.Schedule`; None for the default.
+        compact: once the consensus is settled, `fit` goes on with the smaller network, its
+            optimizer cut along with it, so that the rest of the run costs less (TensorFlow
+            only; other backends train the masked network). The gated model is up to date after
+            every epoch.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
@@ -100,7 +106,8 @@ def apply(
         round_to=round_to,
     )
     found = targets(coupling, blocks, budget.floors)
-    inserter = _Inserter(coupling, found, GATES[gate], schedule or Schedule(), budget, measure)
+    training = {"schedule": (schedule or Schedule()).get_config(), "compact": bool(compact)}
+    inserter = _Inserter(coupling, found, GATES[gate], budget, measure, training)
     return rebuild(coupling.graph, inserter.visit, GatedModel)
 
 
@@ -176,12 +183,12 @@ class _Inserter:
         coupling: Coupling,
         found: list[Target],
         gate_class: type,
-        schedule: Schedule,
         budget: Budget,
         measure: str,
+        training: dict,
     ) -> None:
         self.coupling, self.targets, self.gate_class = coupling, found, gate_class
-        self.schedule, self.budget, self.measure = schedule, budget, measure
+        self.budget, self.measure, self.training = budget, measure, training
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
         self.decided_at: dict[int, list[int]] = defaultdict(list)
         for i, target in enumerate(found):
@@ -340,8 +347,8 @@ class _Inserter:
             self.measure,
             self.budget.cost.get_config(),
             {t.name: t.units for t in self.targets},
-            self.schedule.get_config(),
-            self.budget.round_to,
+            round_to=self.budget.round_to,
+            **self.training,
             name=self._name("consensus"),
         )
         gates = [self.gates[i] for i in range(len(self.targets))]

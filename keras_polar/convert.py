@@ -1,6 +1,7 @@
 """From a plan of what stays to a physically smaller model: gated -> small, and direct surgery."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -8,7 +9,6 @@ import numpy as np
 from keras import tree
 
 from keras_polar.coupling import Coupling, couple
-from keras_polar.gated import flags_for, require_gated, stripped
 from keras_polar.graph import (
     Call,
     clone,
@@ -20,6 +20,7 @@ from keras_polar.graph import (
     unused,
     variable_at,
 )
+from keras_polar.groups import flags_for, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.base import inner_vector
@@ -33,16 +34,21 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
     Args:
         flags: bool of shape (ids,), True for ids that stay, equal within each class.
     """
-    return rebuild(coupling.graph, _Cutter(coupling, flags).visit, keras.Model)
+    return rebuild(coupling.graph, Cutter(coupling, flags).visit, keras.Model)
 
 
-class _Cutter:
-    """Calls the smaller twins of a graph's operations, made when first needed."""
+class Cutter:
+    """Calls the smaller twins of a graph's operations, made when first needed.
+
+    Attributes:
+        pieces: what each variable of the twins was cut out of.
+    """
 
     def __init__(self, coupling: Coupling, flags: np.ndarray) -> None:
         self.coupling, self.kept = coupling, Kept(flags)
         self.made: dict[tuple, Any] = {}
         self.cloned: set[int] = set()
+        self.pieces: list[Piece] = []
         self.sites = {id(s.call): s for s in coupling.sites}
         self.names = {c.name for c in coupling.graph.calls}
 
@@ -58,7 +64,7 @@ class _Cutter:
         args, kwargs = rule_for(call.op).arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
-            _copy_cut_weights(site, op, self.kept)
+            self.pieces += _copy_cut_weights(site, op, self.kept)
         return outputs
 
     def _name(self, site: Site) -> str:
@@ -130,30 +136,64 @@ def _small(site: Site) -> list[np.ndarray]:
     return [compact(ids)[0] for ids in site.outputs]
 
 
-def _copy_cut_weights(site: Site, new: Any, kept: Kept) -> None:
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A variable of a smaller model and what it was cut out of.
+
+    Attributes:
+        whole, part: the variables.
+        where: for every axis of `whole` which indices `part` has, None for all.
+        factor: what the values of `part` were multiplied by.
+    """
+
+    whole: Any
+    part: Any
+    where: tuple
+    factor: float = 1.0
+
+    def cut(self, value: np.ndarray) -> np.ndarray:
+        """The values of `part` in an array of the shape of `whole`."""
+        for axis, where in enumerate(self.where):
+            value = value if where is None else np.take(value, where, axis)
+        return value
+
+    def paste(self, value: np.ndarray, part: np.ndarray) -> np.ndarray:
+        """The array with the values of `part` in their places."""
+        sizes = zip(value.shape, self.where, strict=True)
+        places = [range(n) if where is None else where for n, where in sizes]
+        value = value.copy()
+        value[np.ix_(*places)] = part
+        return value
+
+
+def _copy_cut_weights(site: Site, new: Any, kept: Kept) -> list[Piece]:
     rule, slices = rule_for(site.op), {}
     for attribute, names in rule.weights(site.op).items():
         variable = variable_at(site.op, attribute)
         if variable is not None:
-            slices[id(variable)] = [
+            slices[id(variable)] = tuple(
                 kept.where(site.axes[n]) if n in site.axes else None for n in names
-            ]
+            )
     given = rule.factors(site, kept).items()
     factors = {id(variable_at(site.op, path)): factor for path, factor in given}
 
+    def piece(variable: Any, part: Any = None) -> Piece:
+        where = slices.get(id(variable), (None,) * len(variable.shape))
+        return Piece(variable, part, where, factors.get(id(variable), 1.0))
+
     def cut_variable(variable: Any, value: np.ndarray) -> np.ndarray:
-        for axis, where in enumerate(slices.get(id(variable), ())):
-            value = value if where is None else np.take(value, where, axis)
-        factor = factors.get(id(variable))
-        return value if factor is None else (value * factor).astype(value.dtype)
+        own = piece(variable)
+        part = own.cut(value)
+        return part if own.factor == 1 else (part * own.factor).astype(value.dtype)
 
     try:
-        copy_weights(site.op, new, cut_variable)
+        pairs = copy_weights(site.op, new, cut_variable)
     except ValueError as error:
         raise ValueError(
             f"Layer {site.name!r} ({type(site.op).__name__}): the rule that cuts its weights does "
             f"not fit the smaller layer: {error} Check `weights` and `config` of its rule."
         ) from error
+    return [piece(old, part) for old, part in pairs]
 
 
 def convert(gated: Any, *, verify: Any = None) -> keras.Model:
@@ -177,12 +217,17 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
         >>> small.save("small.keras")
     """
     require_gated(gated, "convert")
-    coupling = couple(stripped(gated))
-    cutter = _Cutter(coupling, flags_for(gated, coupling))
-    small = rebuild(coupling.graph, cutter.visit, keras.Model)
+    small, cutter = small_twin(gated)
     if verify is not None and verify is not False:
         check_certificate(gated, small, verify, cutter.first_difference)
     return small
+
+
+def small_twin(gated: Any) -> tuple[keras.Model, "Cutter"]:
+    """The sub-network of a gated model, and the cutter that made it."""
+    coupling = couple(stripped(gated))
+    cutter = Cutter(coupling, flags_for(gated, coupling))
+    return rebuild(coupling.graph, cutter.visit, keras.Model), cutter
 
 
 def check_certificate(

@@ -1,85 +1,20 @@
 """The gated model: what `apply` returns, what `fit` trains, what `convert` reads."""
 
+import contextlib
 import inspect
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_polar.blocks import shorten
-from keras_polar.coupling import Coupling
-from keras_polar.gates import PACKAGE, Gate, Mask
-from keras_polar.graph import Call, Graph, alive, bypass, refs_in, to_numpy
-from keras_polar.inner import InnerMask, unpack
+from keras_polar.compaction import CannotCompact, Compaction
+from keras_polar.gates import PACKAGE, Gate
+from keras_polar.graph import to_numpy
+from keras_polar.groups import GateGroup
 from keras_polar.plan import Budget, settle
 from keras_polar.polarization import Consensus
-from keras_polar.rules import read
-
-
-class GateGroup:
-    """A view of one group of units that are decided together.
-
-    Attributes:
-        name: of the group, after its first layer.
-        layers: names of the layers that produce its units; of a residual branch, those in it.
-        units: number of units; 1 for a branch.
-        members: layer -> for each unit it makes, its place in this group or -1; None for all in
-            order. Empty for a branch.
-    """
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self.name, self.layers, self.units = gate.group, list(gate.producers), gate.units
-        self.members = gate.members
-
-    @property
-    def is_block(self) -> bool:
-        """Whether it is a residual branch that stays or goes as a whole."""
-        return not self.members
-
-    @property
-    def open_rates(self) -> np.ndarray:
-        """Moving average of each unit's gate over the samples, float32 of shape (units,)."""
-        return to_numpy(self._gate.open_rates)
-
-    @property
-    def mask(self) -> np.ndarray:
-        """The consensus, True for units that stay, bool of shape (units,)."""
-        return to_numpy(self._gate.consensus()) > 0.5
-
-    @property
-    def settled(self) -> bool:
-        """Whether the mask is fixed."""
-        return bool(to_numpy(self._gate.settled) > 0.5)
-
-    def set_mask(self, mask: Any) -> None:
-        """Fixes the mask of this group by hand.
-
-        Args:
-            mask: bool of shape (units,), True for units that stay.
-
-        Raises:
-            ValueError: wrong shape or dtype, or no unit would stay.
-        """
-        mask = np.asarray(mask)
-        if mask.shape != (self.units,) or mask.dtype != bool:
-            raise ValueError(
-                f"set_mask of group {self.name!r}: expected a bool array of shape ({self.units},), "
-                f"received {mask.dtype} of shape {mask.shape}."
-            )
-        if not mask.any() and not self.is_block:
-            raise ValueError(
-                f"set_mask of group {self.name!r}: the mask closes all {self.units} units of "
-                f"{', '.join(self.layers)}. Leave at least one open."
-            )
-        self._gate.settled_mask.assign(mask.astype("float32"))
-        self._gate.open_rates.assign(mask.astype("float32"))
-        self._gate.settled.assign(1.0)
-
-    def __repr__(self) -> str:
-        return f"<group {self.name!r}: {int(self.mask.sum())} of {self.units} units open>"
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -87,7 +22,12 @@ class GatedModel(keras.Model):
     """A functional model with gates; train it like any other, then `keras_polar.convert` it.
 
     In inference mode it always is the static sub-network of its current consensus.
+
+    Attributes:
+        stand_in: the `Compaction` that trains in its place at the moment, or None.
     """
+
+    stand_in = None
 
     @property
     def groups(self) -> list[GateGroup]:
@@ -135,13 +75,53 @@ class GatedModel(keras.Model):
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`; follows the schedule by itself."""
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
-        callbacks = bound.arguments.get("callbacks")
+        callbacks, follow = bound.arguments.get("callbacks"), FollowSchedule()
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(FollowSchedule())
+            callbacks.append(follow)
         else:
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            bound.arguments["callbacks"] = [FollowSchedule(), *filter(None, given)]
-        return super().fit(*bound.args, **bound.kwargs)
+            bound.arguments["callbacks"] = [follow, *filter(None, given)]
+        try:
+            return super().fit(*bound.args, **bound.kwargs)
+        finally:
+            follow.finish()  # however it ends, the gated model is up to date
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        with self._whole():
+            super().save(*args, **kwargs)
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> None:
+        with self._whole():
+            super().save_weights(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Up to date, even while a smaller network trains."""
+        stand_in = self.stand_in
+        if stand_in is not None:
+            stand_in.leave()
+        yield
+        if stand_in is not None:
+            stand_in.enter()
+
+    # What Keras' training step asks a model for.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stand_in is None:
+            return super().__call__(*args, **kwargs)
+        if kwargs.get("training"):
+            self.consensus.report_settled(self.stand_in.sparsity)
+        return self.stand_in.model(*args, **kwargs)
+
+    @property
+    def losses(self) -> list:
+        return super().losses if self.stand_in is None else self.stand_in.model.losses
+
+    @property
+    def trainable_weights(self) -> list:
+        if self.stand_in is None:
+            return super().trainable_weights
+        return self.stand_in.model.trainable_weights
 
 
 def _wanted(group: GateGroup) -> np.ndarray:
@@ -151,7 +131,12 @@ def _wanted(group: GateGroup) -> np.ndarray:
 
 
 class FollowSchedule(keras.callbacks.Callback):
-    """Tells the gated model how long the run is and settles it in time."""
+    """Tells the gated model how long the run is, settles it in time, and has it compacted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compaction: Compaction | None = None
+        self.is_in_vain = keras.backend.backend() != "tensorflow"  # JAX keeps state elsewhere
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.steps_per_epoch = self.params.get("steps")
@@ -160,6 +145,7 @@ class FollowSchedule(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.before = self._steps_done()
         self.settled = self.model.settled
+        self._compact()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.in_epoch = batch + 1
@@ -167,12 +153,45 @@ class FollowSchedule(keras.callbacks.Callback):
         due = self.model.consensus.schedule.settle_step(steps)
         if steps and not self.settled and self.before + self.in_epoch >= due:
             self._settle()
+            self._compact()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        # Callbacks behind this one, and checkpoints, see the gated model as it is now.
+        if self.model.stand_in is not None:
+            self.model.stand_in.leave()
+            self.model.consensus.step.assign(float(self.before + self.in_epoch))
         if not self.steps_per_epoch:
             self.steps_per_epoch = self.in_epoch
             self._announce()
         self._add_to(logs)
+
+    def _compact(self) -> None:
+        """A settled model is replaced by its sub-network until the epoch ends."""
+        if not self.settled or not self.model.consensus.compact or self.is_in_vain:
+            return
+        if self.compaction is None or not self.compaction.is_current:
+            try:
+                self.compaction = Compaction(self.model)
+            except CannotCompact as error:
+                self.is_in_vain = True
+                warnings.warn(f"fit goes on with the whole network: {error}.", stacklevel=2)
+                return
+            self._forget_functions()
+        self.compaction.enter()
+        self.model.make_train_function()
+
+    def finish(self) -> None:
+        """The gated model stands for itself again."""
+        if self.compaction is not None:
+            if self.model.stand_in is not None:
+                self.model.stand_in.leave()
+            self._forget_functions()
+            self.compaction = None
+
+    def _forget_functions(self) -> None:
+        """Keras compiles its steps once; they have to see who trains now."""
+        model = self.model
+        model.train_function = model.test_function = model.predict_function = None
 
     def _add_to(self, logs: Any) -> None:
         """Puts into the epoch's logs what the metrics of the consensus cannot say."""
@@ -207,71 +226,3 @@ class FollowSchedule(keras.callbacks.Callback):
         # JAX keeps the state of a running fit outside the variables.
         getattr(self.model, "jax_state_sync", lambda: None)()
         return self.model
-
-
-# --- reading a gated model -------------------------------------------------------------------
-
-
-def is_gated(model: Any) -> bool:
-    """Whether a model has gates."""
-    return isinstance(model, keras.Model) and any(
-        isinstance(x, Gate) for x in getattr(model, "layers", [])
-    )
-
-
-def require_gated(model: Any, what: str) -> None:
-    """Raises a TypeError if `model` has no gates."""
-    if not is_gated(model):
-        raise TypeError(
-            f"{what}: expected a gated model, as keras_polar.apply returns it; received "
-            f"{type(model).__name__} {getattr(model, 'name', '')!r} without gates. Call "
-            "`gated = keras_polar.apply(model, sparsity=0.5)` and train that."
-        )
-
-
-def stripped(gated: Any) -> Graph:
-    """The graph of a gated model without its gates, and without the branches that they close."""
-    graph = read(gated)
-    closed = _closed_branches(graph)
-
-    def stands_for(call: Call) -> int | None:
-        if isinstance(call.op, Gate):
-            return -1
-        left = [t for t in call.inputs if t not in closed]
-        is_alone = len(left) == 1 < len(call.inputs)
-        return left[0] if is_alone or isinstance(call.op, (Mask, Consensus)) else None
-
-    calls = (shorten(_without_inner_mask(c), closed) for c in graph.calls)
-    return alive(bypass(replace(graph, calls=tuple(calls)), stands_for))
-
-
-def _closed_branches(graph: Graph) -> set[int]:
-    """The tensors that a closed gate of a residual branch makes zero."""
-    gates = {t: c.op for c in graph.calls for t in c.outputs if isinstance(c.op, Gate)}
-    masks = [c for c in graph.calls if isinstance(c.op, Mask) and c.op.axis is None]
-    return {c.outputs[0] for c in masks if not GateGroup(gates[c.inputs[1]]).mask.any()}
-
-
-def _without_inner_mask(call: Call) -> Call:
-    if not isinstance(call.op, InnerMask):
-        return call
-    args, kwargs = call.args[1:], unpack(call.kwargs)
-    inputs = refs_in((args, kwargs))
-    return replace(call, op=call.op.layer, args=args, kwargs=kwargs, inputs=inputs)
-
-
-def flags_for(gated: GatedModel, coupling: Coupling) -> np.ndarray:
-    """One flag per id of the stripped model, True where it stays by the gates' consensus.
-
-    Units are found again by the names of the layers that make them: the order of calls may differ
-    from the model that `apply` was given, and layers of closed branches are gone.
-    """
-    produced = coupling.produced()
-    flags = np.ones(len(coupling.roots), bool)
-    for group in gated.groups:
-        for layer in produced.keys() & group.members.keys():
-            index = group.members[layer]
-            index = np.arange(group.units) if index is None else np.asarray(index)
-            own = produced[layer][index >= 0]
-            flags[coupling.roots[own]] = group.mask[index[index >= 0]]
-    return flags[coupling.roots]

@@ -547,16 +547,22 @@ def variable_at(op: Any, path: str) -> Any:
     return op
 
 
-def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> None:
-    """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`."""
+def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> list[tuple[Any, Any]]:
+    """Assigns `cut(variable, value)` of every variable of `source` to its twin in `target`.
+
+    Returns:
+        The pairs of variables.
+    """
     if source is target or not isinstance(source, keras.layers.Layer):
-        return
-    for old, new in _twins(source.variables, target.variables):
+        return []
+    pairs = list(_twins(source.variables, target.variables))
+    for old, new in pairs:
         new.assign(cut(old, to_numpy(old)))
     for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
+    return pairs
 
 
 def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:

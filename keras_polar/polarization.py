@@ -40,6 +40,7 @@ class Consensus(keras.layers.Layer):
         groups: number of units of each group, by its name, in the order of the polynomial.
         schedule: config of the `Schedule`.
         round_to: what `settle` has to respect.
+        compact: whether `fit` goes on with the smaller network once the consensus is settled.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Consensus(keras.layers.Layer):
         groups: dict,
         schedule: dict,
         round_to: int = 1,
+        compact: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,6 +65,7 @@ class Consensus(keras.layers.Layer):
         self.shares = np.concatenate(shares)
         self.schedule = Schedule(**schedule)
         self.round_to = round_to
+        self.compact = compact
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
         # Keras on JAX takes the variables of metrics away while a layer is called.
@@ -107,6 +110,10 @@ class Consensus(keras.layers.Layer):
             self.latest["sparsity"].assign(sparsity)
             self.latest["polarization"].assign(polarization)
 
+    def report_settled(self, sparsity: float) -> None:
+        """What the metrics say of a step of the sub-network alone."""
+        self._report(sparsity, 1.0, training=True)
+
     def expected_sparsity(self, open_rates: Any) -> Any:
         """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""
         groups = np.repeat(np.arange(len(self.units)), self.units)
@@ -140,4 +147,5 @@ class Consensus(keras.layers.Layer):
             "groups": dict(self.groups),
             "schedule": self.schedule.get_config(),
             "round_to": self.round_to,
+            "compact": self.compact,
         }

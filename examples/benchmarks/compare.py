@@ -308,6 +308,7 @@ def result_of(method, setting, seed, data):
         "kept_weights": cost.weights / full.weights,
         "kept_macs": cost.macs / full.macs,
         "training_macs": trainer.macs,
+        "layers": {r.name: r.units for r in cost.rows if r.units},
     }
 
 

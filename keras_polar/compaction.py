@@ -1,0 +1,149 @@
+"""The settled sub-network trains in place of its gated model: compaction in the middle of `fit`.
+
+Once the consensus is settled, closed units are dead weight. A smaller network with a smaller
+optimizer takes over: the slots of Adam, the momentum of SGD and the like are cut along with the
+weights, steps and learning rate are the very same variables. For optimizers that treat every
+weight by itself the run goes on as it would have, to float32 round-off.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_polar.convert import Piece, small_twin
+from keras_polar.graph import to_numpy
+
+
+class CannotCompact(Exception):
+    """Says why the whole network has to go on training."""
+
+
+class Compaction:
+    """A smaller network that can take the place of a settled gated model.
+
+    Between `enter` and `leave` it trains, and the gated model's own variables and optimizer are
+    out of date; `leave` brings them up to date.
+
+    Attributes:
+        model: the sub-network.
+        sparsity: what it lacks, in the measure of the gated model.
+
+    Raises:
+        CannotCompact: there is no smaller optimizer that goes on equally.
+    """
+
+    def __init__(self, gated: Any) -> None:
+        self.gated, self.masks, self.sparsity = gated, _masks(gated), gated.sparsity
+        with gated.distribute_strategy.scope():
+            self.model, cutter = small_twin(gated)
+            _refuse_scaled(cutter.pieces)
+            self.whole = gated.optimizer
+            if not self.whole.built:
+                self.whole.build(gated.trainable_variables)
+            self.part = _unbuilt(self.whole, {id(p.whole): p.part for p in cutter.pieces})
+            self.part.build(self.model.trainable_variables)
+        self.pieces = [*cutter.pieces, *_slots(self.whole, self.part, gated, cutter.pieces)]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the gated model still has the masks and the optimizer of before."""
+        same = all(map(np.array_equal, self.masks, _masks(self.gated)))
+        return same and self.gated.optimizer is self.whole
+
+    def enter(self) -> None:
+        """The sub-network takes over, from where the gated model is."""
+        for piece in self.pieces:
+            piece.part.assign(piece.cut(to_numpy(piece.whole)))
+        self.gated.optimizer, self.gated.stand_in = self.part, self
+
+    def leave(self) -> None:
+        """The gated model takes over, from where the sub-network is."""
+        for piece in self.pieces:
+            piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
+        self.gated.optimizer, self.gated.stand_in = self.whole, None
+
+
+def _masks(gated: Any) -> list[np.ndarray]:
+    return [group.mask for group in gated.groups]
+
+
+def _refuse_scaled(pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        if piece.factor != 1:
+            raise CannotCompact(
+                f"{piece.whole.path!r} is rescaled when it is cut (attention keys), which changes "
+                "its gradients"
+            )
+
+
+def _unbuilt(optimizer: Any, parts: dict[int, Any]) -> Any:
+    """An optimizer like another, with its very step counter and learning rate, without slots."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = _unbuilt(optimizer.inner_optimizer, parts)
+        scaling = optimizer.initial_scale, optimizer.dynamic_growth_steps
+        return _sharing(type(optimizer)(inner, *scaling, name=optimizer.name), optimizer)
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.Variable):
+        rate = 0.0
+    try:
+        new = type(optimizer).from_config({**optimizer.get_config(), "learning_rate": rate})
+    except Exception as error:
+        kind = type(optimizer).__name__
+        raise CannotCompact(f"the optimizer ({kind}) cannot be made anew: {error}") from error
+    _exclude_from_decay(new, optimizer, parts)
+    return _sharing(new, optimizer)
+
+
+def _sharing(new: Any, optimizer: Any) -> Any:
+    new._learning_rate = optimizer._learning_rate
+    new._iterations = optimizer._iterations
+    return new
+
+
+def _exclude_from_decay(new: Any, optimizer: Any, parts: dict[int, Any]) -> None:
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if excluded or pattern:
+        new.exclude_from_weight_decay(
+            [parts[i] for i in excluded if i in parts], [pattern.pattern] if pattern else None
+        )
+
+
+def _slots(whole: Any, part: Any, gated: Any, pieces: list[Piece]) -> list[Piece]:
+    """What each variable of the smaller optimizer is cut out of."""
+    shared = {id(v) for v in (part._iterations, part._learning_rate)}
+    gone = {_key(v): None for v in gated.trainable_variables}  # of gates and closed branches
+    table = _by_owner(whole, gone | {_key(p.whole): p for p in pieces}, shared)
+    own = _by_owner(part, {_key(p.part): p for p in pieces}, shared)
+    return [_slot(table.get(key), slot, key[0]) for key, slot in own.items()]
+
+
+def _slot(whole: Any, part: Any, piece: Piece | None) -> Piece:
+    is_cut = piece is not None and whole is not None and whole.shape == piece.whole.shape
+    where = piece.where if is_cut and piece is not None else (None,) * len(part.shape)
+    found = Piece(whole, part, where)
+    if whole is None or found.cut(np.empty(whole.shape, bool)).shape != tuple(part.shape):
+        raise CannotCompact(f"the optimizer's variable {part.path!r} cannot be cut")
+    return found
+
+
+def _by_owner(optimizer: Any, pieces: dict[str, Piece | None], shared: set[int]) -> dict:
+    """(the piece that a slot belongs to, its name) or (None, its number) -> slot."""
+    found: dict[tuple, Any] = {}
+    for slot in optimizer.variables:
+        key = max((k for k in pieces if slot.name.startswith(k)), key=len, default=None)
+        if key is not None and pieces[key] is not None:
+            found[pieces[key], slot.name[len(key) :]] = slot
+        elif key is None and id(slot) not in shared and slot.name not in _SHARED:
+            found[None, sum(piece is None for piece, _ in found)] = slot
+    return found
+
+
+_SHARED = ("iteration", "learning_rate")
+
+
+def _key(variable: Any) -> str:
+    """What Keras has the names of a variable's slots begin with."""
+    return variable.path.replace("/", "_") + "_"

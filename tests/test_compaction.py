@@ -1,0 +1,257 @@
+"""A settled model trains as its smaller sub-network, and nobody notices but the clock."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import close_half, randomise, small_resnet
+from keras import layers
+
+import keras_polar
+from keras_polar.compaction import Compaction
+from keras_polar.graph import to_numpy
+from keras_polar.samples import difference
+
+optimizers = keras.optimizers
+LONG = keras_polar.Schedule(steps=10_000)  # settles later than these tests run
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+OPTIMIZERS = {
+    "sgd": lambda: optimizers.SGD(0.05),
+    "momentum": lambda: optimizers.SGD(0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "schedule": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.1, 20), momentum=0.9),
+    "adam": lambda: optimizers.Adam(1e-3),
+    "amsgrad": lambda: optimizers.Adam(1e-3, amsgrad=True),
+    "adamw": lambda: optimizers.AdamW(1e-3, weight_decay=0.1),
+    "nadam": lambda: optimizers.Nadam(1e-3),
+    "adamax": lambda: optimizers.Adamax(1e-3),
+    "rmsprop": lambda: optimizers.RMSprop(1e-3, momentum=0.5, centered=True),
+    "adagrad": lambda: optimizers.Adagrad(1e-2),
+    "adadelta": lambda: optimizers.Adadelta(1.0),
+    "ftrl": lambda: optimizers.Ftrl(1e-2),
+    "lion": lambda: optimizers.Lion(1e-4),
+    "ema": lambda: optimizers.SGD(0.05, use_ema=True, ema_overwrite_frequency=4),
+    "clipping": lambda: optimizers.Adam(1e-3, global_clipnorm=0.5),
+    "accumulation": lambda: optimizers.Adam(1e-3, gradient_accumulation_steps=3),
+    "loss_scale": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(1e-3), 8.0),
+}
+
+
+def images(n=64, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, 8, 8, 1)).astype("float32"), rng.integers(0, 10, n)
+
+
+def plain():
+    """Two residual stages without BatchNorm, whose statistics would blow up round-off."""
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", name="stem")(inputs)
+    for i in range(2):
+        y = layers.Conv2D(12, 3, padding="same", activation="tanh", name=f"block{i}_a")(x)
+        x = x + layers.Conv2D(8, 3, padding="same", name=f"block{i}_b")(y)
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x))
+
+
+def gated_model(optimizer, build=plain, compact=True, seed=0, **options):
+    keras.utils.set_random_seed(seed)
+    gated = keras_polar.apply(build(), 0.3, gate="static", compact=compact, **options)
+    gated.compile(optimizer, LOSS, metrics=["accuracy"], jit_compile=False)
+    return gated
+
+
+def masks(gated):
+    return [group.mask.tolist() for group in gated.groups]
+
+
+def states(gated):
+    """Everything that is trained or remembered, at the units that stay and those that do not."""
+    variables = [*gated.trainable_variables, *gated.optimizer.variables]
+    return [to_numpy(v) for v in variables]
+
+
+QUICK = ("momentum", "adamw", "ema", "loss_scale")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
+)
+def test_the_run_goes_on_as_it_would_have(name):
+    x, y = images()
+    runs = []
+    for compact in (True, False):
+        gated = gated_model(OPTIMIZERS[name](), compact=compact, schedule=LONG)
+        gated.fit(x, y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+        close_half(gated)
+        history = gated.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        runs.append((history, gated))
+    (history, small), (wanted, whole) = runs
+    np.testing.assert_allclose(history["loss"], wanted["loss"], rtol=2e-5)
+    assert difference(whole, small, x) <= 1e-4
+    assert len(small.optimizer.variables) == len(whole.optimizer.variables)
+    twins = {id(a): b for a, b in zip(_all(whole), _all(small), strict=True)}
+    for piece in Compaction(whole).pieces:  # weights and slots of the units that stay
+        found, expected = (piece.cut(to_numpy(v)) for v in (twins[id(piece.whole)], piece.whole))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def _all(gated):
+    return [*gated.variables, *gated.optimizer.variables]
+
+
+@pytest.mark.parametrize("build", [plain, small_resnet])
+def test_loss_and_gradients_before_and_after_the_switch(build):
+    import tensorflow as tf
+
+    gated = gated_model("sgd", lambda: randomise(build()))
+    x, y = images()
+    gated.train_on_batch(x, y)
+    close_half(gated)
+    compaction = Compaction(gated)
+
+    def loss_and_gradients(model, variables):
+        with tf.GradientTape() as tape:
+            loss = LOSS(y, model(x, training=True))
+        return float(loss), tape.gradient(loss, variables)
+
+    pieces = [p for p in compaction.pieces if p.whole.trainable]
+    before, wanted = loss_and_gradients(gated, [p.whole.value for p in pieces])
+    compaction.enter()
+    after, found = loss_and_gradients(compaction.model, [p.part.value for p in pieces])
+    compaction.leave()
+    assert after == pytest.approx(before, rel=1e-6)
+    for piece, a, b in zip(pieces, wanted, found, strict=True):
+        np.testing.assert_allclose(piece.cut(a.numpy()), b.numpy(), rtol=1e-4, atol=1e-6)
+
+
+class Watch(keras.callbacks.Callback):
+    """A user's callback that looks at the model whenever it can."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x, self.sizes, self.differences, self.batches = x, [], [], 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches += 1
+        self.sizes.append(sum(np.size(w) for w in self.model.trainable_weights))
+
+    def on_epoch_end(self, epoch, logs=None):
+        assert self.model.stand_in is None
+        small = keras_polar.convert(self.model)
+        self.differences.append(difference(self.model, small, self.x))
+        assert logs.keys() >= {"loss", "accuracy", "val_loss", "sparsity", "polarization", "seen"}
+
+
+class Count(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        logs["seen"] = epoch
+
+
+def test_one_fit_without_a_seam(tmp_path):
+    x, y = images(256)
+    gated = gated_model(optimizers.Adam(1e-2), small_resnet)
+    watch = Watch(x[:16])
+    callbacks = [
+        Count(),
+        watch,
+        keras.callbacks.ReduceLROnPlateau("loss", patience=0, min_delta=10.0, factor=0.5),
+        keras.callbacks.ModelCheckpoint(tmp_path / "epoch{epoch}.keras"),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+    ]
+    history = gated.fit(
+        x, y, epochs=8, batch_size=32, validation_split=0.25, verbose=0, callbacks=callbacks
+    ).history
+    assert watch.batches == 48
+    assert watch.sizes[0] > watch.sizes[-1]
+    assert len(set(watch.sizes)) == 2
+    assert max(watch.differences) <= 1e-4
+    assert {len(v) for v in history.values()} == {8}
+    assert float(to_numpy(gated.optimizer.learning_rate)) == pytest.approx(1e-2 / 2**7)
+    assert int(to_numpy(gated.optimizer.iterations)) == 48
+    assert history["sparsity"][-1] == pytest.approx(gated.sparsity, abs=1e-5)
+    small = keras_polar.convert(gated, verify=x[:16])
+    small.compile(loss=LOSS)
+    assert small.evaluate(x[192:], y[192:], verbose=0) == pytest.approx(
+        history["val_loss"][-1], rel=1e-5
+    )
+    loaded = keras.models.load_model(tmp_path / "epoch8.keras")
+    assert difference(loaded, gated, x[:16]) == 0
+    for a, b in zip(states(loaded), states(gated), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_checkpoints_in_the_middle_of_an_epoch_are_up_to_date(tmp_path):
+    x, y = images(128)
+    gated = gated_model("adam")
+    close_half(gated)
+    save = keras.callbacks.ModelCheckpoint(tmp_path / "step.keras", save_freq=3)
+    gated.fit(x, y, epochs=1, batch_size=32, shuffle=False, verbose=0, callbacks=[save])
+    short = gated_model("adam")
+    close_half(short)
+    short.fit(x[:96], y[:96], epochs=1, batch_size=32, shuffle=False, verbose=0)
+    loaded = keras.models.load_model(tmp_path / "step.keras")
+    assert difference(loaded, short, x) <= 1e-6
+
+
+class Crash(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 5:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_up_to_date_and_resumes_small(tmp_path):
+    x, y = images(128)
+    options = {"epochs": 8, "batch_size": 32, "shuffle": False, "verbose": 0}
+    straight = gated_model("adam")
+    straight.fit(x, y, **options)
+    gated = gated_model("adam")
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    with pytest.raises(KeyboardInterrupt):
+        gated.fit(x, y, callbacks=[backup, Crash()], **options)
+    assert gated.stand_in is None
+    assert gated.settled
+    again, watch = gated_model("adam", seed=1), Watch(x[:8])
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    again.fit(x, y, callbacks=[backup, Count(), watch], validation_data=(x, y), **options)
+    assert watch.sizes[0] < sum(np.size(w) for w in again.trainable_weights)
+    assert masks(again) == masks(straight)
+    assert difference(straight, again, x) <= 1e-4
+
+
+def test_what_cannot_be_compacted_goes_on_whole_and_says_so():
+    class Mine(optimizers.SGD):
+        def get_config(self):
+            raise NotImplementedError("no config")
+
+    x, y = images()
+    gated = gated_model(Mine(0.01))
+    close_half(gated)
+    with pytest.warns(UserWarning, match=r"whole network.*Mine.*no config"):
+        gated.fit(x, y, epochs=2, verbose=0)
+
+
+def test_masks_that_are_set_by_hand_in_the_middle_count():
+    class Close(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                close_half(self.model, seed=5)
+
+    x, y = images()
+    gated = gated_model("sgd")
+    close_half(gated)
+    gated.fit(x, y, epochs=4, verbose=0, callbacks=[Close()])
+    keras_polar.convert(gated, verify=x)
+    other = gated_model("sgd")
+    close_half(other, seed=5)
+    assert masks(gated) == masks(other)
+
+
+@pytest.mark.parametrize("granularity", ["blocks", ("channels", "blocks")])
+def test_closed_branches_do_not_train(granularity):
+    x, y = images()
+    gated = gated_model("adam", small_resnet, granularity=granularity)
+    blocks = [g for g in gated.groups if g.is_block]
+    blocks[0].set_mask(np.array([False]))
+    gated.settle()
+    before = to_numpy(gated.get_layer("block0_a").kernel)
+    gated.fit(x, y, epochs=2, verbose=0)
+    np.testing.assert_array_equal(to_numpy(gated.get_layer("block0_a").kernel), before)
+    keras_polar.convert(gated, verify=x)
