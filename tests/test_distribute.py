@@ -48,6 +48,7 @@ def trained(strategy, gate, synchronised):
         gated.compile(keras.optimizers.SGD(0.05, momentum=0.9), LOSS, jit_compile=False)
     losses = PerStep()
     gated.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[losses])
+    assert losses.was_compacted
     return gated, losses.logs
 
 
@@ -66,6 +67,7 @@ class PerStep(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.logs.append([logs["loss"], logs["sparsity"], logs["polarization"]])
+        self.was_compacted = self.model.stand_in is not None
 
 
 @pytest.mark.parametrize("gate", ["dynamic", "static"])

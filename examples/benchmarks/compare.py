@@ -18,6 +18,10 @@ Methods:
   slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
   polarized_slimming   the same with the polarization regulariser of Zhuang et al. (2020)
   density    units whose activation is zero most often (after Foldy-Porto et al., 2020)
+  gradual    as l1, but a little after every epoch of the first half (after Roy et al., 2020)
+  relevance  units with the least share in the logit of the true class (after Aketi et al., 2020)
+  group_norm units whose zero-invariant group has the smallest norm, over all groups (the
+             criterion of OTO and ATO, without ATO's controller network)
 """
 
 import dataclasses
@@ -30,6 +34,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,6 +52,7 @@ from keras_polar.targets import budget_of
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
+SAMPLE = 512  # training images that a criterion may look at
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
 _RESULTS = flags.DEFINE_string(
@@ -58,6 +64,9 @@ _METHODS = flags.DEFINE_list("methods", "dense,narrow,dynamic,static,random,l1",
 _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds of weights, data order and augmentation.")
 _SPARSITY = flags.DEFINE_float("sparsity", 0.5, "Share to remove.", 0.0, 1.0)
 _MEASURE = flags.DEFINE_enum("measure", "weights", ("weights", "macs"), "What is removed.")
+_SCHEDULE = flags.DEFINE_string(
+    "schedule", "", "Warm-up, ramp and settle of our methods, as in 0.1,0.35,0.5; empty: default."
+)
 _EPOCHS = flags.DEFINE_integer("epochs", 12, "Epochs of every method.", lower_bound=2)
 _TRAIN_IMAGES = flags.DEFINE_integer("train_images", 12_800, "The first so many.", lower_bound=1)
 _TEST_IMAGES = flags.DEFINE_integer("test_images", 10_000, "The first so many.", lower_bound=1)
@@ -75,12 +84,19 @@ class Setting:
     width: int | None
     sparsity: float
     measure: str
+    schedule: str
     epochs: int
     train_images: int
     test_images: int
     batch_size: int
     learning_rate: float
     weight_decay: float
+
+    @property
+    def course(self) -> keras_polar.Schedule:
+        """The schedule of our methods."""
+        given = map(float, filter(None, self.schedule.split(",")))
+        return keras_polar.Schedule(**dict(zip(("warmup", "ramp", "settle"), given, strict=False)))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,7 +130,9 @@ class Trainer:
     """Trains models in one setting and counts the multiply-accumulates that it takes."""
 
     def __init__(self, setting, data, seed):
-        self.setting, self.seed, self.macs = setting, seed, 0
+        self.setting, self.macs, self.rng = setting, 0, np.random.default_rng(seed)
+        images, labels = (x[:SAMPLE] for x in data)
+        self.sample = cifar10.normalise(images), labels
         self.data = cifar10.training_pipeline(*data, batch_size=setting.batch_size, seed=seed)
 
     def __call__(self, model, first=0, last=None, epochs=None, penalty=None):
@@ -169,70 +187,111 @@ def _cost(model, measure):
 
 
 def gated(trainer, setting, **options):
-    model = keras_polar.apply(setting.build(), setting.sparsity, measure=setting.measure, **options)
-    return keras_polar.convert(trainer(model), verify=True)
+    full = setting.build()
+    model = keras_polar.apply(
+        full, setting.sparsity, measure=setting.measure, schedule=setting.course, **options
+    )
+    small = keras_polar.convert(trainer(model), verify=True)
+    settle = setting.course.settle  # from then on the small network trains
+    trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
+    return small
 
 
 def cut_halfway(trainer, setting, *, scores, everywhere_alike=True, penalty=None):
     """Dense for half of the epochs, then the units with the lowest scores go for good.
 
     Args:
-        scores: (model, layer name, generator) -> one number per unit, or None if it cannot say.
+        scores: (model, layer name, trainer) -> one number per unit.
         everywhere_alike: the same share out of every group; otherwise scores compete over groups.
         penalty: on the scales of BatchNorm, for the first half.
     """
     half = setting.epochs // 2
     model = trainer(setting.build(), last=half, penalty=penalty)
-    rng = np.random.default_rng(trainer.seed)
+    model = _cut(model, setting.sparsity, trainer, scores, everywhere_alike)
+    return trainer(model, first=half)
+
+
+def cut_gradually(trainer, setting, *, scores):
+    """A little after every epoch of the first half, so that the cost falls in equal steps."""
+    half, model = setting.epochs // 2, setting.build()
+    full = _cost(model, setting.measure)
+    for epoch in range(half):
+        trainer(model, first=epoch, last=epoch + 1)
+        wanted = full * (1 - setting.sparsity * (epoch + 1) / half)
+        missing = 1 - wanted / _cost(model, setting.measure)
+        model = _cut(model, missing, trainer, scores)
+    return trainer(model, first=half)
+
+
+def _cut(model, sparsity, trainer, scores, everywhere_alike=True):
     coupling = couple(read(model))
-    ranked = [_group_scores(model, coupling, g, scores, rng) for g in coupling.groups]
+    ranked = [_group_scores(model, coupling, g, scores, trainer) for g in coupling.groups]
     if everywhere_alike:
         ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]
-    masks = settle(ranked, _budget(coupling, setting))
+    masks = settle(ranked, _budget(coupling, sparsity, trainer.setting.measure))
     goes = {g.layers[0]: g.members[~mask] for g, mask in zip(coupling.groups, masks, strict=True)}
-    return trainer(keras_polar.remove(model, goes), first=half)
+    return keras_polar.remove(model, goes)
 
 
-def _budget(coupling, setting):
+def _budget(coupling, sparsity, measure):
     """The same floors as `keras_polar.apply` keeps by default."""
-    return budget_of(
-        coupling,
-        (),
-        sparsity=setting.sparsity,
-        measure=setting.measure,
-        min_units=1,
-        max_sparsity=None,
-        round_to=1,
-    )
+    options = {"min_units": 1, "max_sparsity": None, "round_to": 1}
+    return budget_of(coupling, (), sparsity=sparsity, measure=measure, **options)
 
 
-def _group_scores(model, coupling, group, scores, rng):
+def _group_scores(model, coupling, group, scores, trainer):
     """The sum over a group's layers, each scaled to a mean of 1."""
     total, produced = np.zeros(group.units), coupling.produced()
     for layer in group.layers:
-        own = scores(model, layer, rng)
-        if own is not None:
-            roots = coupling.roots[produced[layer]]
-            place = np.searchsorted(group.roots, roots)
-            inside = (group.roots[np.minimum(place, group.units - 1)] == roots).nonzero()[0]
-            np.add.at(total, place[inside], own[inside] / max(own.mean(), 1e-12))
+        own = scores(model, layer, trainer)
+        roots = coupling.roots[produced[layer]]
+        place = np.searchsorted(group.roots, roots)
+        inside = (group.roots[np.minimum(place, group.units - 1)] == roots).nonzero()[0]
+        np.add.at(total, place[inside], own[inside] / max(own.mean(), 1e-12))
     return total
 
 
-def by_lot(model, layer, rng):
-    return rng.random(model.get_layer(layer).filters)
+def by_lot(model, layer, trainer):
+    return trainer.rng.random(model.get_layer(layer).filters)
 
 
-def l1_norm(model, layer, rng):
-    kernel = np.abs(to_numpy(model.get_layer(layer).kernel))
-    return kernel.reshape(-1, kernel.shape[-1]).sum(axis=0)
+def l1_norm(model, layer, trainer):
+    return np.abs(_filters(model, layer)).sum(axis=0)
 
 
-def batch_norm_scale(model, layer, rng):
+def _filters(model, layer):
+    """The kernel of a layer, one column per unit."""
+    kernel = to_numpy(model.get_layer(layer).kernel)
+    return kernel.reshape(-1, kernel.shape[-1])
+
+
+def group_norm(model, layer, trainer):
+    """All that has to be zero for the unit to be zero: its filter, scale and offset."""
+    norm = model.get_layer(f"{layer}_bn")
+    rows = [_filters(model, layer), to_numpy(norm.gamma)[None], to_numpy(norm.beta)[None]]
+    return np.linalg.norm(np.concatenate(rows), axis=0)
+
+
+def relevance(model, layer, trainer):
+    """Share of the unit in the logit of the true class: activation times gradient.
+
+    For networks of ReLU that is layer-wise relevance propagation (LRP-0).
+    """
+    images, labels = trainer.sample
+    units = model.get_layer(f"{layer}_bn").output
+    probe = keras.Model(model.inputs, [units, model.output])
+    with tf.GradientTape() as tape:
+        found, logits = probe(images)
+        wanted = tf.reduce_sum(tf.gather(logits, labels, batch_dims=1))
+    shares = tf.reduce_sum(found * tape.gradient(wanted, found), axis=(1, 2))
+    return tf.reduce_mean(tf.abs(shares), axis=0).numpy()
+
+
+def batch_norm_scale(model, layer, trainer):
     return np.abs(to_numpy(model.get_layer(f"{layer}_bn").gamma))
 
 
-def density(model, layer, rng):
+def density(model, layer, trainer):
     """How often the unit is not zero, from the scale and offset of its BatchNorm.
 
     After normalisation a channel is about normal with mean beta and deviation |gamma|.
@@ -282,7 +341,13 @@ METHODS: dict[str, Callable] = {
         cut_halfway, scores=batch_norm_scale, everywhere_alike=False, penalty=polarization_penalty
     ),
     "density": functools.partial(cut_halfway, scores=density),
+    "gradual": functools.partial(cut_gradually, scores=l1_norm),
+    "relevance": functools.partial(cut_halfway, scores=relevance),
+    "group_norm": functools.partial(cut_halfway, scores=group_norm, everywhere_alike=False),
 }
+
+
+OURS = ("dynamic", "static", "both")
 
 
 # --- runs --------------------------------------------------------------------------------------
@@ -317,7 +382,8 @@ def result_path(folder, method, setting, seed):
     what = "" if method == "dense" else f"_{setting.measure}{round(100 * setting.sparsity)}"
     size = f"w{setting.width}" if setting.width else ""
     run = f"{setting.model}{size}_n{setting.train_images}_e{setting.epochs}"
-    return Path(folder) / f"{run}_{method}{what}_s{seed}.json"
+    course = f"_{setting.schedule}" if setting.schedule and method in OURS else ""
+    return Path(folder) / f"{run}_{method}{what}{course}_s{seed}.json"
 
 
 def run_all(setting, data):
@@ -346,7 +412,7 @@ def table_rows(results, setting):
     """One row per method of a setting, in the order of METHODS."""
     same = ("model", "width", "epochs", "train_images", "batch_size", "learning_rate")
     mine = [r for r in results if all(r[k] == getattr(setting, k) for k in same)]
-    wanted = {"measure": setting.measure, "sparsity": setting.sparsity}
+    wanted = {k: getattr(setting, k) for k in ("measure", "sparsity", "schedule")}
     rows = []
     for method in METHODS:
         runs = [r for r in mine if r["method"] == method]
