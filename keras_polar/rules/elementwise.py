@@ -8,8 +8,8 @@ import numpy as np
 from keras import KerasTensor, layers, tree
 
 from keras_polar.graph import Call, Ref, op_class, refs_in, to_numpy
-from keras_polar.opening import CannotOpen, Step, function_steps
 from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for
+from keras_polar.tracing import CannotOpen, Step, function_steps
 from keras_polar.units import Ids, nobody, varies
 
 
