@@ -135,7 +135,7 @@ class MergeLayerRule(MergeRule):
 
 
 class SoftmaxRule(Rule):
-    """Mixes units along its axes, which stay; on the other axes it acts one by one."""
+    """Mixes units along its axes, which stay or go together; on other axes it acts one by one."""
 
     def flow(self, site: Site) -> list[Ids]:
         axis = site.op.axis
@@ -146,10 +146,11 @@ class SoftmaxRule(Rule):
         given = site.call.kwargs.get("mask", (*site.call.args, None)[1])
         if given is not None and not isinstance(given, Ref) and np.size(given) > 1:
             return site.pin_all("has a constant mask")
-        for i in [axis] if isinstance(axis, int) else axis or range(1, ids.ndim):
-            if varies(ids, i):
-                site.pin(ids, "normalises over the units")
-        return [ids]
+        axes = [axis] if isinstance(axis, int) else axis or range(1, ids.ndim)
+        one = site.tie_along(ids, [i % ids.ndim for i in axes])
+        if one is None:
+            return site.pin_all("normalises over the units")
+        return [np.broadcast_to(one, ids.shape)]
 
 
 class PReLURule(Rule):
