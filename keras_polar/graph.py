@@ -1,4 +1,6 @@
-"""A functional model as a flat list of calls; with opening.py all that touches Keras internals.
+"""A functional model as a flat list of calls.
+
+Here and in tracing.py, merging.py and opening.py is all that touches Keras internals.
 
 `trace` turns a functional or Sequential model, nested models included, into a `Graph`: plain
 data that says which operation is called on which tensors, in order. `rebuild` runs such a graph
@@ -23,15 +25,9 @@ from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
 from keras_polar.duplicate import duplicate
-from keras_polar.opening import (
-    CannotOpen,
-    Opened,
-    Step,
-    exact_shapes,
-    open_layer,
-    run_functional,
-    with_attributes,
-)
+from keras_polar.merging import Opened, with_attributes
+from keras_polar.opening import open_layer, run_functional
+from keras_polar.tracing import CannotOpen, Step, exact_shapes
 
 DEEPEST = 100_000  # nodes in a row
 

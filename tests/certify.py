@@ -13,18 +13,19 @@ from keras_polar.samples import difference, random_inputs
 
 
 def certify(program, seed=0):
-    """Builds the program, closes units at random, checks all that must hold.
-
-    Returns the number of groups that can go.
-    """
+    """Builds the program and checks all that must hold; returns how many groups can go."""
     keras.backend.clear_session(free_memory=False)  # collecting garbage costs a second
-    model = randomise(build(program), seed)
-    rng = np.random.default_rng(seed)
+    return len(certify_model(build(program), seed).groups)
+
+
+def certify_model(model, seed=0):
+    """Closes units at random, checks all that must hold; returns the coupling."""
+    randomise(model, seed)
     coupling = couple(read(model))
     assert_no_silent_pin(coupling)
     if coupling.groups:
-        certify_gated(model, coupling, rng)
-    return len(coupling.groups)
+        certify_gated(model, coupling, np.random.default_rng(seed))
+    return coupling
 
 
 def assert_no_silent_pin(coupling):

@@ -3,9 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from certify import certify_model
 from helpers import small_resnet
+from random_first import FIRST_ELSEWHERE
+from random_models import side_by_side
 
 import keras_polar
+from keras_polar.coupling import why_fixed
 from keras_polar.samples import difference
 
 
@@ -46,3 +50,14 @@ def test_units_inside_a_layer(gate):
     assert now.shape == before.shape == (8, 32)
     assert (now != before).any(axis=1).all()
     assert difference(gated, keras_polar.convert(gated, verify=x[:32]), x[:32]) <= 1e-4
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow", reason="TensorFlow has no kernels for these on a CPU"
+)
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_channels_first(rank):
+    names = [n for n, (ranks, _) in FIRST_ELSEWHERE.items() if rank in ranks]
+    coupling = certify_model(side_by_side(rank, names))
+    produced = coupling.produced()
+    assert not [n for n in names if why_fixed(coupling, produced[f"before {n}"])]

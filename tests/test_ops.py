@@ -7,6 +7,7 @@ from helpers import check, randomise
 from keras import layers, ops
 
 import keras_polar
+from keras_polar.gates import DynamicGate, Gate
 
 RNG = np.random.default_rng(0)
 
@@ -87,6 +88,11 @@ def whole(*steps, shape=(6, 4)):
         return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
 
     return make
+
+
+def halved(x):
+    """Two heads."""
+    return ops.reshape(x, (-1, 6, 2, 4))
 
 
 IMAGE = (6, 6, 3)
@@ -170,6 +176,22 @@ CASES = {
         8 + 2 * 4 + 5,
     ),
     "append": (dense(lambda x: ops.append(x, layers.Dense(4)(x), axis=-1)), 8 + 4 + 5),
+    "mean_over_heads": (dense(lambda x: ops.mean(halved(x), axis=2)), 8 + 5),
+    "mean_within_heads": (dense(lambda x: ops.mean(halved(x), axis=3)), 8 + 5),
+    "sum_within_heads": (dense(lambda x: ops.sum(halved(x), axis=3)), 8 + 5),
+    "softmax_over_heads": (
+        dense(lambda x: ops.reshape(ops.softmax(halved(x), axis=2), (-1, 6, 8))), 8 + 5,
+    ),
+    "layer_norm_within_heads": (
+        dense(lambda x: ops.reshape(layers.LayerNormalization()(halved(x)), (-1, 6, 8))), 8 + 5,
+    ),
+    "batch_norm_of_positions": (
+        dense(
+            layers.BatchNormalization(axis=1),
+            lambda x: ops.batch_normalization(x, constant(6), 1 + constant(6) ** 2, 1),
+        ),
+        8 + 5,
+    ),
     "normalize": (dense(lambda x: ops.normalize(x, axis=-1)), 8 + 5),
     "unit_normalization": (dense(layers.UnitNormalization()), 8 + 5),
     "norm": (dense(lambda x: x * ops.norm(x, axis=-1, keepdims=True)), 8 + 5),
@@ -271,6 +293,29 @@ def test_units_before_an_axis_of_unknown_size_are_not_followed_through_a_reshape
     row = keras_polar.inspect(keras.Model(x, y)).rows[0]
     assert row.prunable == 0
     assert "unknown size" in row.reason
+
+
+ON_SAMPLES = {
+    "flatten": (layers.Flatten(), True),
+    "permute": (layers.Permute((2, 1)), True),
+    "flip_of_units": (lambda x: ops.flip(x, -1), True),
+    "flip_of_samples": (lambda x: ops.flip(x, 0), False),
+    "flipud": (ops.flipud, False),
+    "roll_of_positions": (lambda x: ops.roll(x, 2, axis=1), True),
+    "roll_of_samples": (lambda x: ops.roll(x, 2, axis=0), False),
+    "roll_of_all": (lambda x: ops.roll(x, 2), False),
+    "positions_as_samples": (lambda x: ops.reshape(x, (-1, 8)), False),
+}
+
+
+@pytest.mark.parametrize("case", ON_SAMPLES)
+def test_gates_decide_per_sample_only_where_rows_are_samples(case):
+    step, is_dynamic = ON_SAMPLES[case]
+    inputs = keras.Input((6, 4))
+    x = layers.Dense(5, name="behind")(step(layers.Dense(8, name="first")(inputs)))
+    gated = keras_polar.apply(keras.Model(inputs, layers.Dense(2)(x)), 0.1, gate="dynamic")
+    kinds = {g.name: type(g) for g in gated.layers if isinstance(g, Gate) and "behind" in g.name}
+    assert [issubclass(k, DynamicGate) for k in kinds.values()] == [is_dynamic]
 
 
 @pytest.mark.parametrize("gate", ["static", "dynamic"])

@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
-from keras_polar.units import along, nobody, varies
+from keras_polar.units import along, nobody
 
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")
 
@@ -212,30 +212,6 @@ class PlainAttentionRule(Rule):
         return [Term((site.axes[n],), macs=positions) for n in ("in", "out")]
 
 
-class DotRule(Rule):
-    """The dot product of two tensors along one axis of each, which is read."""
-
-    def flow(self, site: Site) -> list:
-        op, (first, second) = site.op, site.inputs
-        axes = [op.axes] * 2 if isinstance(op.axes, int) else list(op.axes)
-        places = [a % ids.ndim for a, ids in zip(axes, (first, second), strict=True)]
-        if op.normalize:
-            return site.pin_all("normalises over the units")
-        for ids, place in zip((first, second), places, strict=True):
-            if any(varies(ids, i) for i in range(ids.ndim) if i != place):
-                return site.pin_all("multiplies units with others")
-        for i, name in enumerate(("in", "second_in")):
-            site.read(name, places[i], i)
-        why = f"multiplied by fixed elements in {site.name!r}"
-        site.units.tie(site.axes["in"], site.axes["second_in"], why)
-        return [nobody(site.output_shapes[0])]
-
-    def macs(self, site: Site) -> list[Term]:
-        read = site.axes.get("in")
-        return [] if read is None else [Term((read,), macs=math.prod(site.output_shapes[0]))]
-
-
 add(MultiHeadAttentionRule(), layers.MultiHeadAttention)
 add(GroupedQueryAttentionRule(), layers.GroupQueryAttention)
 add(PlainAttentionRule(), layers.Attention, layers.AdditiveAttention)
-add(DotRule(), layers.Dot)

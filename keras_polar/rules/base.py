@@ -39,7 +39,7 @@ import numpy as np
 from keras import tree
 
 from keras_polar.graph import Call, Graph, Ref, Spec, has_parts, trace, variable_at
-from keras_polar.units import Ids, Units, along, compact, look_up, nobody
+from keras_polar.units import Ids, Units, along, compact, look_up, nobody, varies
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,19 @@ class Site:
         """Elements that differ only in the other axes belong to one unit."""
         first = along(line(ids, axis), axis % ids.ndim, ids.shape)
         self.units.tie(ids, first, f"fixed elements are mixed in at {self.name!r}")
+
+    def tie_along(self, ids: Ids, axes: Iterable[int]) -> Ids | None:
+        """Units that differ only along `axes` go together; returns the ids at the axes' start.
+
+        None, and nothing is tied, if there are no units on other axes: all would be one.
+        """
+        at_start = tuple(slice(0, 1) if i in axes else slice(None) for i in range(ids.ndim))
+        if any(varies(ids, i) for i in axes):
+            if not any(varies(ids, i) for i in range(ids.ndim) if i not in axes):
+                return None
+            why = f"fixed elements are mixed in at {self.name!r}"
+            self.units.tie(ids, ids[at_start], why)
+        return ids[at_start]
 
     def pin(self, ids: Ids, why: str) -> None:
         self.units.pin(ids, f"{why} ({type(self.op).__name__} {self.name!r})")

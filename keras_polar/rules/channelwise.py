@@ -33,15 +33,25 @@ class SpatialRule(Rule):
 
 
 class BatchNormRule(Rule):
-    """One scale, offset, mean and variance per channel."""
+    """One scale, offset, mean and variance per channel, or per position."""
 
     def flow(self, site: Site) -> list[Ids]:
-        site.follow("channels", site.op.axis if isinstance(site.op.axis, int) else site.op.axis[0])
+        axis = site.op.axis if isinstance(site.op.axis, int) else site.op.axis[0]
+        _follow_or_fix(site, axis)
         return [site.inputs[0]]
 
     def weights(self, op: Any) -> dict[str, tuple]:
         names = ("gamma", "beta", "moving_mean", "moving_variance")
         return dict.fromkeys(names, ("channels",))
+
+
+def _follow_or_fix(site: Site, axis: int) -> None:
+    """The axis "channels"; all of it stays where the units are on other axes."""
+    (ids,) = site.inputs
+    if varies(ids, axis) or not any(varies(ids, i) for i in range(ids.ndim)):
+        site.follow("channels", axis)
+    else:
+        site.set_axis("channels", nobody((ids.shape[axis],)))
 
 
 class GroupNormRule(Rule):
@@ -66,9 +76,10 @@ class GroupNormRule(Rule):
 
 
 class AlongRule(Rule):
-    """Mixes positions along some axes, whatever it does there: units on these stay.
+    """Mixes elements along some axes, whatever it does there: units on these stay.
 
-    On all other axes every unit is treated alone.
+    On all other axes every unit is treated alone: where units are on both (heads and their
+    channels, say), those that are mixed go together.
     """
 
     def __init__(self, why: str, axes: Callable[[Any, int], Any]) -> None:
@@ -77,11 +88,11 @@ class AlongRule(Rule):
     def flow(self, site: Site) -> list[Ids]:
         ids, *others = site.inputs
         axes = _axes(self.axes(site.op, ids.ndim), ids.ndim)
-        if others or any(varies(ids, a) for a in axes):
-            return site.pin_all(self.why)
         if 0 in axes or any(len(s) != ids.ndim for s in site.output_shapes):
             return site.pin_all("mixes samples or changes the number of axes")
-        one = ids[tuple(slice(0, 1) if i in axes else slice(None) for i in range(ids.ndim))]
+        one = None if others else site.tie_along(ids, axes)
+        if one is None:
+            return site.pin_all(self.why)
         return [np.broadcast_to(one, shape) for shape in site.output_shapes]
 
 
@@ -112,7 +123,7 @@ class BatchNormOpRule(Rule):
     def flow(self, site: Site) -> list[Ids]:
         if len(site.inputs) > 1 or not isinstance(site.op.axis, int):
             return site.pin_all("has statistics that are computed")
-        site.follow("channels", site.op.axis)
+        _follow_or_fix(site, site.op.axis)
         return [site.inputs[0]]
 
     def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
@@ -176,7 +187,8 @@ class ReduceRule(Rule):
     """`ops.mean` and the like: over axes without units they act channel by channel.
 
     A sum over the units reads them (a closed one adds zero); a mean or maximum over them would
-    change when one is cut, so that they stay.
+    change when one is cut, so that they stay. Of units on several axes those go together that
+    are reduced to one element.
     """
 
     def flow(self, site: Site) -> list[Ids]:
@@ -190,33 +202,50 @@ class ReduceRule(Rule):
         keepdims = getattr(site.op, "keepdims", False)
         if any(len(s) != (ids.ndim if keepdims else len(left)) for s in site.output_shapes):
             return site.pin_all("units cannot be followed through it")
-        widest = _widest(ids, axes)
-        if widest is not None:
-            self._over_units(site, widest)
+        one = None if self._reads(site, axes) else site.tie_along(ids, axes)
+        if one is None:
+            self._over_units(site, axes)
             return [nobody(shape) for shape in site.output_shapes]
-        index = tuple(slice(0, 1) if i in axes else slice(None) for i in range(ids.ndim))
-        reduced = ids[index] if keepdims else ids[index].reshape(left)
+        reduced = one if keepdims else one.reshape(left)
         return [np.broadcast_to(reduced, shape) for shape in site.output_shapes]
 
-    def _over_units(self, site: Site, axis: int) -> None:
+    def _reads(self, site: Site, axes: set) -> bool:
+        """Whether to read the units on the reduced axes rather than let others pass."""
+        return False
+
+    def _over_units(self, site: Site, axes: set) -> None:
         site.pin(site.inputs[0], "reduces over the units")
 
 
 class SumRule(ReduceRule):
-    """A sum over the units reads them: a closed one adds zero."""
+    """A sum over the units reads them: a closed one adds zero.
 
-    def _over_units(self, site: Site, axis: int) -> None:
-        site.read("in", axis)
+    Of units on several axes those are free that leave more to choose from.
+    """
+
+    def _reads(self, site: Site, axes: set) -> bool:
+        number = _units_on(site.inputs[0])
+        return max(number[a] for a in axes) > max(n for a, n in enumerate(number) if a not in axes)
+
+    def _over_units(self, site: Site, axes: set) -> None:
+        site.read("in", max(axes, key=_units_on(site.inputs[0]).__getitem__))
 
 
 class NormRule(SumRule):
     """`ops.norm`: as a sum if zeros add nothing to that norm."""
 
-    def _over_units(self, site: Site, axis: int) -> None:
-        if site.op.ord in (None, "fro", 1, 2, np.inf):
-            super()._over_units(site, axis)
+    def _reads(self, site: Site, axes: set) -> bool:
+        return _ignores_zeros(site.op) and super()._reads(site, axes)
+
+    def _over_units(self, site: Site, axes: set) -> None:
+        if _ignores_zeros(site.op):
+            super()._over_units(site, axes)
         else:
             site.pin(site.inputs[0], "takes a norm over the units to which zeros add")
+
+
+def _ignores_zeros(op: Any) -> bool:
+    return op.ord in (None, "fro", 1, 2, np.inf)
 
 
 class AverageRule(ReduceRule):
@@ -242,10 +271,16 @@ def _axes(axis: Any, ndim: int) -> set:
     return {a % ndim for a in axes}
 
 
+def _units_on(ids: Ids) -> list[int]:
+    """For every axis its size if there are units on it, else 0."""
+    return [n if varies(ids, a) else 0 for a, n in enumerate(ids.shape)]
+
+
 def _widest(ids: Ids, axes: set) -> int | None:
     """Of these axes the one with most units; None if there are units on none of them."""
-    own = [a for a in sorted(axes) if varies(ids, a)]
-    return max(own, key=lambda a: ids.shape[a], default=None)
+    number = _units_on(ids)
+    own = [a for a in sorted(axes) if number[a]]
+    return max(own, key=number.__getitem__, default=None)
 
 
 def _area(size: Any) -> int:

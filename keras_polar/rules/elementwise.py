@@ -8,8 +8,8 @@ import numpy as np
 from keras import KerasTensor, layers, tree
 
 from keras_polar.graph import Call, Ref, op_class, refs_in, to_numpy
-from keras_polar.opening import CannotOpen, Step, function_steps
 from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for
+from keras_polar.tracing import CannotOpen, Step, function_steps
 from keras_polar.units import Ids, nobody, varies
 
 
@@ -146,7 +146,7 @@ class SumLayerRule(MergeLayerRule, SumRule):
 
 
 class SoftmaxRule(Rule):
-    """Mixes units along its axes, which stay; on the other axes it acts one by one."""
+    """Mixes units along its axes, which stay or go together; on other axes it acts one by one."""
 
     def flow(self, site: Site) -> list[Ids]:
         axis = site.op.axis
@@ -157,10 +157,11 @@ class SoftmaxRule(Rule):
         given = site.call.kwargs.get("mask", (*site.call.args, None)[1])
         if given is not None and not isinstance(given, Ref) and np.size(given) > 1:
             return site.pin_all("has a constant mask")
-        for i in [axis] if isinstance(axis, int) else axis or range(1, ids.ndim):
-            if varies(ids, i):
-                site.pin(ids, "normalises over the units")
-        return [ids]
+        axes = [axis] if isinstance(axis, int) else axis or range(1, ids.ndim)
+        one = site.tie_along(ids, [i % ids.ndim for i in axes])
+        if one is None:
+            return site.pin_all("normalises over the units")
+        return [np.broadcast_to(one, ids.shape)]
 
 
 class PReLURule(Rule):

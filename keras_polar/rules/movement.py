@@ -30,11 +30,12 @@ class MoveRule(Rule):
         return site.pin_all("units cannot be followed through it")
 
     def keeps_batch(self, site: Site) -> bool:
-        probe = np.zeros((7, *(1,) * (site.inputs[0].ndim - 1)))
+        samples = np.arange(7)
         try:
-            return self.move(site.op, probe).shape[:1] == (7,)
+            moved = self.move(site.op, samples.reshape(7, *(1,) * (site.inputs[0].ndim - 1)))
         except ValueError:
             return False
+        return len(moved) == 7 and bool((samples == moved.reshape(7, -1).T).all())
 
 
 class ReshapeRule(MoveRule):
@@ -167,6 +168,10 @@ class RollRule(Rule):
         (ids,), axes = site.inputs, site.op.axis
         axes = range(ids.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
         return site.pin_all("shifts units") if any(varies(ids, a) for a in axes) else [ids]
+
+    def keeps_batch(self, site: Site) -> bool:
+        axes = site.op.axis
+        return axes is not None and 0 not in ([axes] if isinstance(axes, int) else axes)
 
 
 class SplitRule(Rule):
@@ -332,7 +337,7 @@ def _reshape(op: Any, ids: Ids) -> Ids:
 def _flatten(op: Any, ids: Ids) -> Ids:
     if getattr(op, "data_format", None) == "channels_first":
         ids = np.moveaxis(ids, 1, -1)
-    return ids.reshape(1, -1)
+    return ids.reshape(len(ids), -1)
 
 
 def _tile(op: Any, ids: Ids) -> Ids:
@@ -356,7 +361,7 @@ add(MoveRule(lambda op, x: np.expand_dims(x, op.axis)), op_class("ExpandDims"))
 add(SqueezeRule(), op_class("Squeeze"))
 add(MoveRule(lambda op, x: np.rot90(x, op.k, op.axes)), op_class("Rot90"))
 add(MoveRule(lambda op, x: np.flip(x, 1)), op_class("Fliplr"))
-add(MoveRule(lambda op, x: x), op_class("Flipud"))
+add(MoveRule(lambda op, x: np.flip(x, 0)), op_class("Flipud"))
 add(MoveRule(lambda op, x: np.flip(x, op.axis)), op_class("Flip"))
 add(MoveRule(_tile), op_class("Tile"))
 add(MoveRule(_repeat), op_class("Repeat"))

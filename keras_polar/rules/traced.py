@@ -12,9 +12,11 @@ import numpy as np
 from keras import KerasTensor
 
 from keras_polar.graph import Call, Ref, Spec, fill, refs_in, smaller_twin
-from keras_polar.opening import CannotOpen, Leaf, Opened, takes_mask, trace_leaf
+from keras_polar.merging import Opened
+from keras_polar.opening import Leaf, takes_mask, trace_leaf
 from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for, sizes
 from keras_polar.rules.elementwise import MergeRule
+from keras_polar.tracing import CannotOpen
 from keras_polar.units import Ids, along, nobody, varies
 
 

@@ -1,0 +1,237 @@
+"""What two runs of a layer have in common, which is all that can be said of the layer.
+
+The runs differ in the batch size (two prime numbers stand for it) and in the mode: what grows with
+the batch is recognised by the primes, and any other difference means that a graph cannot say what
+the layer does.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from keras import KerasTensor, tree
+from keras.src import backend
+
+from keras_polar.tracing import CannotOpen, Run, Step, tensors_in
+
+# Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
+# multiple of both at once is the batch and nothing else.
+BATCHES = (1009, 1013)
+
+
+class _Batch:
+    """Stands for a size that is `times` the batch size."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """What a composite layer does: `steps` in order, from `inlets` to `outputs`."""
+
+    inlets: list
+    steps: list[Step]
+    outputs: list
+    closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
+    variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
+
+
+class Merge:
+    """Reduces two runs, of different batch sizes and modes, to one that holds for both."""
+
+    def __init__(self, first: Run, second: Run) -> None:
+        self.first, self.second = first, second
+        self.numbers: list[dict[int, int]] = [{}, {}]
+        self._number(first.inlets, second.inlets)
+
+    def _number(self, a: list, b: list) -> None:
+        if len(a) != len(b):
+            raise CannotOpen("behaves differently in training")
+        for table, tensors in zip(self.numbers, (a, b), strict=True):
+            table.update((id(x), len(table) + i) for i, x in enumerate(tensors))
+
+    def opened(self) -> Opened:
+        if len(self.first.steps) != len(self.second.steps):
+            raise CannotOpen("behaves differently in training")
+        pairs = zip(self.first.steps, self.second.steps, strict=True)
+        steps = [self._step(a, b) for a, b in pairs]
+        self.value(self.first.outputs, self.second.outputs)
+        return Opened(self.first.inlets, steps, self.first.outputs)
+
+    def _step(self, a: Step, b: Step) -> Step:
+        is_layer = isinstance(a.op, keras.layers.Layer)
+        if type(a.op) is not type(b.op) or (is_layer and not _alike(a.op, b.op)):
+            raise CannotOpen("behaves differently in training")
+        modes = [x.kwargs.get("training") for x in (a, b)]
+        if modes not in ([False, True], [None, None]):
+            raise CannotOpen(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
+        given = [{k: v for k, v in x.kwargs.items() if k != "training"} for x in (a, b)]
+        args, kwargs = self.value((a.args, given[0]), (b.args, given[1]))
+        args, kwargs = _resolved(a, args, kwargs)
+        op = a.op if is_layer else self._operation(a, b.op)
+        self._number(a.outputs, b.outputs)
+        shapes = [self._shape(x.shape, y.shape) for x, y in zip(a.outputs, b.outputs, strict=True)]
+        return Step(op, a.path, args, kwargs, a.outputs, shapes)
+
+    def _shape(self, a: tuple, b: tuple) -> tuple:
+        dims = [self.value(x, y) for x, y in zip(a, b, strict=True)]
+        return tuple(None if isinstance(d, _Batch) else d for d in dims)
+
+    def _operation(self, step: Step, other: Any) -> Any:
+        """The first of two `keras.ops` nodes, its attributes free of the batch size."""
+        own, others = (_attributes(op) for op in (step.op, other))
+        if own.keys() != others.keys():
+            raise CannotOpen("behaves differently in training")
+        found = {k: self.value(own[k], others[k]) for k in own}
+        if "newshape" in found:
+            found["newshape"] = _newshape(found["newshape"], step.outputs[0].shape)
+        if any(isinstance(x, _Batch) for x in tree.flatten(found)):
+            raise CannotOpen(f"uses the batch size in {type(step.op).__name__}")
+        changes = {k: v for k, v in found.items() if isinstance(v, tuple) and v != own[k]}
+        return with_attributes(step.op, changes) if changes else step.op
+
+    def value(self, a: Any, b: Any) -> Any:
+        """What stands for two values; raises if they differ in more than the batch size."""
+        if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
+            return type(a)(self.value(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            return {k: self.value(a[k], b[k]) for k in a}
+        if isinstance(a, KerasTensor) and isinstance(b, KerasTensor):
+            first, second = (t[id(x)] for t, x in zip(self.numbers, (a, b), strict=True))
+            return a if first == second else _differ()
+        if isinstance(a, keras.Variable) and a is b and id(a) in self.first.buffers:
+            return _numpy(keras.ops.convert_to_tensor(a))
+        if isinstance(a, (keras.Variable, keras.layers.Layer)):
+            return a if a is b else _differ()
+        if isinstance(a, slice) and isinstance(b, slice):
+            parts = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
+            return slice(*(self.value(x, y) for x, y in parts))
+        if isinstance(a, (bool, np.bool_)) or isinstance(b, (bool, np.bool_)):
+            return a if a == b else _differ()
+        if isinstance(a, (int, np.integer)) and isinstance(b, (int, np.integer)):
+            return _whole(int(a), int(b))
+        if _is_array(a) and _is_array(b):
+            return _constant(_numpy(a), _numpy(b))
+        return a if a is b or a == b else _differ()
+
+
+class LeafMerge(Merge):
+    """The same for a layer that stays whole: shapes may follow the number of units."""
+
+    def __init__(self, first: Run, second: Run, resized: dict[int, int]) -> None:
+        super().__init__(first, second)
+        self.resized = resized
+
+    def _shape(self, a: tuple, b: tuple) -> tuple:
+        if len(a) != len(b):
+            return _differ()
+        return tuple(
+            x if self.resized.get(x) == y else super(LeafMerge, self)._shape((x,), (y,))[0]
+            for x, y in zip(a, b, strict=True)
+        )
+
+    def value(self, a: Any, b: Any) -> Any:
+        if _is_array(a) and _is_array(b) and not isinstance(a, (int, np.integer)):
+            per_sample = (a.shape[:1], b.shape[:1]) == ((BATCHES[0],), (BATCHES[1],))
+            if per_sample and set(a.shape[1:]) | set(b.shape[1:]) <= {1}:
+                return 0.0  # one number for each sample, of no interest: a random draw, say
+        return super().value(a, b)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """One layer, or two without variables that a `call` has made anew, of the same config."""
+    if a is b:
+        return True
+    if a.variables or b.variables:
+        raise CannotOpen(f"makes a layer with variables in its call ({a.name!r})")
+    configs = [{k: v for k, v in x.get_config().items() if k != "name"} for x in (a, b)]
+    return bool(configs[0] == configs[1])
+
+
+def _differ() -> Any:
+    raise CannotOpen("behaves differently in training, or computes with the batch size")
+
+
+def _whole(a: int, b: int) -> Any:
+    if a == b:
+        return a
+    first, second = BATCHES
+    if a % first or b % second or a // first != b // second:
+        return _differ()
+    return _Batch(a // first)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (np.ndarray, np.generic)) or backend.is_tensor(x)
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(x))
+
+
+def _constant(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A constant of both runs; rows for each sample shrink to one if they are all alike."""
+    if a.ndim != b.ndim or a.dtype != b.dtype:
+        return _differ()
+    for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)):
+        if n != m:
+            row, other = a.take([0], axis), b.take([0], axis)
+            if (n, m) != BATCHES or not ((a == row).all() and (b == other).all()):
+                return _differ()
+            a, b = row, other
+    return a if np.array_equal(a, b) else _differ()
+
+
+def _resolved(step: Step, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Checks that arguments hold for any batch: no sizes, constants that broadcast."""
+    flat = tree.flatten((args, kwargs))
+    if any(isinstance(x, _Batch) for x in flat):
+        raise CannotOpen(f"uses the batch size in {type(step.op).__name__}")
+    if any(isinstance(x, keras.Variable) for x in flat):
+        name = next(x.path for x in flat if isinstance(x, keras.Variable))
+        raise CannotOpen(f"uses its own variable {name!r} directly")
+    before = tree.flatten((step.args, step.kwargs))
+    shrunk = any(isinstance(x, np.ndarray) and x.shape != y.shape for x, y in _zip(flat, before))
+    if shrunk and not isinstance(step.op, keras.layers.Layer):
+        shapes = [tuple(x.shape) for x in tensors_in(step.op.compute_output_spec(*args, **kwargs))]
+        if shapes != [tuple(x.shape) for x in step.outputs]:
+            raise CannotOpen(f"has a constant for each sample of the batch in {step.op.name!r}")
+    return args, kwargs
+
+
+def _zip(a: list, b: list) -> Iterable:
+    return zip(a, b, strict=False) if len(a) == len(b) else ()
+
+
+def _attributes(op: Any) -> dict:
+    config = getattr(op, "_auto_config", None)
+    if config is not None:
+        return dict(config.config)
+    hidden = {"name", "built"}
+    return {k: v for k, v in vars(op).items() if k not in hidden and not k.startswith("_")}
+
+
+def with_attributes(op: Any, changes: dict) -> Any:
+    """A copy of a `keras.ops` node's operation with other attributes, without graph nodes."""
+    try:
+        new = type(op)(**{**op._auto_config.config, **changes})
+    except (AttributeError, NotImplementedError):  # arguments that Keras cannot serialise
+        new = object.__new__(type(op))
+        new.__dict__.update(op.__dict__)
+        new._inbound_nodes, new._outbound_nodes = [], []
+        for key, value in changes.items():
+            setattr(new, key, value)
+    new.name = op.name
+    return new
+
+
+def _newshape(shape: Any, output: tuple) -> tuple:
+    """The shape of a Reshape with -1 for the batch; another -1 becomes the size it was."""
+    shape = (shape,) if isinstance(shape, (int, _Batch)) else tuple(shape)
+    if sum(isinstance(d, _Batch) for d in shape) != 1:
+        return shape
+    known = [output[i] if isinstance(d, int) and d == -1 else d for i, d in enumerate(shape)]
+    return tuple(-1 if isinstance(d, _Batch) else d for d in known)

@@ -1,0 +1,412 @@
+"""Runs the `call` of a layer on symbolic tensors and notes the calls that it makes.
+
+Calls go to watched classes that the layers get for the time of the run, and the graph nodes that
+Keras records on them are taken away again: the caller's layers are as before afterwards.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+from keras import KerasTensor, tree
+from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.layers.layer import CallContext
+from keras.src.utils.naming import to_snake_case
+
+
+class CannotOpen(Exception):
+    """A layer whose `call` cannot be replaced by calls of its parts; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One call that a composite layer makes: arguments and outputs in KerasTensors."""
+
+    op: Any
+    path: str
+    args: tuple
+    kwargs: dict
+    outputs: list
+    shapes: list
+
+
+@dataclass(eq=False)
+class Run:
+    """What one run of a layer's `call` did, from `inlets` to `outputs`."""
+
+    inlets: list
+    steps: list[Step]
+    outputs: list
+    composites: list = field(default_factory=list)  # (layer, args, kwargs) opened on the way
+    buffers: set[int] = field(default_factory=set)  # ids of variables that are constants
+    inputs: list = field(default_factory=list)  # of a leaf: the inlets that are no variables
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+def run_layer(
+    op: Any,
+    args: tuple,
+    kwargs: dict,
+    opens: Callable,
+    closed: dict,
+    batch: int | None,
+    training: Any,
+    needs_masks: Callable = lambda op: False,
+) -> Run:
+    """One run of a layer on inlets of its own.
+
+    Args:
+        args, kwargs: of the call; KerasTensors say the shapes.
+        opens: which sublayers run their `call` in line.
+        closed: id(sublayer) -> why it stays closed nevertheless.
+        batch: what stands for a batch size that is not known.
+        training: the mode; None leaves it to the layer.
+        needs_masks: for which sublayers the calls that make their masks are wanted as well.
+
+    Raises:
+        CannotOpen: the call does not run on symbolic tensors, or does what no graph can say.
+    """
+    fresh: dict[int, Any] = {}
+
+    def inlet(x: Any) -> Any:
+        if isinstance(x, KerasTensor) and id(x) not in fresh:
+            shape = tuple(batch if d is None and i == 0 else d for i, d in enumerate(x.shape))
+            fresh[id(x)] = keras.Input(batch_shape=shape, dtype=x.dtype)
+            mask = backend.get_keras_mask(x)
+            if mask is not None:
+                backend.set_keras_mask(fresh[id(x)], inlet(mask))
+        return fresh.get(id(x), x)
+
+    args, kwargs = tree.map_structure(inlet, (args, kwargs))
+    if training is not None:
+        kwargs = _with_training(op, kwargs, training)
+    watch = Watch(op, opens, closed, needs_masks)
+    with watch(training):
+        try:
+            outputs = op(*args, **kwargs)
+        except Exception as error:
+            raise CannotOpen(_with_sizes(why(error), args, kwargs)) from error
+        inlets, flat = list(fresh.values()), [x for x in tree.flatten(outputs) if x is not None]
+        flat = [_symbolic(x, inlets[0]) for x in flat]
+        if watch.loses_mask:
+            raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
+        steps = named(steps_between(flat, inlets, watch), watch)
+    return Run(inlets, steps, flat, watch.composites, watch.buffers)
+
+
+def _symbolic(output: Any, inlet: Any) -> Any:
+    """The output, made a node of the graph if it is a constant."""
+    if isinstance(output, KerasTensor):
+        return output
+    if not backend.is_tensor(output):
+        raise CannotOpen(f"returns {type(output).__name__} besides tensors")
+    zero = keras.ops.zeros_like(keras.ops.sum(inlet))
+    return keras.ops.add(keras.ops.cast(zero, output.dtype), output)
+
+
+def _with_training(op: Any, kwargs: dict, training: bool) -> dict:
+    # A functional model sets the mode of all its layers, also of those called with another.
+    return {**kwargs, "training": training} if op._call_has_training_arg else kwargs
+
+
+def why(error: Exception) -> str:
+    """The first line of an error that says something."""
+    # Keras wraps messages in what was called with what, and in escape codes for bold.
+    lines = [
+        s.replace("\x1b[1m", "").replace("\x1b[0m", "").strip() for s in str(error).split("\n")
+    ]
+    skip = ("Exception encountered when calling", "Arguments received by")
+    text = next((s for s in lines if s and not s.startswith(skip)), "")
+    if isinstance(error, CannotOpen):
+        return text
+    return f"its call does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
+
+
+def _with_sizes(reason: str, args: tuple, kwargs: dict) -> str:
+    if all(None not in x.shape for x in tensors_in((args, kwargs))):
+        return reason
+    return f"unknown size: build the model on inputs with fixed sizes; {reason}"
+
+
+def function_steps(function: Callable) -> list[Step]:
+    """The operations of a function of one tensor, tried on a tensor of rank 3.
+
+    Raises:
+        CannotOpen: it does not run on symbolic tensors.
+    """
+    x = keras.Input((3, 5))
+    watch = Watch(x._keras_history.operation, lambda op: False, {}, lambda op: False)
+    try:
+        with Reads(watch):
+            y = function(x)
+    except Exception as error:
+        raise CannotOpen(why(error)) from error
+    if not isinstance(y, KerasTensor):
+        raise CannotOpen("does not return a tensor that depends on its input")
+    return steps_between([y], [x], watch)
+
+
+# --- who calls whom, and what it changes -----------------------------------------------------
+
+
+class Reads(keras.StatelessScope):
+    """Notices who reads or writes a variable while a composite's own code runs."""
+
+    def __init__(self, watch: "Watch") -> None:
+        super().__init__()
+        self.watch = watch
+
+    def get_current_value(self, variable: Any) -> Any:
+        if not self.watch.is_paused:
+            self.watch.use(variable)
+        return super().get_current_value(variable)
+
+    def add_update(self, update: tuple) -> None:
+        if not self.watch.is_paused:
+            raise CannotOpen(f"changes its own variable {update[0].path!r}")
+        super().add_update(update)
+
+
+class Watch:
+    """Follows the calls that a layer makes, in its own class for each layer's class."""
+
+    def __init__(
+        self, root: Any, opens: Callable, closed: dict[int, str], needs_masks: Callable
+    ) -> None:
+        self.root, self.closed = root, closed
+        self.layers = list(root._flatten_layers())
+        self.operations = [o for x in self.layers for o in (x, *getattr(x, "_operations", ()))]
+        self.masked = {id(x) for x in self.layers if needs_masks(x)}
+        self.inline = {id(x) for x in self.layers if x is root or opens(x)} - set(closed)
+        # What no training changes may become a constant, unless the call itself changes it.
+        self.buffers = {id(v) for x in self.layers for v in _made_untrainable(x)}
+        self.is_paused = False
+        self.stack: list = []
+        self.paths: dict[int, str] = {}
+        self.composites: list = []
+        self.loses_mask = False
+
+    @contextmanager
+    def __call__(self, training: Any) -> Iterator:
+        lengths = [(o, len(o._inbound_nodes), len(o._outbound_nodes)) for o in self.operations]
+        classes = [(x, type(x)) for x in self.layers]
+        watched = {c: self._watched(c) for c in {c for _, c in classes}}
+        try:
+            for layer, c in classes:
+                object.__setattr__(layer, "__class__", watched[c])
+            with Reads(self), in_mode(training):
+                yield
+        finally:
+            for layer, c in classes:
+                object.__setattr__(layer, "__class__", c)
+            for o, inbound, outbound in lengths:
+                del o._inbound_nodes[inbound:], o._outbound_nodes[outbound:]
+
+    def _watched(self, layer_class: Any) -> type:
+        watch = self
+
+        def __call__(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            return watch.called(layer, layer_class, args, kwargs)
+
+        def add_loss(layer: Any, loss: Any) -> None:
+            if watch.is_paused:
+                return  # only its shape is asked for
+            raise CannotOpen(f"{layer.name!r} adds a loss in its call")
+
+        return type(
+            layer_class.__name__,
+            (layer_class,),
+            {"__call__": __call__, "add_loss": add_loss, "__module__": layer_class.__module__},
+        )
+
+    def called(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
+        if self.is_paused or not tensors_in((args, kwargs)):
+            return layer_class.__call__(layer, *args, **kwargs)
+        if not layer.built and layer_class.build is not keras.layers.Layer.build:
+            self._check_stateless(layer, layer_class, args, kwargs)
+        self.stack.append(layer.name)
+        try:
+            if id(layer) in self.inline:
+                return self._opened(layer, layer_class, args, kwargs)
+            return self._kept(layer, layer_class, args, kwargs)
+        finally:
+            self.stack.pop()
+
+    def _check_stateless(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> None:
+        """A layer that was never built may be called if a copy of it makes no variables."""
+        self.is_paused = True
+        try:
+            twin = layer_class.from_config(layer.get_config())
+            twin(*args, **kwargs)
+        except Exception as error:
+            raise CannotOpen(f"its sublayer {layer.name!r} is not built") from error
+        finally:
+            self.is_paused = False
+        if twin.variables:
+            raise CannotOpen(f"its sublayer {layer.name!r} is not built")
+
+    def _opened(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
+        self.composites.append((layer, args, kwargs))
+        if layer is self.root:
+            return self._in_line(layer, layer_class, args, kwargs)
+        depth = len(self.stack)
+        try:
+            return self._in_line(layer, layer_class, args, kwargs)
+        except Exception as error:
+            del self.stack[depth:]
+            self._close(layer, error)
+            return self._kept(layer, layer_class, args, kwargs)
+
+    def _close(self, layer: Any, error: Exception) -> None:
+        self.inline.discard(id(layer))
+        self.closed[id(layer)] = why(error)
+
+    def _in_line(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
+        if layer.activity_regularizer is not None:
+            raise CannotOpen(f"{layer.name!r} has an activity regularizer")
+        found = []
+
+        def symbolic_call(*args: Any, **kwargs: Any) -> list:
+            found.append(layer.call(*args, **kwargs))
+            return [_twin(x) for x in tensors_in(found[0])]
+
+        # Keras' own `__call__` casts the inputs, finds masks and sets the mode as ever, but the
+        # node it records for the layer gets stand-ins: the real outputs keep their history.
+        layer.__dict__["symbolic_call"] = symbolic_call
+        try:
+            stand_ins = layer_class.__call__(layer, *args, **kwargs)
+        finally:
+            del layer.__dict__["symbolic_call"]
+        for x, stand_in in zip(tensors_in(found[0]), stand_ins, strict=True):
+            mask = backend.get_keras_mask(stand_in)
+            if mask is not None and backend.get_keras_mask(x) is None:
+                backend.set_keras_mask(x, mask)
+                self.loses_mask = True
+        return found[0]
+
+    def _kept(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
+        self.is_paused = True
+        layer.__dict__["symbolic_call"] = functools.partial(_exact_spec, layer)
+        try:
+            outputs = layer_class.__call__(layer, *args, **kwargs)
+        finally:
+            del layer.__dict__["symbolic_call"]
+            self.is_paused = False
+        self.paths[id(layer._inbound_nodes[-1])] = "/".join(self.stack)
+        return outputs
+
+    def use(self, variable: Any) -> None:
+        if id(variable) not in self.buffers:
+            raise CannotOpen(f"uses its own variable {variable.path!r} directly")
+
+
+def _exact_spec(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output's shape, found by running the call where the layer itself is vague.
+
+    EinsumDense, say, leaves sizes open that the code around it goes on to compute with.
+    """
+    spec = layer.compute_output_spec(*args, **kwargs)
+    is_vague = any(None in x.shape for x in tensors_in(spec))
+    if is_vague and all(None not in x.shape for x in tensors_in((args, kwargs))):
+        return backend.compute_output_spec(layer.call, *args, **kwargs)
+    return spec
+
+
+def exact_shapes(op: Any, args: tuple, kwargs: dict) -> list[tuple] | None:
+    """The shapes of what an operation returns for these KerasTensors; None if it does not say."""
+    try:
+        if isinstance(op, keras.layers.Layer):
+            spec = backend.compute_output_spec(op.call, *args, **kwargs)
+        else:
+            spec = op.compute_output_spec(*args, **kwargs)
+    except Exception:  # whatever the code of a layer raises on symbolic tensors
+        return None
+    return [tuple(x.shape) for x in tensors_in(spec)]
+
+
+@contextmanager
+def in_mode(training: Any) -> Iterator:
+    """What Keras does around the outermost call, without clearing that layer's losses."""
+    before = global_state.get_global_attribute("current_call_ctx")
+    context = CallContext(entry_layer=None)
+    context.set_value("training", training)
+    global_state.set_global_attribute("current_call_ctx", context)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("current_call_ctx", before)
+
+
+def _made_untrainable(layer: Any) -> list:
+    return getattr(layer, "_non_trainable_variables", [])
+
+
+def tensors_in(structure: Any) -> list:
+    """The KerasTensors of a nested structure."""
+    return [x for x in tree.flatten(structure) if isinstance(x, KerasTensor)]
+
+
+def _twin(x: Any) -> Any:
+    twin = KerasTensor(x.shape, x.dtype)
+    if backend.get_keras_mask(x) is not None:
+        backend.set_keras_mask(twin, backend.get_keras_mask(x))
+    return twin
+
+
+# --- from the outputs back to the inlets -----------------------------------------------------
+
+
+def steps_between(outputs: list, inlets: list, watch: Watch) -> list[Step]:
+    """The nodes between inlets and outputs, each after those it depends on."""
+    done: set[int] = set()
+    steps: list[Step] = []
+    known = {id(x) for x in inlets}
+    stack = [(_node(x, known), False) for x in reversed(outputs)]
+    while stack:
+        node, is_ready = stack.pop()
+        if node is None or id(node) in done:
+            continue
+        if is_ready:
+            done.add(id(node))
+            path = watch.paths.get(id(node), f"{watch.root.name}/{node.operation.name}")
+            arguments = node.arguments
+            steps.append(
+                Step(node.operation, path, arguments.args, arguments.kwargs, node.outputs, [])
+            )
+        else:
+            stack.append((node, True))
+            needed = [*node.arguments.keras_tensors]
+            if id(node.operation) in watch.masked:
+                needed += filter(None.__ne__, map(backend.get_keras_mask, needed))
+            stack += [(_node(x, known), False) for x in reversed(needed)]
+    return steps
+
+
+def named(steps: list[Step], watch: Watch) -> list[Step]:
+    """Gives the operations that the run has made names that do not depend on earlier runs."""
+    known, used = {id(o) for o in watch.operations}, set()
+    for i, step in enumerate(steps):
+        if id(step.op) not in known:
+            kind = to_snake_case(type(step.op).__name__)
+            numbered = (f"{kind}_{n}" if n else kind for n in itertools.count())
+            step.op.name = next(n for n in numbered if n not in used)
+            used.add(step.op.name)
+            steps[i] = replace(step, path=f"{watch.root.name}/{step.op.name}")
+    return steps
+
+
+def _node(x: Any, known: set[int]) -> Any:
+    if id(x) in known:
+        return None
+    history = getattr(x, "_keras_history", None)
+    if history is None or history.operation is None:
+        raise CannotOpen("uses a tensor of unknown origin")
+    node = history.operation._inbound_nodes[history.node_index]
+    if node.is_input:
+        raise CannotOpen(f"uses the tensor {x.name!r} that is not among its inputs")
+    return node
