@@ -15,7 +15,7 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax coverage-matrix scaling lint format clean
+.PHONY: help setup demo test test-all test-jax coverage-matrix scaling latency lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub:
 
 scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/scaling.md; an hour
 	$(RUN) examples/benchmarks/scaling.py
+
+latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/latency.md; half an hour
+	$(RUN) examples/benchmarks/latency.py
 
 lint: $(INSTALLED) ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff check $(CODE)

@@ -42,3 +42,15 @@ def test_overhead_benchmark(tmp_path):
     path = tmp_path / "overhead.json"
     run("benchmarks/overhead.py", "--batch_size=8", "--rounds=2", f"--output={path}")
     assert set(json.loads(path.read_text())) == {"static", "dynamic"}
+
+
+@pytest.mark.slow
+def test_latency_benchmark(tmp_path):
+    run("benchmarks/latency.py", "--only=ResNet", "--runs=2", f"--output_dir={tmp_path}")
+    row = json.loads((tmp_path / "latency.jsonl").read_text())
+    for entry in row["files"]["round_to=8"].values():
+        assert entry["ms"] > 0
+    for precision, entry in row["files"]["round_to=1"].items():
+        assert entry["bytes"] < 0.65 * row["files"]["dense"][precision]["bytes"]
+    assert row["macs"]["round_to=1"] / row["macs"]["dense"] == pytest.approx(0.5, abs=0.01)
+    assert (tmp_path / "latency.md").read_text().count("| ResNet-20 |") == 8
