@@ -7,6 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_JAX := $(VENV)/.installed-jax
 INSTALLED_HUB := $(VENV)/.installed-hub
+INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples
 
 # TensorFlow's start-up notes hide what the commands below have to say.
@@ -36,13 +37,17 @@ $(INSTALLED_HUB): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[hub]'
 	@touch $@
 
+$(INSTALLED_QAT): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[qat]'
+	@touch $@
+
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
 test: $(INSTALLED) ## the quick tests
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(INSTALLED) $(INSTALLED_HUB) test-jax ## every test, KerasHub's models and JAX included
+test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax ## every test: KerasHub's models, QAT and JAX included
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
@@ -68,5 +73,5 @@ format: $(INSTALLED) ## let ruff rewrite the code
 	$(RUN) -m ruff format $(CODE)
 
 clean: ## remove everything that was generated, .venv included
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info demo_output deploy_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
 from keras_polar.cost import cost
 from keras_polar.gated import GatedModel
-from keras_polar.litert import benchmark_tflite, export_tflite, run_tflite
+from keras_polar.litert import benchmark_tflite, export_tflite, quantize_aware, run_tflite
 from keras_polar.registry import register
 from keras_polar.report import inspect
 from keras_polar.rules import Rule
@@ -28,6 +28,7 @@ __all__ = [
     "cost",
     "export_tflite",
     "inspect",
+    "quantize_aware",
     "register",
     "remove",
     "run_tflite",

@@ -6,6 +6,7 @@ package can be imported on any Keras backend.
 
 from keras_polar.litert.benchmark import Latency, benchmark_tflite
 from keras_polar.litert.export import export_tflite
+from keras_polar.litert.qat import quantize_aware
 from keras_polar.litert.report import ExportReport, TensorInfo
 from keras_polar.litert.run import run_tflite
 
@@ -15,5 +16,6 @@ __all__ = [
     "TensorInfo",
     "benchmark_tflite",
     "export_tflite",
+    "quantize_aware",
     "run_tflite",
 ]

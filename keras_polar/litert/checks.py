@@ -107,9 +107,11 @@ def check_finite(core: Any) -> None:
     """Raises if a weight is NaN or infinite."""
     for variable in core.weights:
         values = to_numpy(variable)
+        is_float = "float" in keras.backend.standardize_dtype(variable.dtype)
         # bfloat16 and its like are no floats to NumPy.
-        if "float" in variable.dtype and not np.isfinite(values.astype("float32")).all():
+        if is_float and not np.isfinite(values.astype("float32")).all():
+            path = getattr(variable, "path", variable.name)
             raise ValueError(
-                f"Expected finite weights; {variable.path!r} holds NaN or infinity: the training "
+                f"Expected finite weights; {path!r} holds NaN or infinity: the training "
                 "has diverged. Load an earlier checkpoint, or train with a smaller learning rate."
             )

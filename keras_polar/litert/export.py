@@ -16,10 +16,16 @@ from keras_polar.litert.checks import (
 )
 from keras_polar.litert.compare import compare, signature
 from keras_polar.litert.data import Samples, random_samples, read_samples
+from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
 from keras_polar.litert.report import ExportReport
 from keras_polar.litert.write import not_exportable, write
 
 _REPRESENTATIVE = 500  # samples; ranges of activations hardly change with more
+_NO_DATA = (
+    "Expected `representative_data` for quantize='int8': the ranges of activations come from real "
+    "samples. Pass some hundred inputs of the training data, or use quantize='dynamic', which "
+    "needs none."
+)
 
 
 def export_tflite(
@@ -42,13 +48,14 @@ def export_tflite(
     names. The model is not changed.
 
     Args:
-        model: functional or Sequential, built; plain or gated.
+        model: functional or Sequential, built; plain or gated; or what `quantize_aware` returned.
         path: where to write; ends in `.tflite`, its folder exists. A file there is replaced.
         quantize: None computes as the model does; "float16" stores weights in half the bytes and
             computes in float32; "dynamic" stores weights as int8 and decides the ranges of
             activations while it runs; "int8" is full integer: weights, activations, inputs and
             outputs (token ids and the like stay as they are).
-        representative_data: real samples; "int8" takes the ranges of activations from them. As
+        representative_data: real samples; "int8" takes the ranges of activations from them
+            (but for `quantize_aware` models, which have learnt their ranges). As
             `model.fit` takes data: an array of shape `(samples, ...)`; a list, tuple or dict of
             such arrays where the model has several inputs; a tuple `(inputs, labels)`; or batches
             of any of these from a `tf.data.Dataset`, a `PyDataset`, a generator or another
@@ -78,15 +85,21 @@ def export_tflite(
     """
     path = checked_path(path)
     check_options(quantize, io)
-    core = core_of(converted(model))
+    trained_for_it = is_legacy(model)
+    core = legacy_core(model, quantize) if trained_for_it else core_of(converted(model))
     check_finite(core)
-    given, compared_on = _samples(core, quantize, representative_data, evaluation_data)
+    if quantize == "int8" and representative_data is None and not trained_for_it:
+        raise ValueError(_NO_DATA)
+    given, compared_on = _samples(core, representative_data, evaluation_data)
     with draft_of(path) as draft:
-        write(core, draft, quantize, io, given)
-        return finished(core, draft, path, quantize, compared_on)
+        if trained_for_it:
+            write_quantized(core, draft, io)
+        else:
+            write(core, draft, quantize, io, given)
+        return _finished(core, draft, path, quantize, compared_on)
 
 
-def finished(
+def _finished(
     core: Any, draft: Path, path: Path, quantize: str | None, samples: Samples
 ) -> ExportReport:
     """Tries a file out and moves it to its place."""
@@ -106,16 +119,8 @@ def finished(
     )
 
 
-def _samples(
-    core: Any, quantize: str | None, representative: Any, evaluation: Any
-) -> tuple[Samples | None, Samples]:
+def _samples(core: Any, representative: Any, evaluation: Any) -> tuple[Samples | None, Samples]:
     """Samples to calibrate with, and samples to compare on."""
-    if quantize == "int8" and representative is None:
-        raise ValueError(
-            "Expected `representative_data` for quantize='int8': the ranges of activations come "
-            "from real samples. Pass some hundred inputs of the training data, or use "
-            "quantize='dynamic', which needs none."
-        )
     given = None
     if representative is not None:
         given = read_samples(core, representative, "representative_data", _REPRESENTATIVE)
