@@ -1,14 +1,15 @@
 """Puts gates into a model: one call before `fit`."""
 
 import re
-from collections import ChainMap
-from collections.abc import Iterable
+from collections import ChainMap, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_polar.cost import MEASURES, polynomial, sizes_known
-from keras_polar.coupling import Coupling, Group, couple, off_batch, why_fixed
+from keras_polar.blocks import Block
+from keras_polar.cost import MEASURES, sizes_known
+from keras_polar.coupling import Coupling, couple, off_batch, why_fixed
 from keras_polar.gated import GatedModel, is_gated
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused
@@ -18,9 +19,10 @@ from keras_polar.polarization import Consensus
 from keras_polar.rules import Site, read
 from keras_polar.rules.base import inner_vector, line
 from keras_polar.schedule import Schedule
+from keras_polar.targets import Target, blocks_of, budget_of, targets
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
-GRANULARITIES = ("channels",)
+GRANULARITIES = ("channels", "blocks")
 
 
 def apply(
@@ -29,10 +31,11 @@ def apply(
     *,
     measure: str = "weights",
     gate: str = "dynamic",
-    granularity: str = "channels",
+    granularity: str | Iterable[str] = "channels",
     ignore: Iterable[str] = (),
     round_to: int = 1,
     min_units: int = 1,
+    max_sparsity: float | Mapping[str, float] | None = None,
     schedule: Schedule | None = None,
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
@@ -49,10 +52,17 @@ def apply(
             per unit). Units that are read inside the layer that makes them (attention heads, the
             hidden units of an LSTM) always have static gates: they are masked on the weights,
             which all samples share.
-        granularity: what a gate removes; "channels".
-        ignore: names of layers, glob patterns allowed, that keep all their units.
+        granularity: what gates remove: "channels" (units of layers), "blocks" (residual branches
+            as a whole: the network becomes shallower), or both, `("channels", "blocks")`.
+        ignore: names of layers, glob patterns allowed, that keep all their units; branches with
+            such a layer stay.
         round_to: kept units per group are a multiple of this.
         min_units: units that stay in every group at least.
+        max_sparsity: share of a group's units that may go at most, in [0, 1]: one number for all
+            groups, or {layer name or glob pattern: number}, of which the smallest counts. By
+            default, and for groups that no pattern matches, a quarter of `1 - sparsity` stays
+            in every group, so that none collapses by accident (as far as `sparsity` can then
+            be reached).
         schedule: a `keras_polar.Schedule`; None for the default.
 
     Returns:
@@ -70,16 +80,27 @@ def apply(
         >>> gated.fit(x, y, epochs=10)
         >>> small = keras_polar.convert(gated)
     """
-    _check_options(sparsity, measure, gate, granularity, round_to, min_units, schedule)
+    kinds = (granularity,) if isinstance(granularity, str) else tuple(granularity)
+    _check_options(sparsity, measure, gate, kinds, round_to, min_units, max_sparsity, schedule)
     if is_gated(model):
         raise ValueError(
             f"apply: model {model.name!r} has gates already. Pass the model without gates; to "
             "prune further, `convert` first and apply to the result."
         )
-    coupling = couple(read(model), ignore)
-    _check_prunable(coupling, model, measure)
-    budget = _budget(coupling, sparsity, measure, min_units, round_to)
-    inserter = _Inserter(coupling, GATES[gate], min_units, schedule or Schedule(), budget, measure)
+    coupling = couple(read(model), ignore if "channels" in kinds else "*")
+    blocks = blocks_of(coupling, ignore) if "blocks" in kinds else ()
+    _check_prunable(coupling, blocks, model, measure)
+    budget = budget_of(
+        coupling,
+        blocks,
+        sparsity=sparsity,
+        measure=measure,
+        min_units=min_units,
+        max_sparsity=max_sparsity,
+        round_to=round_to,
+    )
+    found = targets(coupling, blocks, budget.floors)
+    inserter = _Inserter(coupling, found, GATES[gate], schedule or Schedule(), budget, measure)
     return rebuild(coupling.graph, inserter.visit, GatedModel)
 
 
@@ -87,9 +108,10 @@ def _check_options(
     sparsity: Any,
     measure: Any,
     gate: Any,
-    granularity: Any,
+    granularity: tuple,
     round_to: Any,
     min_units: Any,
+    max_sparsity: Any,
     schedule: Any,
 ) -> None:
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
@@ -101,21 +123,32 @@ def _check_options(
     for name, value, known in (
         ("measure", measure, MEASURES),
         ("gate", gate, tuple(GATES)),
-        ("granularity", granularity, GRANULARITIES),
+        *(("granularity", kind, GRANULARITIES) for kind in granularity or (granularity,)),
     ):
         if value not in known:
             raise ValueError(f"apply: expected {name} to be one of {known}, received {value!r}.")
     for name, value in (("round_to", round_to), ("min_units", min_units)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"apply: expected {name} as an int >= 1, received {value!r}.")
+    limits = max_sparsity.values() if isinstance(max_sparsity, Mapping) else [max_sparsity]
+    if not all(x is None or _is_share(x) for x in limits):
+        raise ValueError(
+            "apply: expected max_sparsity as a number in [0, 1] or {layer name: number in [0, 1]}, "
+            f"received {max_sparsity!r}."
+        )
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(
             f"apply: expected schedule as a keras_polar.Schedule or None, received {schedule!r}."
         )
 
 
-def _check_prunable(coupling: Coupling, model: Any, measure: str) -> None:
-    if not coupling.groups:
+def _is_share(x: Any) -> bool:
+    is_number = isinstance(x, (int, float, np.floating)) and not isinstance(x, bool)
+    return is_number and 0 <= x <= 1
+
+
+def _check_prunable(coupling: Coupling, blocks: Sequence[Block], model: Any, measure: str) -> None:
+    if not coupling.groups and not blocks:
         why = [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
         raise ValueError(
             f"apply: nothing in model {model.name!r} can be pruned. "
@@ -127,22 +160,6 @@ def _check_prunable(coupling: Coupling, model: Any, measure: str) -> None:
             f"apply: measure='macs' needs known sizes, but tensors of model {model.name!r} have "
             "unknown ones. Build it on `keras.Input` with all sizes, or use measure='weights'."
         )
-
-
-def _budget(
-    coupling: Coupling, sparsity: float, measure: str, min_units: int, round_to: int
-) -> Budget:
-    units = tuple(g.units for g in coupling.groups)
-    cost = polynomial(coupling, measure)
-    budget = Budget(cost, units, float(sparsity), min_units, round_to)
-    if sparsity > budget.reachable:
-        raise ValueError(
-            f"apply: sparsity={sparsity} of the {measure} cannot be reached; at most "
-            f"{budget.reachable:.3f} can go with min_units={min_units}, round_to={round_to} and "
-            "the layers that keep their units. Ask for less; keras_polar.inspect(model) says "
-            "which units stay and why."
-        )
-    return budget
 
 
 def _groups_read_inside(coupling: Coupling) -> frozenset[int]:
@@ -157,19 +174,19 @@ class _Inserter:
     def __init__(
         self,
         coupling: Coupling,
+        found: list[Target],
         gate_class: type,
-        min_units: int,
         schedule: Schedule,
         budget: Budget,
         measure: str,
     ) -> None:
-        self.coupling, self.gate_class, self.min_units = coupling, gate_class, min_units
-        self.produced = coupling.produced()
+        self.coupling, self.targets, self.gate_class = coupling, found, gate_class
         self.schedule, self.budget, self.measure = schedule, budget, measure
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
-        self.groups_at: dict[int, list[int]] = {}
-        for i, group in enumerate(coupling.groups):
-            self.groups_at.setdefault(group.site, []).append(i)
+        self.decided_at: dict[int, list[int]] = defaultdict(list)
+        for i, target in enumerate(found):
+            self.decided_at[target.site].append(i)
+        self.branches = {t.adds: i for i, t in enumerate(found) if t.adds >= 0}
         self.clones: dict[int, Any] = {}
         self.inner_masks: dict[int, InnerMask] = {}
         self.read_inside = _groups_read_inside(coupling)
@@ -184,8 +201,9 @@ class _Inserter:
         position = self.sites[id(call)]
         site = self.coupling.sites[position]
         local = ChainMap(self._masked_inputs(site, values), values)
-        for i in self.groups_at.get(position, ()):
+        for i in self.decided_at[position]:
             self.gates[i] = self._gate(i, site, local)
+        local = local.new_child(self._masked_branches(site, local))
         if call is self.coupling.graph.calls[-1]:
             # Last of all, so that every gate is known and the output keeps its layer's name.
             local = local.new_child(self._consensus(call.inputs[0], local))
@@ -223,6 +241,16 @@ class _Inserter:
         for tensor, axis in dict.fromkeys(site.reads):
             axes.setdefault(site.call.inputs[tensor], []).append((tensor, axis))
         return {i: self._masked(site, i, tuple(own), values[i]) for i, own in axes.items()}
+
+    def _masked_branches(self, site: Site, values: Any) -> dict:
+        """The branches that a sum adds, each as a whole behind its gate."""
+        return {
+            tensor: Mask(None, name=self._name(f"{site.name}_mask"))(
+                values[tensor], [self.gates[self.branches[tensor]]]
+            )
+            for tensor in site.call.inputs
+            if tensor in self.branches
+        }
 
     def _masked(self, site: Site, index: int, reads: tuple, value: Any) -> Any:
         key = (index, frozenset(axis for _, axis in reads))
@@ -264,8 +292,8 @@ class _Inserter:
         return np.where(group >= 0, places, sum(sizes)).tolist()
 
     def _gate(self, i: int, site: Site, values: Any) -> Any:
-        group = self.coupling.groups[i]
-        name = self._name(f"{re.sub('[:.]', '_', group.name)}_gate")
+        target = self.targets[i]
+        name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', target.name)}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
         # A layer that reads no features (token ids, say) gives a gate nothing to look at, and a
@@ -274,11 +302,11 @@ class _Inserter:
         can_look = site.reads and "float" in value.dtype and not without_samples
         gate_class = self.gate_class if can_look else Gate
         gate = gate_class(
-            group.units,
-            group.name,
-            list(group.layers),
-            self._members(group),
-            self._floor(group),
+            target.units,
+            target.name,
+            list(target.layers),
+            target.members,
+            target.floor,
             axis,
             name=name,
         )
@@ -295,19 +323,11 @@ class _Inserter:
                 if site.call.inputs[tensor] in self.off_batch:
                     vector = line(site.inputs[tensor], axis)
                     found.update(self.coupling.group_of[vector[vector >= 0]].tolist())
-        made = {i for i, g in enumerate(self.coupling.groups) if self._is_off_batch(g.site)}
+        made = {i for i, t in enumerate(self.targets) if self._is_off_batch(t.site)}
         return found | made
 
     def _is_off_batch(self, position: int) -> bool:
         return bool(self.off_batch.intersection(self.coupling.sites[position].call.inputs))
-
-    def _members(self, group: Group) -> list | None:
-        made = len(self.produced[group.layers[0]])
-        places = group.members.tolist()
-        return None if places == list(range(made)) else places
-
-    def _floor(self, group: Group) -> int:
-        return min(self.min_units, group.units)
 
     def _name(self, wanted: str) -> str:
         name = unused(wanted, self.names)
@@ -319,11 +339,10 @@ class _Inserter:
             self.budget.sparsity,
             self.measure,
             self.budget.cost.get_config(),
-            {g.name: g.units for g in self.coupling.groups},
+            {t.name: t.units for t in self.targets},
             self.schedule.get_config(),
             self.budget.round_to,
-            self.min_units,
             name=self._name("consensus"),
         )
-        gates = [self.gates[i] for i in range(len(self.coupling.groups))]
+        gates = [self.gates[i] for i in range(len(self.targets))]
         return {index: layer(values[index], gates)}

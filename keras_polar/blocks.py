@@ -1,16 +1,18 @@
 """Residual branches that can go as a whole, found from the graph alone.
 
 In `x + F(x)` the sum without `F(x)` is still a model: what only fed the sum is dead code and
-goes with it. A branch counts when all it reads comes from where the rest of the sum comes from,
-so that projection shortcuts, `P(x) + F(x)`, have one as well (the longer of the two).
+goes with it. A branch counts when it reads what the rest of the sum is made of as well, so that
+projection shortcuts, `P(x) + F(x)`, have one too (the longer of the two).
 """
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from keras_polar.graph import Call, Graph, refs_in
+from keras_polar.rules import rule_for
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,18 @@ class Block:
     """A branch that ends in a sum.
 
     Attributes:
+        name: of the sum, numbered where a sum has several.
         merge: index of the call that adds.
-        position: which of the call's inputs is the branch.
-        entry: index of the tensor that the branch reads.
+        tensor: what the branch adds.
         calls: indices of the calls that serve this branch alone, ascending.
+        layers: names of those with weights.
     """
 
+    name: str
     merge: int
-    position: int
-    entry: int
+    tensor: int
     calls: tuple[int, ...]
+    layers: tuple[str, ...]
 
 
 class _Wiring:
@@ -37,7 +41,9 @@ class _Wiring:
         self.calls = graph.calls
         self.maker = {t: i for i, c in enumerate(graph.calls) for t in c.outputs}
         self.readers: dict[int, list[int]] = defaultdict(list)
+        self.calls_of: dict[int, list[int]] = defaultdict(list)
         for i, call in enumerate(graph.calls):
+            self.calls_of[id(call.op)].append(i)
             for tensor in call.inputs:
                 self.readers[tensor].append(i)
         self.outputs = set(refs_in(graph.outputs))
@@ -76,43 +82,78 @@ class _Wiring:
         return [t for t in dict.fromkeys(read) if t not in own]
 
     def descends(self, tensor: int, ancestors: list[int]) -> bool:
-        """Whether `tensor` depends on every one of `ancestors`, or is it."""
+        """Whether `tensor` is one of `ancestors` or depends on any."""
         wanted, waiting, seen = set(ancestors), [tensor], {tensor}
         earliest = min((self.maker.get(t, -1) for t in ancestors), default=0)
-        while waiting and wanted:
+        while waiting:
             current = waiting.pop()
-            wanted.discard(current)
+            if current in wanted:
+                return True
             maker = self.maker.get(current, -1)
-            sources = self.calls[maker].inputs if maker > earliest else ()
-            new = [t for t in sources if t not in seen]
+            new = [t for t in self.calls[maker].inputs if t not in seen] if maker > earliest else []
             seen.update(new)
             waiting += new
-        return not wanted
+        return False
+
+    def weighted(self, calls: tuple[int, ...]) -> tuple[str, ...]:
+        """Names of the layers with weights among these calls."""
+        own = [self.calls[i] for i in calls]
+        return tuple(dict.fromkeys(c.name for c in own if getattr(c.op, "weights", ())))
+
+    def shares(self, calls: tuple[int, ...]) -> bool:
+        """Whether a layer with weights among these calls is called elsewhere, too."""
+        own = set(calls)
+        ops = (self.calls[i].op for i in calls)
+        return any(
+            getattr(op, "weights", ()) and not own.issuperset(self.calls_of[id(op)]) for op in ops
+        )
 
 
-def find_blocks(graph: Graph, summands: Callable[[Call], tuple[int, ...]]) -> tuple[Block, ...]:
+def find_blocks(graph: Graph) -> tuple[Block, ...]:
     """The branches of a graph that can be removed, in the order of their sums.
 
-    Args:
-        summands: for a call, the positions of inputs that its result is a sum of; empty where
-            the call is no sum.
+    A branch stays whose weights are used elsewhere as well: its cost would not go with it.
     """
     wiring = _Wiring(graph)
     found: list[Block] = []
     for i, call in enumerate(graph.calls):
-        positions = summands(call)
-        blocks = [b for p in positions if (b := _block(wiring, i, p)) is not None]
+        blocks = [b for p in _summands(graph, call) if (b := _block(wiring, i, p)) is not None]
         if len(blocks) == len(call.inputs):  # Something has to stay.
             blocks.remove(min(blocks, key=lambda b: len(b.calls)))
-        found += blocks
+        found += [_numbered(b, n) for n, b in enumerate(blocks)]
     return tuple(found)
+
+
+def _summands(graph: Graph, call: Call) -> tuple[int, ...]:
+    """Positions of what can be left out; nothing where the others are of another shape."""
+    specs = {graph.specs[t] for t in (*call.inputs, *call.outputs)}
+    alike = len(call.inputs) > 1 and len(specs) == 1
+    return rule_for(call.op).summands(call) if alike else ()
 
 
 def _block(wiring: _Wiring, merge: int, position: int) -> Block | None:
     inputs = wiring.calls[merge].inputs
-    calls = wiring.exclusive(inputs[position], merge)
-    entries = wiring.entries(calls)
-    others = [t for i, t in enumerate(inputs) if i != position]
-    is_branch = entries and any(wiring.descends(t, entries) for t in others)
-    does_work = any(getattr(wiring.calls[i].op, "weights", ()) for i in calls)
-    return Block(merge, position, entries[0], calls) if is_branch and does_work else None
+    tensor, others = inputs[position], [t for i, t in enumerate(inputs) if i != position]
+    calls = wiring.exclusive(tensor, merge)
+    layers, entries = wiring.weighted(calls), wiring.entries(calls)
+    if not layers or wiring.shares(calls) or not any(wiring.descends(t, entries) for t in others):
+        return None
+    return Block(wiring.calls[merge].name, merge, tensor, calls, layers)
+
+
+def _numbered(block: Block, number: int) -> Block:
+    name = f"block {block.name}" + (f":{number + 1}" if number else "")
+    return Block(name, block.merge, block.tensor, block.calls, block.layers)
+
+
+def shorten(call: Call, closed: set[int]) -> Call:
+    """The call of a sum without the summands in `closed` (tensors), if several are left."""
+    if not 1 < sum(t not in closed for t in call.inputs) < len(call.inputs):
+        return call
+
+    def left(argument: Any) -> Any:
+        is_list = isinstance(argument, (list, tuple))
+        return [x for x in argument if x.index not in closed] if is_list else argument
+
+    args, kwargs = tuple(map(left, call.args)), {k: left(v) for k, v in call.kwargs.items()}
+    return replace(call, args=args, kwargs=kwargs, inputs=refs_in((args, kwargs)))

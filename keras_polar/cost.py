@@ -6,7 +6,8 @@ and differentiable in between.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_polar.blocks import Block
 from keras_polar.coupling import Coupling, couple, rules_of
 from keras_polar.rules import Rule, Site, Term, read
 from keras_polar.rules.base import weight_terms
@@ -69,16 +71,30 @@ class Polynomial:
         return cls(tuple(config["coefficients"]), factors)
 
 
-def polynomial(coupling: Coupling, measure: str) -> Polynomial:
-    """The cost of a coupled graph in one of `MEASURES`, as a function of open counts."""
+def polynomial(coupling: Coupling, measure: str, blocks: Sequence[Block] = ()) -> Polynomial:
+    """The cost of a coupled graph in one of `MEASURES`, as a function of open counts.
+
+    Its variables are the open units of each group, then 1 or 0 for each of `blocks`.
+    """
     total: Counter = Counter()
-    for term in terms(coupling):
+    inside = _blocks_of_calls(coupling, blocks)
+    for call, term in terms(coupling):
         coefficient = getattr(term, measure)
         if coefficient:
-            _add_product(total, coefficient, [_linear(coupling, f) for f in term.factors])
+            forms = [_linear(coupling, f) for f in term.factors]
+            _add_product(total, coefficient, [*forms, *({b: 1} for b in inside[call])])
     width = max([1, *map(len, total)])
     padded = [(*key, *[-1] * (width - len(key))) for key in total]
     return Polynomial(tuple(total.values()), tuple(padded))
+
+
+def _blocks_of_calls(coupling: Coupling, blocks: Sequence[Block]) -> dict[int, list[int]]:
+    """Call -> the variables of the blocks that it is in; several where blocks are nested."""
+    inside: dict[int, list[int]] = defaultdict(list)
+    for variable, block in enumerate(blocks, len(coupling.groups)):
+        for call in block.calls:
+            inside[call].append(variable)
+    return inside
 
 
 def _linear(coupling: Coupling, vector: Ids) -> Counter:
@@ -88,14 +104,14 @@ def _linear(coupling: Coupling, vector: Ids) -> Counter:
     return Counter({g: n if g < 0 else n // coupling.groups[g].units for g, n in found})
 
 
-def _add_product(total: Counter, coefficient: int, forms: list[Counter]) -> None:
+def _add_product(total: Counter, coefficient: int, forms: list[dict]) -> None:
     product: Counter = Counter({(): coefficient})
     for form in forms:
         product = _times(product, form)
     total.update(product)
 
 
-def _times(products: Counter, form: Counter) -> Counter:
+def _times(products: Counter, form: dict) -> Counter:
     out: Counter = Counter()
     for key, a in products.items():
         for group, b in form.items():
@@ -103,12 +119,12 @@ def _times(products: Counter, form: Counter) -> Counter:
     return out
 
 
-def terms(coupling: Coupling) -> list[Term]:
-    """Every cost term of a graph; weights and units of a shared layer once."""
+def terms(coupling: Coupling) -> list[tuple[int, Term]]:
+    """Every cost term of a graph, with its call; weights and units of a shared layer once."""
     seen: set[int] = set()
     found = []
-    for site, rule in rules_of(coupling):
-        found += site_terms(site, rule, first_call=id(site.op) not in seen)
+    for i, (site, rule) in enumerate(rules_of(coupling)):
+        found += [(i, t) for t in site_terms(site, rule, first_call=id(site.op) not in seen)]
         seen.add(id(site.op))
     return found
 

@@ -123,17 +123,27 @@ def _followed(site: Site) -> list[Ids]:
 
 
 def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        matches = [s for s in sites if _matches(s, pattern)]
-        if not matches:
-            names = sorted({s.name for s in sites if s.produces})
-            raise ValueError(
-                f"ignore: expected names or glob patterns of layers; {pattern!r} matches none. "
-                f"Layers with units: {', '.join(names)}."
-            )
-        for site in matches:
+    for pattern, found in sites_of(sites, ignore, "ignore").items():
+        for site in found:
             for vector in site.axes.values():
                 units.pin(vector, f"ignored by {pattern!r}")
+
+
+def sites_of(sites: tuple[Site, ...], patterns: Iterable[str], what: str) -> dict[str, list[Site]]:
+    """The calls of the layers that each glob pattern matches, by name or by path.
+
+    Raises:
+        ValueError: a pattern matches none; `what` is the option that it was given for.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = {p: [s for s in sites if _matches(s, p)] for p in patterns}
+    for pattern in (p for p, matches in found.items() if not matches):
+        names = sorted({s.name for s in sites if s.produces})
+        raise ValueError(
+            f"{what}: expected names or glob patterns of layers; {pattern!r} matches none. "
+            f"Layers with units: {', '.join(names)}."
+        )
+    return found
 
 
 def _matches(site: Site, pattern: str) -> bool:

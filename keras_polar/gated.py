@@ -8,9 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.blocks import shorten
 from keras_polar.coupling import Coupling
 from keras_polar.gates import PACKAGE, Gate, Mask
-from keras_polar.graph import Call, Graph, bypass, refs_in, to_numpy
+from keras_polar.graph import Call, Graph, alive, bypass, refs_in, to_numpy
 from keras_polar.inner import InnerMask, unpack
 from keras_polar.plan import Budget, settle
 from keras_polar.polarization import Consensus
@@ -22,15 +23,21 @@ class GateGroup:
 
     Attributes:
         name: of the group, after its first layer.
-        layers: names of the layers that produce its units.
-        units: number of units.
-        members: which units of the first layer they are; None for all of them, in order.
+        layers: names of the layers that produce its units; of a residual branch, those in it.
+        units: number of units; 1 for a branch.
+        members: layer -> for each unit it makes, its place in this group or -1; None for all in
+            order. Empty for a branch.
     """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self.name, self.layers, self.units = gate.group, list(gate.producers), gate.units
         self.members = gate.members
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a residual branch that stays or goes as a whole."""
+        return not self.members
 
     @property
     def open_rates(self) -> np.ndarray:
@@ -62,7 +69,7 @@ class GateGroup:
                 f"set_mask of group {self.name!r}: expected a bool array of shape ({self.units},), "
                 f"received {mask.dtype} of shape {mask.shape}."
             )
-        if not mask.any():
+        if not mask.any() and not self.is_block:
             raise ValueError(
                 f"set_mask of group {self.name!r}: the mask closes all {self.units} units of "
                 f"{', '.join(self.layers)}. Leave at least one open."
@@ -102,7 +109,8 @@ class GatedModel(keras.Model):
     def budget(self) -> Budget:
         """What the settled network may cost."""
         layer = self.consensus
-        return Budget(layer.cost, layer.units, layer.sparsity, layer.min_units, layer.round_to)
+        floors = tuple(g._gate.min_units for g in self.groups)
+        return Budget(layer.cost, layer.units, layer.sparsity, floors, layer.round_to)
 
     @property
     def settled(self) -> bool:
@@ -222,16 +230,26 @@ def require_gated(model: Any, what: str) -> None:
 
 
 def stripped(gated: Any) -> Graph:
-    """The graph of a gated model without its gates."""
+    """The graph of a gated model without its gates, and without the branches that they close."""
+    graph = read(gated)
+    closed = _closed_branches(graph)
 
     def stands_for(call: Call) -> int | None:
         if isinstance(call.op, Gate):
             return -1
-        return call.inputs[0] if isinstance(call.op, (Mask, Consensus)) else None
+        left = [t for t in call.inputs if t not in closed]
+        is_alone = len(left) == 1 < len(call.inputs)
+        return left[0] if is_alone or isinstance(call.op, (Mask, Consensus)) else None
 
-    graph = read(gated)
-    bare = replace(graph, calls=tuple(map(_without_inner_mask, graph.calls)))
-    return bypass(bare, stands_for)
+    calls = (shorten(_without_inner_mask(c), closed) for c in graph.calls)
+    return alive(bypass(replace(graph, calls=tuple(calls)), stands_for))
+
+
+def _closed_branches(graph: Graph) -> set[int]:
+    """The tensors that a closed gate of a residual branch makes zero."""
+    gates = {t: c.op for c in graph.calls for t in c.outputs if isinstance(c.op, Gate)}
+    masks = [c for c in graph.calls if isinstance(c.op, Mask) and c.op.axis is None]
+    return {c.outputs[0] for c in masks if not GateGroup(gates[c.inputs[1]]).mask.any()}
 
 
 def _without_inner_mask(call: Call) -> Call:
@@ -245,13 +263,15 @@ def _without_inner_mask(call: Call) -> Call:
 def flags_for(gated: GatedModel, coupling: Coupling) -> np.ndarray:
     """One flag per id of the stripped model, True where it stays by the gates' consensus.
 
-    Gates are found again by the units of their first layer: the order of calls, and with it the
-    names of groups, may differ from the model that `apply` was given.
+    Units are found again by the names of the layers that make them: the order of calls may differ
+    from the model that `apply` was given, and layers of closed branches are gone.
     """
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
     for group in gated.groups:
-        own = produced[group.layers[0]]
-        own = own if group.members is None else own[group.members]
-        flags[coupling.roots[own]] = group.mask
+        for layer in produced.keys() & group.members.keys():
+            index = group.members[layer]
+            index = np.arange(group.units) if index is None else np.asarray(index)
+            own = produced[layer][index >= 0]
+            flags[coupling.roots[own]] = group.mask[index[index >= 0]]
     return flags[coupling.roots]

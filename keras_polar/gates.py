@@ -28,8 +28,8 @@ def hard_step(logits: Any) -> Any:
 
 def consensus(open_rates: Any, min_units: int) -> Any:
     """0/1 per unit: open for most samples, and at least the `min_units` most open ones."""
-    floor = ops.top_k(open_rates, min_units)[0][-1]
-    return ops.cast(open_rates >= ops.minimum(floor, 0.5), open_rates.dtype)
+    floor = ops.minimum(ops.top_k(open_rates, min_units)[0][-1], 0.5) if min_units else 0.5
+    return ops.cast(open_rates >= floor, open_rates.dtype)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -42,8 +42,9 @@ class Gate(keras.layers.Layer):
     Args:
         units: number of units.
         group: name of the group.
-        layers: names of the layers that produce the units.
-        members: which units of the first layer they are; None for all of them, in order.
+        layers: names of the layers that produce the units; of a residual branch, those in it.
+        members: layer -> for each unit it makes, its place among those of the gate or -1; None
+            for all in order. Empty for a branch, which is a single unit.
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
     """
@@ -53,7 +54,7 @@ class Gate(keras.layers.Layer):
         units: int,
         group: str,
         layers: list,
-        members: list | None = None,
+        members: dict | None = None,
         min_units: int = 1,
         axis: int = -1,
         **kwargs: Any,
@@ -62,7 +63,7 @@ class Gate(keras.layers.Layer):
         self.units = units
         self.group = group
         self.producers = tuple(layers)
-        self.members = members
+        self.members = members or {}
         self.min_units = min_units
         self.axis = axis
 
@@ -161,12 +162,12 @@ class Mask(keras.layers.Layer):
     """Multiplies the units of a tensor by their gates: closed units arrive as zeros.
 
     Args:
-        axis: the axis of the tensor that the units are on.
+        axis: the axis of the tensor that the units are on; None if all of it is one unit.
         index: for every position along `axis`, the gate among the concatenated ones, or one past
             the end for units without a gate; None where the one gate fits as it is.
     """
 
-    def __init__(self, axis: int, index: list | None = None, **kwargs: Any) -> None:
+    def __init__(self, axis: int | None, index: list | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.axis = axis
         self.index = index
@@ -175,7 +176,9 @@ class Mask(keras.layers.Layer):
     def call(self, x: Any, gates: list) -> Any:
         gate = gates[0] if self.index is None else self._arranged(gates)
         shape = [1] * len(x.shape)
-        shape[0], shape[self.axis] = -1, x.shape[self.axis]
+        shape[0] = -1
+        if self.axis is not None:
+            shape[self.axis] = x.shape[self.axis]
         gate = ops.cast(ops.reshape(gate, shape), x.dtype)
         return ops.logical_and(x, gate) if gate.dtype == "bool" else x * gate
 

@@ -271,19 +271,18 @@ def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)
     calls = [replace(call, name=names[id(call.op)]) for call in tracer.calls]
-    needed = _needed(calls, set(refs_in(outputs)))
-    return Graph(model.name, inputs, outputs, layers, needed, tuple(tracer.specs))
+    # What only feeds an unused output of a nested model is not part of the function.
+    return alive(Graph(model.name, inputs, outputs, layers, tuple(calls), tuple(tracer.specs)))
 
 
-def _needed(calls: list[Call], wanted: set[int]) -> tuple[Call, ...]:
-    """The calls that any of the wanted tensors depends on: what only feeds an unused output of a
-    nested model is not part of the function."""
-    live = []
-    for call in reversed(calls):
+def alive(graph: Graph) -> Graph:
+    """The graph without the calls that none of its outputs depends on."""
+    wanted, live = set(refs_in(graph.outputs)), []
+    for call in reversed(graph.calls):
         if not wanted.isdisjoint(call.outputs):
             wanted.update(call.inputs)
             live.append(call)
-    return tuple(reversed(live))
+    return replace(graph, calls=tuple(reversed(live)))
 
 
 def _not_functional(model: Any) -> str:

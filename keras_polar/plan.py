@@ -8,6 +8,8 @@ import numpy as np
 
 from keras_polar.cost import Polynomial
 
+CLOSE = 0.001  # a sparsity this near to the requested is not improved further
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -17,14 +19,14 @@ class Budget:
         cost: the cost as a polynomial of the open counts.
         units: number of units of each group.
         sparsity: share of the full cost to be removed.
-        min_units: units that every group keeps at least.
+        floors: units that each group keeps at least.
         round_to: kept counts are multiples of this (or all units of the group).
     """
 
     cost: Polynomial
     units: tuple[int, ...]
     sparsity: float
-    min_units: int = 1
+    floors: tuple[int, ...]
     round_to: int = 1
 
     @cached_property
@@ -37,9 +39,18 @@ class Budget:
 
     def rounded(self, counts: np.ndarray) -> np.ndarray:
         """The smallest allowed counts that are not below `counts`."""
-        counts = np.maximum(counts, self.min_units)
+        counts = np.maximum(counts, self.floors)
         up = -(-counts // self.round_to) * self.round_to
         return np.minimum(up, self.units)
+
+    def left(self, closed: np.ndarray) -> np.ndarray:
+        """What stays of each group when units of the groups `closed` go, one for each mention."""
+        gone = np.bincount(closed, minlength=len(self.units))
+        return self.rounded(np.asarray(self.units) - gone)
+
+    def distance(self, counts: np.ndarray) -> float:
+        """How far the achieved sparsity is from the requested."""
+        return abs(self.achieved(counts) - self.sparsity)
 
     @property
     def reachable(self) -> float:
@@ -50,8 +61,8 @@ class Budget:
 def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     """Closes the units with the lowest scores, over all groups, until the budget is met.
 
-    Units are ranked one by one, so that ties cannot overshoot: of the two kept counts around the
-    budget the closer one is taken.
+    Units are ranked one by one, so that ties cannot overshoot. Where the next step would (a whole
+    branch, or `round_to` units at once), its group stays as it is and the ranking goes on.
 
     Args:
         scores: for every group how much its units are wanted, floats of shape (units,). Infinite
@@ -63,34 +74,28 @@ def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     """
     groups = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
     flat = np.concatenate(scores)
-    order = groups[np.argsort(flat, kind="stable")]
-    closable = int(np.isfinite(flat).sum() + np.isneginf(flat).sum())
-
-    def counts(closed: int) -> np.ndarray:
-        gone = np.bincount(order[:closed], minlength=len(scores))
-        return budget.rounded(np.asarray(budget.units) - gone)
-
-    low, high = 0, closable
-    while low < high:
-        middle = (low + high) // 2
-        if budget.achieved(counts(middle)) >= budget.sparsity:
-            high = middle
-        else:
-            low = middle + 1
-    below, above = counts(max(low - 1, 0)), counts(low)
-    closer = _fill_up(below, order[low:closable], budget)
-    best = min(closer, above, key=lambda c: abs(budget.achieved(c) - budget.sparsity))
+    order = groups[np.argsort(flat, kind="stable")][: np.sum(flat < np.inf)]
+    best, closed = budget.left(order[:0]), 0
+    while budget.distance(best) > CLOSE and closed < len(order):
+        closed = _first_to_meet(order, closed, budget)
+        around = [budget.left(order[: closed - 1]), budget.left(order[:closed])]
+        best = min([best, *around], key=budget.distance)
+        closed -= budget.achieved(around[1]) > budget.sparsity
+        later = order[closed:]
+        order = np.concatenate([order[:closed], later[later != later[0]]]) if len(later) else order
     return [_top(s, n) for s, n in zip(scores, best, strict=True)]
 
 
-def _fill_up(counts: np.ndarray, order: np.ndarray, budget: Budget) -> np.ndarray:
-    """Closes one more step of each group, in the order of the ranking, where the budget allows."""
-    for group in dict.fromkeys(order.tolist()):
-        fewer = counts - budget.round_to * (np.arange(len(counts)) == group)
-        fewer = budget.rounded(fewer)
-        if budget.achieved(fewer) <= budget.sparsity:
-            counts = fewer
-    return counts
+def _first_to_meet(order: np.ndarray, low: int, budget: Budget) -> int:
+    """How many units of the ranking must go to meet the budget; all, if it cannot be met."""
+    high = len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if budget.achieved(budget.left(order[:middle])) >= budget.sparsity:
+            high = middle
+        else:
+            low = middle + 1
+    return high
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:

@@ -13,21 +13,17 @@ from keras_polar.graph import only_loss
 from keras_polar.schedule import Schedule
 
 
-def polarization_loss(open_rates: Any) -> Any:
-    """`mean_u r_u (1 - r_u)`: zero exactly when all samples agree about every unit.
+def polarization_loss(open_rates: Any, weights: Any) -> Any:
+    """`sum_u w_u r_u (1 - r_u)`: zero exactly when all samples agree about every unit.
 
     Args:
         open_rates: `r_u`, the mean over the batch of each unit's binary gate; shape (units,).
+        weights: `w_u`, with a sum of 1; shape (units,).
 
     Returns:
         A scalar in [0, 1/4].
     """
-    return ops.mean(open_rates * (1 - open_rates))
-
-
-def polarized(open_rates: Any) -> Any:
-    """How polarized gates are, from 0 (each open for half of the samples) to 1 (consensus)."""
-    return 1 - 4 * polarization_loss(open_rates)
+    return ops.sum(weights * open_rates * (1 - open_rates))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -43,7 +39,7 @@ class Consensus(keras.layers.Layer):
         cost: config of the `Polynomial` that gives the cost for open counts per group.
         groups: number of units of each group, by its name, in the order of the polynomial.
         schedule: config of the `Schedule`.
-        round_to, min_units: what `settle` has to respect.
+        round_to: what `settle` has to respect.
     """
 
     def __init__(
@@ -54,7 +50,6 @@ class Consensus(keras.layers.Layer):
         groups: dict,
         schedule: dict,
         round_to: int = 1,
-        min_units: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,9 +58,11 @@ class Consensus(keras.layers.Layer):
         self.cost = Polynomial.from_config(cost)
         self.groups = dict(groups)
         self.units = tuple(groups.values())
+        # All groups weigh the same in the polarization loss, a branch as much as many channels.
+        shares = [np.full(n, 1 / (n * len(self.units)), "float32") for n in self.units]
+        self.shares = np.concatenate(shares)
         self.schedule = Schedule(**schedule)
         self.round_to = round_to
-        self.min_units = min_units
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
         # Keras on JAX takes the variables of metrics away while a layer is called.
@@ -96,9 +93,10 @@ class Consensus(keras.layers.Layer):
         local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
         rates = global_mean(ops.concatenate(local)) if training else ops.concatenate(local)
         sparsity = self.expected_sparsity(rates)
-        self._report(sparsity, polarized(rates), training)
+        disagreement = polarization_loss(rates, self.shares)
+        self._report(sparsity, 1 - 4 * disagreement, training)
         if training:
-            self._press(rates, sparsity)
+            self._press(sparsity, disagreement)
         return x
 
     def _report(self, sparsity: Any, polarization: Any, training: bool) -> None:
@@ -115,14 +113,14 @@ class Consensus(keras.layers.Layer):
         counts = ops.segment_sum(open_rates, groups.astype("int32"), len(self.units))
         return 1 - self.cost.expected(counts, self.full_cost)
 
-    def _press(self, rates: Any, sparsity: Any) -> None:
+    def _press(self, sparsity: Any, disagreement: Any) -> None:
         pressure = self.schedule.pressure(ops.convert_to_tensor(self.step), self.steps)
         pressure = pressure * (1 - self.settled)
         missing = pressure * self.sparsity - sparsity
         grown = ops.maximum(self.multiplier + self.schedule.rate * ops.stop_gradient(missing), 0)
         self.multiplier.assign(ops.where(pressure > 0, grown, 0.0))
         sparsity_loss = ops.stop_gradient(grown) * ops.maximum(missing, 0)
-        polarization = self.schedule.polarization * polarization_loss(rates)
+        polarization = self.schedule.polarization * disagreement
         self.step.assign(self.step + 1)
         # Last: assignments synchronise replicas, and a loss must come after that (see only_loss).
         only_loss(self, ops.where(pressure > 0, sparsity_loss + pressure * polarization, 0.0))
@@ -142,5 +140,4 @@ class Consensus(keras.layers.Layer):
             "groups": dict(self.groups),
             "schedule": self.schedule.get_config(),
             "round_to": self.round_to,
-            "min_units": self.min_units,
         }

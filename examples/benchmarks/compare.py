@@ -9,8 +9,10 @@ goes on where it stopped. Test images are only looked at after the last epoch an
 Methods:
   dense      the whole network
   narrow     a uniformly narrower network of the same cost, from scratch: the one to beat
+  narrow_longer  the same with more epochs: as many training MACs as the dense run
   dynamic    keras_polar with gates that look at each sample
   static     keras_polar with one logit per unit
+  both       keras_polar with static gates on channels and on residual branches
   random     units chosen by lot are cut in the middle of the run, uniformly over the groups
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
   slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
@@ -37,11 +39,11 @@ import models
 import reporting
 
 import keras_polar
-from keras_polar.cost import polynomial
 from keras_polar.coupling import couple
 from keras_polar.graph import to_numpy
-from keras_polar.plan import Budget, settle
+from keras_polar.plan import settle
 from keras_polar.rules import read
+from keras_polar.targets import budget_of
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
@@ -115,11 +117,13 @@ class Trainer:
         self.setting, self.seed, self.macs = setting, seed, 0
         self.data = cifar10.training_pipeline(*data, batch_size=setting.batch_size, seed=seed)
 
-    def __call__(self, model, first=0, last=None, penalty=None):
-        """Fits `model` from epoch `first` to before `last`; the learning rate goes on."""
-        setting, last = self.setting, last or self.setting.epochs
+    def __call__(self, model, first=0, last=None, epochs=None, penalty=None):
+        """Fits `model` from epoch `first` to before `last`, of `epochs` that the rate decays in."""
+        setting = self.setting
+        epochs = epochs or setting.epochs
+        last = last or epochs
         rate = cifar10.learning_rate_schedule(
-            setting.learning_rate, setting.epochs * setting.steps_per_epoch
+            setting.learning_rate, epochs * setting.steps_per_epoch
         )
         cifar10.compile_classifier(model, Shifted(rate, first * setting.steps_per_epoch))
         if penalty is not None:
@@ -142,21 +146,30 @@ def dense(trainer, setting):
 
 
 def narrow(trainer, setting):
+    return trainer(_narrow(setting))
+
+
+def narrow_longer(trainer, setting):
+    model = _narrow(setting)
+    return trainer(model, epochs=round(setting.epochs * _macs(setting.build()) / _macs(model)))
+
+
+def _narrow(setting):
     """The width whose cost comes closest to what the pruned network may cost."""
     full = setting.build()
     widest = int(full.get_layer("stem" if "vgg" not in setting.model else "stage1_conv1").filters)
     wanted = (1 - setting.sparsity) * _cost(full, setting.measure)
     widths = range(1, widest + 1)
     costs = {w: _cost(setting.build(w), setting.measure) for w in widths}
-    return trainer(setting.build(min(widths, key=lambda w: abs(costs[w] - wanted))))
+    return setting.build(min(widths, key=lambda w: abs(costs[w] - wanted)))
 
 
 def _cost(model, measure):
     return getattr(keras_polar.cost(model), measure)
 
 
-def gated(trainer, setting, *, gate):
-    model = keras_polar.apply(setting.build(), setting.sparsity, measure=setting.measure, gate=gate)
+def gated(trainer, setting, **options):
+    model = keras_polar.apply(setting.build(), setting.sparsity, measure=setting.measure, **options)
     return keras_polar.convert(trainer(model), verify=True)
 
 
@@ -175,12 +188,22 @@ def cut_halfway(trainer, setting, *, scores, everywhere_alike=True, penalty=None
     ranked = [_group_scores(model, coupling, g, scores, rng) for g in coupling.groups]
     if everywhere_alike:
         ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]
-    budget = Budget(
-        polynomial(coupling, setting.measure), tuple(map(len, ranked)), setting.sparsity
-    )
-    masks = settle(ranked, budget)
+    masks = settle(ranked, _budget(coupling, setting))
     goes = {g.layers[0]: g.members[~mask] for g, mask in zip(coupling.groups, masks, strict=True)}
     return trainer(keras_polar.remove(model, goes), first=half)
+
+
+def _budget(coupling, setting):
+    """The same floors as `keras_polar.apply` keeps by default."""
+    return budget_of(
+        coupling,
+        (),
+        sparsity=setting.sparsity,
+        measure=setting.measure,
+        min_units=1,
+        max_sparsity=None,
+        round_to=1,
+    )
 
 
 def _group_scores(model, coupling, group, scores, rng):
@@ -246,8 +269,10 @@ def _penalise_scales(model, penalty):
 METHODS: dict[str, Callable] = {
     "dense": dense,
     "narrow": narrow,
+    "narrow_longer": narrow_longer,
     "dynamic": functools.partial(gated, gate="dynamic"),
     "static": functools.partial(gated, gate="static"),
+    "both": functools.partial(gated, gate="static", granularity=("channels", "blocks")),
     "random": functools.partial(cut_halfway, scores=by_lot),
     "l1": functools.partial(cut_halfway, scores=l1_norm),
     "slimming": functools.partial(

@@ -9,6 +9,7 @@ from typing import Any
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
+from keras_polar.graph import Call
 from keras_polar.rules.base import Kept, Rule, Site, add
 from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
 from keras_polar.units import Ids
@@ -28,7 +29,13 @@ class LayerScaleRule(Rule):
         return {"projection_dim": kept.count(site.axes["channels"])}
 
 
+class ScaledSumRule(MergeLayerRule):
+    """Called on a list [shortcut, branch]: shortcut + scale * branch, the scale a Python number."""
+
+    def summands(self, call: Call) -> tuple[int, ...]:
+        return (1,)
+
+
 add(LayerScaleRule(), LayerScale)
 add(ElementwiseRule(), StochasticDepth)
-# Called on a list [shortcut, branch]: shortcut + scale * branch, the scale a Python number.
-add(MergeLayerRule(), CustomScaleLayer)
+add(ScaledSumRule(), CustomScaleLayer)

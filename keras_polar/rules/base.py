@@ -254,6 +254,10 @@ class Rule:
         """Whether sample i of the output comes from sample i of the input."""
         return True
 
+    def summands(self, call: Call) -> tuple[int, ...]:
+        """Positions of inputs that could be left out of a sum, with the others as they are."""
+        return ()
+
 
 def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
     """One term per variable: its named axes are factors, all others count in full."""

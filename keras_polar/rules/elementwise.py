@@ -120,7 +120,7 @@ def acts_elementwise(function: Callable) -> bool:
 def _is_elementwise(step: Step) -> bool:
     rule, flat = rule_for(step.op), tree.flatten((step.args, step.kwargs))
     constants = [x for x in flat if hasattr(x, "shape") and not isinstance(x, KerasTensor)]
-    if type(rule) is MergeRule:
+    if type(rule) in (MergeRule, SumRule):
         return all(np.size(x) == 1 for x in constants)
     return type(rule) is ElementwiseRule and not constants
 
@@ -132,6 +132,17 @@ class MergeLayerRule(MergeRule):
         if len({ids.ndim for ids in site.inputs}) > 1:
             return site.pin_all("merges tensors of different ranks")
         return super().flow(site)
+
+
+class SumRule(MergeRule):
+    """A sum, of which any part may be missing."""
+
+    def summands(self, call: Call) -> tuple[int, ...]:
+        return tuple(range(len(call.inputs)))
+
+
+class SumLayerRule(MergeLayerRule, SumRule):
+    """A sum in the way of the merge layers."""
 
 
 class SoftmaxRule(Rule):
@@ -177,7 +188,7 @@ _UNARY = (
     "Signbit Sinc ZerosLike"
 ).split()
 _MERGE = (
-    "Add Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power Arctan2 BitwiseAnd "
+    "Subtract Multiply Divide TrueDivide DivideNoNan Maximum Minimum Power Arctan2 BitwiseAnd "
     "BitwiseLeftShift BitwiseOr BitwiseRightShift BitwiseXor Equal FloorDivide Fmax Fmin Fmod "
     "FullLike Gcd Greater GreaterEqual Heaviside Hypot Isclose Lcm Ldexp LeftShift Less LessEqual "
     "Logaddexp Logaddexp2 LogicalAnd LogicalOr LogicalXor Mod Nextafter NotEqual Polar RightShift "
@@ -205,9 +216,10 @@ add(ScalarRule("scale", "offset"), layers.Rescaling)
 add(ScalarRule("mean", "variance"), layers.Normalization)
 add(ClipRule(), op_class("Clip"))
 add(MergeRule(), *map(op_class, _MERGE))
+add(SumRule(), op_class("Add"))
+add(SumLayerRule(), layers.Add)
 add(
     MergeLayerRule(),
-    layers.Add,
     layers.Subtract,
     layers.Multiply,
     layers.Average,

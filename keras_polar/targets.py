@@ -1,0 +1,133 @@
+"""What gates decide about, and what must remain: groups of units, residual branches, floors."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keras_polar.blocks import Block, find_blocks
+from keras_polar.cost import polynomial
+from keras_polar.coupling import Coupling, Group, off_batch, sites_of
+from keras_polar.plan import Budget
+from keras_polar.rules import Site
+
+# Unless it is said otherwise, this part of the share that is to remain stays in every group.
+FLOOR = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What one gate decides about: the units of a group, or a residual branch.
+
+    Attributes:
+        name: of the group or branch.
+        units: number of units; 1 for a branch.
+        layers: names of the layers that produce the units, or that are in the branch.
+        members: layer -> for each unit it makes, its place in the group or -1; None for all in
+            order. Empty for a branch.
+        floor: units that stay at least.
+        site: index of the call whose input a gate can look at.
+        adds: the tensor that a branch adds to a sum, -1 for a group.
+    """
+
+    name: str
+    units: int
+    layers: tuple[str, ...]
+    members: dict[str, list | None]
+    floor: int
+    site: int
+    adds: int = -1
+
+
+def targets(coupling: Coupling, blocks: Sequence[Block], floors: Sequence[int]) -> list[Target]:
+    """One target per group of a coupled graph, then one per block: the variables of its cost."""
+    produced, apart = coupling.produced(), off_batch(coupling)
+    groups = zip(coupling.groups, floors, strict=False)  # floors of blocks are all 0
+    found = [_group_target(coupling, i, g, n, produced) for i, (g, n) in enumerate(groups)]
+    return [*found, *(_block_target(coupling, b, apart) for b in blocks)]
+
+
+def _group_target(coupling: Coupling, i: int, group: Group, floor: int, produced: dict) -> Target:
+    members = {n: _places(coupling, i, produced[n]) for n in group.layers}
+    return Target(group.name, group.units, group.layers, members, floor, group.site)
+
+
+def _places(coupling: Coupling, i: int, vector: np.ndarray) -> list | None:
+    own = (vector >= 0) & (coupling.group_of[vector] == i)
+    places = np.where(own, coupling.index_of[vector], -1).tolist()
+    return None if places == list(range(coupling.groups[i].units)) else places
+
+
+def _block_target(coupling: Coupling, block: Block, apart: set[int]) -> Target:
+    sites = [i for i in block.calls if _shows_features(coupling, coupling.sites[i], apart)]
+    site = (*sites, block.calls[0])[0]
+    return Target(block.name, 1, block.layers, {}, 0, site, block.tensor)
+
+
+def _shows_features(coupling: Coupling, site: Site, apart: set[int]) -> bool:
+    """Whether a call reads units of a tensor that a gate can look at."""
+    read = [site.call.inputs[tensor] for tensor, _ in site.reads[:1]]
+    return any("float" in coupling.graph.specs[t].dtype and t not in apart for t in read)
+
+
+def blocks_of(coupling: Coupling, ignore: Iterable[str]) -> tuple[Block, ...]:
+    """The branches of a coupled graph without a layer that is to be left alone."""
+    kept = {s.name for found in sites_of(coupling.sites, ignore, "ignore").values() for s in found}
+    return tuple(b for b in find_blocks(coupling.graph) if kept.isdisjoint(b.layers))
+
+
+def budget_of(
+    coupling: Coupling,
+    blocks: Sequence[Block],
+    *,
+    sparsity: float,
+    measure: str,
+    min_units: int,
+    max_sparsity: float | Mapping[str, float] | None,
+    round_to: int,
+) -> Budget:
+    """What may remain.
+
+    Raises:
+        ValueError: the sparsity cannot be reached; says what can.
+    """
+    units = (*(g.units for g in coupling.groups), *(1 for _ in blocks))
+    cost = polynomial(coupling, measure, blocks)
+
+    def budget(wanted: Any, otherwise: float) -> Budget:
+        floors = _floors(coupling, wanted, otherwise, min_units)
+        return Budget(cost, units, float(sparsity), (*floors, *(0 for _ in blocks)), round_to)
+
+    guarded = budget(max_sparsity, 1 - FLOOR * (1 - sparsity))
+    found = guarded if guarded.reachable >= sparsity else budget(max_sparsity, 1.0)
+    if found.reachable < sparsity:
+        raise ValueError(
+            f"apply: sparsity={sparsity} of the {measure} cannot be reached; at most "
+            f"{found.reachable:.3f} can go with min_units={min_units}, round_to={round_to}, "
+            f"max_sparsity={max_sparsity} and the layers that keep their units. Ask for less; "
+            "keras_polar.inspect(model) says which units stay and why."
+        )
+    return found
+
+
+def _floors(coupling: Coupling, wanted: Any, otherwise: float, min_units: int) -> list[int]:
+    limits = [otherwise if wanted is None else wanted] * len(coupling.groups)
+    if isinstance(wanted, Mapping):
+        by_layer = {p: _names(coupling, p) for p in wanted}
+        limits = [_limit(g, wanted, by_layer, otherwise) for g in coupling.groups]
+    least = (
+        max(min_units, math.ceil((1 - limit) * g.units - 1e-9))
+        for g, limit in zip(coupling.groups, limits, strict=True)
+    )
+    return [min(n, g.units) for n, g in zip(least, coupling.groups, strict=True)]
+
+
+def _names(coupling: Coupling, pattern: str) -> set[str]:
+    return {s.name for s in sites_of(coupling.sites, [pattern], "max_sparsity")[pattern]}
+
+
+def _limit(group: Group, wanted: Mapping, by_layer: dict, otherwise: float) -> float:
+    own = [wanted[p] for p, names in by_layer.items() if names.intersection(group.layers)]
+    return min(own, default=otherwise)

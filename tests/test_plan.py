@@ -1,0 +1,134 @@
+"""From scores to masks: exact to the unit, floors and multiples respected."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import small_resnet
+from keras import layers
+
+import keras_polar
+from keras_polar.cost import Polynomial
+from keras_polar.plan import Budget, settle
+
+CHAIN = Polynomial((3, 1, 5), ((0, -1), (0, 1), (1, -1)))  # 3a + ab + 5b
+
+
+def budget(sparsity, units=(40, 60), floors=(1, 1), cost=CHAIN, **options):
+    return Budget(cost, units, sparsity, floors, **options)
+
+
+def kept(scores, found):
+    return [int(mask.sum()) for mask in settle(scores, found)]
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_the_least_wanted_units_go_until_the_budget_is_met(sparsity):
+    rng = np.random.default_rng(0)
+    scores, wanted = [rng.random(40), rng.random(60)], budget(sparsity)
+    masks = settle(scores, wanted)
+    assert wanted.distance(np.array(kept(scores, wanted))) <= 0.005
+    for mask, own in zip(masks, scores, strict=True):
+        assert own[mask].min() > own[~mask].max()
+
+
+def test_ties_do_not_overshoot():
+    wanted = budget(0.5)
+    assert wanted.distance(np.array(kept([np.ones(40), np.ones(60)], wanted))) <= 0.01
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8, 16])
+def test_kept_counts_are_multiples(round_to):
+    rng = np.random.default_rng(1)
+    cost = Polynomial(tuple(rng.integers(1, 9, 60)), tuple((i % 30, i * 7 % 30) for i in range(60)))
+    wanted = budget(0.5, (64,) * 30, (1,) * 30, cost, round_to=round_to)
+    counts = kept([rng.random(64) for _ in range(30)], wanted)
+    assert all(n % round_to == 0 for n in counts)
+    assert wanted.distance(np.array(counts)) <= 0.01
+
+
+def test_floors_hold():
+    scores = [np.linspace(0, 0.1, 40), np.linspace(0.9, 1, 60)]  # the first group wants to go
+    assert kept(scores, budget(0.9))[0] == 1
+    assert kept(scores, budget(0.9, floors=(12, 1)))[0] == 12
+
+
+def test_infinite_scores_are_kept_and_minus_infinity_goes_first():
+    scores = [np.where(np.arange(40) < 30, np.inf, -np.inf), np.ones(60)]
+    first, _ = settle(scores, budget(0.5))
+    assert first.tolist() == [True] * 30 + [False] * 10
+
+
+def test_a_step_that_overshoots_is_passed_over():
+    """A branch with half of the cost, least wanted but too dear: channels go instead."""
+    cost = Polynomial((50, 1), ((0,), (1,)))
+    scores = [np.array([0.1]), np.linspace(0.2, 1, 50)]
+    assert kept(scores, budget(0.3, (1, 50), (0, 1), cost)) == [1, 20]
+    assert kept(scores, budget(0.5, (1, 50), (0, 1), cost)) == [0, 50]
+    assert kept(scores, budget(0.6, (1, 50), (0, 1), cost)) == [0, 40]
+
+
+# --- options of apply -------------------------------------------------------------------------
+
+
+def floors(model, sparsity=0.3, **options):
+    gated = keras_polar.apply(model, sparsity, **options)
+    return dict(zip((g.name for g in gated.groups), gated.budget.floors, strict=True))
+
+
+def two_layers():
+    x = keras.Input((8,))
+    y = layers.Dense(50, name="second")(layers.Dense(20, name="first")(x))
+    return keras.Model(x, layers.Dense(2, name="head")(y))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, (4, 9)),  # a quarter of 0.7
+        ({"min_units": 6}, (6, 9)),
+        ({"max_sparsity": 1.0}, (1, 1)),
+        ({"max_sparsity": 0.6}, (8, 20)),
+        ({"max_sparsity": {"first": 0.7}}, (6, 9)),
+        ({"max_sparsity": {"first": 0, "*": 0.6}}, (20, 20)),
+        ({"max_sparsity": 0.6, "min_units": 30}, (20, 30)),
+    ],
+)
+def test_floors_of_apply(options, wanted):
+    assert tuple(floors(two_layers(), **options).values()) == wanted
+
+
+def test_a_group_that_all_want_to_close_keeps_its_floor():
+    gated = keras_polar.apply(two_layers(), 0.75, gate="static", max_sparsity={"first": 0.8})
+    first = gated.groups[0]
+    first._gate.open_rates.assign(np.zeros(20, "float32"))
+    first._gate.scores.assign(np.zeros(20, "float32"))
+    assert first.mask.sum() >= 4
+    gated.settle()
+    assert first.mask.sum() == 4
+    assert abs(gated.sparsity - 0.75) <= 0.01
+
+
+def test_protection_gives_way_to_the_request():
+    with pytest.raises(ValueError, match=r"at most 0\.846"):
+        keras_polar.apply(two_layers(), 0.85, ignore="first")
+    gated = keras_polar.apply(two_layers(), 0.84, ignore="first")
+    assert gated.budget.floors == (1,)  # two, if a quarter of the rest stayed
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, "half", {"first": 2}, True])
+def test_bad_max_sparsity(value):
+    with pytest.raises(ValueError, match="max_sparsity"):
+        keras_polar.apply(two_layers(), 0.3, max_sparsity=value)
+
+
+def test_max_sparsity_of_no_layer():
+    with pytest.raises(ValueError, match=r"max_sparsity.*'third'.*first, head, second"):
+        keras_polar.apply(two_layers(), 0.3, max_sparsity={"third": 0.5})
+
+
+@pytest.mark.parametrize("round_to", [4, 8])
+def test_round_to_after_settling(round_to):
+    gated = keras_polar.apply(small_resnet(widths=(32, 64)), 0.5, round_to=round_to)
+    gated.settle()
+    assert all(g.mask.sum() % round_to == 0 for g in gated.groups)
+    assert abs(gated.sparsity - 0.5) <= 0.01
