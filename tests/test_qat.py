@@ -67,6 +67,18 @@ def test_translation_is_exact(middle):
     ]
 
 
+def test_mixed_precision_becomes_float32():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = conv_net(layers.Conv2D(4, 3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    twin, x = translated(model), images()
+    expected = keras.ops.convert_to_numpy(model(x)).astype("float32")
+    assert twin(x).dtype == tf.float32
+    assert 0 < np.abs(twin(x).numpy() - expected).max() < 2e-2 * np.abs(expected).max()
+
+
 def test_inputs_keep_their_structure():
     a, b = keras.Input((3,), name="z"), keras.Input((3,), name="a")
     out = layers.Dense(2)(layers.Concatenate()([a, b]))

@@ -132,6 +132,8 @@ ROUNDING = """
 ## Rounding of widths
 
 Gain (speed-up / MAC ratio) with `round_to` 1, 4, 8 and 16; in brackets the MAC ratio that came out.
+The kernels work on channels in blocks: a width that is no multiple of a block takes as long as the
+next one, which tells where layers are narrow.
 
 | network | precision | {columns} |
 |---|---|{rules}|

@@ -59,8 +59,9 @@ def export_tflite(
             `model.fit` takes data: an array of shape `(samples, ...)`; a list, tuple or dict of
             such arrays where the model has several inputs; a tuple `(inputs, labels)`; or batches
             of any of these from a `tf.data.Dataset`, a `PyDataset`, a generator or another
-            iterable. The first 500 samples are used. None draws 8 random ones, uniform between 0
-            and 1 (integers: 0 or 1), for the comparison only.
+            iterable. The first 500 samples are used (whole batches, if the model fixes the batch
+            size). None draws 8 random ones, uniform between 0 and 1 (integers: 0 or 1), for the
+            comparison only.
         evaluation_data: samples for the comparison, in the same forms; all of them are used.
             None: the representative ones.
         io: "float32" keeps the inputs and outputs of an "int8" file float; None does not.

@@ -58,7 +58,7 @@ def quantize_aware(model: keras.Model) -> Any:
     try:
         with quiet():
             return quantization.quantize_model(twin)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # tfmot raises whatever it meets, of many types
         raise ValueError(
             f"quantize_aware: tensorflow-model-optimization cannot quantize {model.name!r}: "
             f"{str(error).split(' You can quantize this layer')[0]} {FLOAT_PATH}"
