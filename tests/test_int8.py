@@ -29,6 +29,9 @@ def images(count, seed=0):
     return np.random.default_rng(seed).normal(size=(count, 8, 8, 3)).astype("float32")
 
 
+X, Y = images(12), np.arange(12) % CLASSES
+
+
 def image_and_word():
     """Inputs whose names sort against their order, of two dtypes."""
     image, word = keras.Input((6, 6, 2), name="zebra"), keras.Input((4,), dtype="int32", name="ant")
@@ -46,42 +49,55 @@ def pair(count=6):
 # --- what is in the file ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("io", "dtype"), [(None, "int8"), ("float32", "float32")])
-def test_int8_file_is_integer_inside_and_as_asked_outside(tmp_path, io, dtype):
-    x = images(40)
-    model, path = conv_net(), tmp_path / "net.tflite"
-    report = export_tflite(model, path, "int8", representative_data=x, io=io)
-    float_bytes = export_tflite(model, tmp_path / "float.tflite").bytes
-    assert report.bytes < 0.6 * float_bytes
-    for tensor in (*report.inputs, *report.outputs):
-        assert tensor.dtype == dtype
-        assert (tensor.scale is None) == (io == "float32")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A float and an int8 file of the same network, its outputs for X, and the int8 report."""
+    keras.utils.set_random_seed(0)
+    model, folder = conv_net(), tmp_path_factory.mktemp("files")
+    full = export_tflite(model, folder / "full.tflite")
+    report = export_tflite(model, folder / "net.tflite", "int8", representative_data=X)
+    return full, report, model.predict(X, verbose=0)
+
+
+def test_int8_file_is_integer_throughout(exported):
+    full, report, expected = exported
+    assert report.bytes < 0.6 * full.bytes
+    assert [t.dtype for t in (*report.inputs, *report.outputs)] == ["int8", "int8"]
     assert 0 < report.mean_difference < report.max_difference
     assert report.relative_difference < 0.05
     assert not report.random
-    expected, got = model.predict(x, verbose=0), run_tflite(path, x)["output_0"]
-    assert np.abs(got - expected).max() == pytest.approx(report.max_difference, rel=1e-3)
+    off = np.abs(run_tflite(report.path, X)["output_0"] - expected).max()
+    assert off == pytest.approx(report.max_difference, rel=1e-3)
 
 
-def test_scale_and_zero_point_say_what_the_integers_mean(tmp_path):
-    x, path = images(40), tmp_path / "net.tflite"
-    report = export_tflite(conv_net(), path, "int8", representative_data=x)
+def test_float_ends_stay_if_asked_for(tmp_path, exported):
+    report = export_tflite(
+        conv_net(), tmp_path / "net.tflite", "int8", representative_data=X, io="float32"
+    )
+    for tensor in (*report.inputs, *report.outputs):
+        assert (tensor.dtype, tensor.scale, tensor.zero_point) == ("float32", None, None)
+    assert report.relative_difference < 0.05
+    assert abs(report.bytes - exported[1].bytes) < 1000  # as small inside
+
+
+def test_scale_and_zero_point_say_what_the_integers_mean(exported):
+    _, report, _ = exported
     (tensor,) = report.inputs
     # The range of the data, and 0 exactly, in 256 steps.
-    assert tensor.scale == pytest.approx((x.max() - x.min()) / 255, rel=1e-3)
-    integers = np.clip(np.round(x / tensor.scale) + tensor.zero_point, -128, 127).astype("int8")
+    assert tensor.scale == pytest.approx((X.max() - X.min()) / 255, rel=1e-3)
+    integers = np.clip(np.round(X / tensor.scale) + tensor.zero_point, -128, 127).astype("int8")
     np.testing.assert_array_equal(
-        run_tflite(path, integers)["output_0"], run_tflite(path, x)["output_0"]
+        run_tflite(report.path, integers)["output_0"], run_tflite(report.path, X)["output_0"]
     )
     assert f"scale {tensor.scale:.6g}" in str(report)
 
 
-def test_unsigned_images_are_values_not_stored_numbers(tmp_path):
-    x, path = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)), tmp_path / "net.tflite"
-    export_tflite(conv_net(), path, "int8", representative_data=x)
+def test_unsigned_integers_are_values_not_stored_numbers(exported):
+    _, report, _ = exported
+    x = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype("uint8")
     np.testing.assert_array_equal(
-        run_tflite(path, x.astype("uint8"))["output_0"],
-        run_tflite(path, x.astype("float32"))["output_0"],
+        run_tflite(report.path, x)["output_0"],
+        run_tflite(report.path, x.astype("float32"))["output_0"],
     )
 
 
@@ -187,9 +203,6 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         return tuple(x[4 * index : 4 * index + 4] for x in self.arrays)
-
-
-X, Y = images(12), np.arange(12) % CLASSES
 
 
 @pytest.mark.parametrize(
@@ -318,9 +331,7 @@ def test_operation_without_integer_kernel_is_refused_with_the_float_path(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_runtime_says_what_to_install(tmp_path, monkeypatch):
-    path = tmp_path / "net.tflite"
-    export_tflite(conv_net(), path)
+def test_missing_runtime_says_what_to_install(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     with pytest.raises(ImportError, match="pip install ai-edge-litert"):
-        run_tflite(path, images(1))
+        run_tflite(exported[1].path, X)

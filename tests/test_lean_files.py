@@ -59,7 +59,7 @@ def contents(path):
     return operations, unused
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_file_is_that_of_a_network_built_small(tmp_path, quantize):
     models = {"cut": half_of(network(FULL)), "built": network(HALF)}
     for name, model in models.items():
