@@ -7,6 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_JAX := $(VENV)/.installed-jax
 INSTALLED_HUB := $(VENV)/.installed-hub
+INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples
 
 # TensorFlow's start-up notes hide what the commands below have to say.
@@ -15,7 +16,7 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax coverage-matrix scaling lint format clean
+.PHONY: help setup demo test test-all test-jax coverage-matrix scaling latency lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +37,17 @@ $(INSTALLED_HUB): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[hub]'
 	@touch $@
 
+$(INSTALLED_QAT): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[qat]'
+	@touch $@
+
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
 test: $(INSTALLED) ## the quick tests
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(INSTALLED) $(INSTALLED_HUB) test-jax ## every test, KerasHub's models and JAX included
+test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax ## every test: KerasHub's models, QAT and JAX included
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
@@ -55,6 +60,9 @@ coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub:
 scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/scaling.md; an hour
 	$(RUN) examples/benchmarks/scaling.py
 
+latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/latency.md; half an hour
+	$(RUN) examples/benchmarks/latency.py
+
 lint: $(INSTALLED) ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff check $(CODE)
 	$(RUN) -m ruff format --check $(CODE)
@@ -65,5 +73,5 @@ format: $(INSTALLED) ## let ruff rewrite the code
 	$(RUN) -m ruff format $(CODE)
 
 clean: ## remove everything that was generated, .venv included
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info demo_output deploy_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

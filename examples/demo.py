@@ -18,7 +18,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_polar
-from keras_polar.export import benchmark_tflite
 
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
@@ -144,7 +143,7 @@ def run(options):
     compile_classifier(small)
     files = [folder / "dense.tflite", folder / "small.tflite"]
     results = [measure(m, test, path) for m, path in zip((dense, small), files, strict=True)]
-    latencies = benchmark_tflite(files, runs=LATENCY_RUNS)
+    latencies = keras_polar.benchmark_tflite(files, runs=LATENCY_RUNS)
     for result, path in zip(results, files, strict=True):
         result["latency_ms"] = latencies[str(path)].median
 

@@ -10,8 +10,8 @@ from keras_polar._version import __version__
 from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
 from keras_polar.cost import cost
-from keras_polar.export import export_tflite
 from keras_polar.gated import GatedModel
+from keras_polar.litert import benchmark_tflite, export_tflite, quantize_aware, run_tflite
 from keras_polar.registry import register
 from keras_polar.report import inspect
 from keras_polar.rules import Rule
@@ -23,10 +23,13 @@ __all__ = [
     "Schedule",
     "__version__",
     "apply",
+    "benchmark_tflite",
     "convert",
     "cost",
     "export_tflite",
     "inspect",
+    "quantize_aware",
     "register",
     "remove",
+    "run_tflite",
 ]

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
+
+from keras_polar import export_tflite
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -42,3 +45,85 @@ def test_overhead_benchmark(tmp_path):
     path = tmp_path / "overhead.json"
     run("benchmarks/overhead.py", "--batch_size=8", "--rounds=2", f"--output={path}")
     assert set(json.loads(path.read_text())) == {"static", "dynamic"}
+
+
+@pytest.mark.slow
+def test_latency_benchmark(tmp_path):
+    run("benchmarks/latency.py", "--only=ResNet", "--runs=2", f"--output_dir={tmp_path}")
+    row = json.loads((tmp_path / "latency.jsonl").read_text())
+    for entry in row["files"]["round_to=8"].values():
+        assert entry["ms"] > 0
+    for precision, entry in row["files"]["round_to=1"].items():
+        assert entry["bytes"] < 0.65 * row["files"]["dense"][precision]["bytes"]
+    assert row["macs"]["round_to=1"] / row["macs"]["dense"] == pytest.approx(0.5, abs=0.01)
+    assert (tmp_path / "latency.md").read_text().count("| ResNet-20 |") == 8
+
+
+# --- deploy ----------------------------------------------------------------------------------
+
+# Stands between the script and everything but numpy and the LiteRT runtime.
+ALONE = """
+import runpy, sys
+for name in ("tensorflow", "keras", "keras_polar", "absl", "PIL"):
+    sys.modules[name] = None
+script, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def classify(*arguments):
+    script = EXAMPLES / "deploy" / "classify.py"
+    command = [sys.executable, "-c", ALONE, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def brightest_channel():
+    """Says which colour an image has most of; logits of 10 times the mean, so that it is sure."""
+    inputs = keras.Input((4, 6, 3))
+    x = keras.layers.Dense(3, kernel_initializer="identity")(inputs)
+    return keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(10 * x))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_classify_needs_only_numpy_and_the_runtime(tmp_path, quantize):
+    data = np.random.default_rng(0).random((32, 4, 6, 3), "float32")
+    model = tmp_path / "net.tflite"
+    export_tflite(brightest_channel(), model, quantize, representative_data=data)
+    pixels = np.zeros((2, 8, 9, 3), "uint8")  # larger than what the model takes
+    pixels[0, ..., 2], pixels[1, ..., 0] = 200, 200
+    np.save(tmp_path / "two.npy", pixels)
+    (tmp_path / "blue.ppm").write_bytes(b"P6\n# a comment\n9 8\n255\n" + pixels[0].tobytes())
+    labels = tmp_path / "labels.txt"
+    labels.write_text("red\ngreen\nblue\n")
+    ran = classify(model, tmp_path / "two.npy", tmp_path / "blue.ppm", f"--labels={labels}")
+    assert ran.returncode == 0, ran.stderr
+    found = [line.split() for line in ran.stdout.splitlines()]
+    assert [line[:2] for line in found] == [
+        ["two.npy", "blue"],
+        ["two.npy", "red"],
+        ["blue.ppm", "blue"],
+    ]
+    sure = 1 / (1 + 2 * np.exp(-2000 / 255))  # softmax of the logits
+    for *_, confidence, milliseconds, unit in found:
+        assert float(confidence.rstrip("%")) / 100 == pytest.approx(sure, abs=0.01)
+        assert float(milliseconds) >= 0
+        assert unit == "ms"
+    (tmp_path / "photo.jpg").touch()
+    assert "pip install pillow" in classify(model, tmp_path / "photo.jpg").stderr
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path):
+    text = run("deploy/end_to_end.py", "--smoke", "--model=resnet8", f"--output_dir={tmp_path}")
+    sizes = [(tmp_path / f"{name}-int8.tflite").stat().st_size for name in ("dense", "small")]
+    assert sizes[1] < sizes[0]
+    assert text.count("images.npy  digit") == 8
+
+
+@pytest.mark.slow
+def test_quantisation_aware_training(tmp_path):
+    pytest.importorskip("tf_keras")  # `make test-all` installs it
+    run("deploy/qat.py", "--smoke", f"--output_dir={tmp_path}")
+    result = json.loads((tmp_path / "qat.json").read_text())
+    assert result["aware"] >= result["after_training"]
+    assert min(result["agreement"].values()) > 0.9

@@ -1,0 +1,198 @@
+"""What pruning gains where a model runs: docs/latency.md.
+
+Four networks at half of their multiply-accumulates, with channels closed at random and untrained
+weights (neither matters for speed), in every precision that `export_tflite` knows and with kept
+channels rounded up to multiples of 1, 4, 8 and 16. All files of a network take turns, so that a
+disturbance of the machine meets them alike. Rows are kept in docs/latency.jsonl and not repeated.
+
+    make latency
+    python examples/benchmarks/latency.py --only=ResNet --runs=50
+"""
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from rich.progress import track
+from rows import add_row, read_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+SPARSITY = 0.5
+ROUNDINGS = (1, 4, 8, 16)
+PRECISIONS = {"float32": None, "float16": "float16", "dynamic": "dynamic", "int8": "int8"}
+CALIBRATION = 16  # samples; speed does not depend on the ranges
+NAMES = ("ResNet-20", "VGG16-BN", "MobileNetV2", "EfficientNetB0")
+
+_ONLY = flags.DEFINE_string("only", "", "Regular expression: networks to measure.")
+_RUNS = flags.DEFINE_integer("runs", 500, "Timed runs of each file.", lower_bound=1)
+_FOLDER = flags.DEFINE_string("output_dir", str(DOCS), "Where latency.md and .jsonl are.")
+
+
+# --- one network -----------------------------------------------------------------------------
+
+
+def build(name):
+    """The dense network, with random weights."""
+    import keras
+    import models
+
+    keras.utils.set_random_seed(0)
+    if name in ("ResNet-20", "VGG16-BN"):
+        return models.build({"ResNet-20": "resnet20"}.get(name, "vgg16"), (32, 32, 3), 10)
+    return getattr(keras.applications, name)(
+        weights=None, input_shape=(96, 96, 3), classes=100, classifier_activation=None
+    )
+
+
+def halved(dense, round_to):
+    """Half of the multiply-accumulates, whichever channels chance picks."""
+    import keras_polar
+    from keras_polar.plan import settle
+
+    gated = keras_polar.apply(dense, SPARSITY, measure="macs", gate="static", round_to=round_to)
+    rng = np.random.default_rng(0)
+    scores = [rng.random(group.units) for group in gated.groups]
+    for group, mask in zip(gated.groups, settle(scores, gated.budget), strict=True):
+        group.set_mask(mask)
+    return keras_polar.convert(gated)
+
+
+def measure(name, runs):
+    """Bytes, latency and difference from Keras of every file; multiply-accumulates."""
+    import tensorflow
+
+    import keras_polar
+
+    dense = build(name)
+    variants = {"dense": dense} | {f"round_to={n}": halved(dense, n) for n in ROUNDINGS}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {v: exported(model, Path(folder) / v) for v, model in variants.items()}
+        add_latencies(files, runs)
+    macs = {variant: int(keras_polar.cost(model).macs) for variant, model in variants.items()}
+    return {"runs": runs, "tensorflow": tensorflow.__version__, "macs": macs, "files": files}
+
+
+def exported(model, stem):
+    """Precision -> what the file is like."""
+    import keras_polar
+
+    shape = (CALIBRATION, *model.inputs[0].shape[1:])
+    images, result = np.random.default_rng(0).random(shape, "float32"), {}
+    for precision, quantize in PRECISIONS.items():
+        path = stem.with_name(f"{stem.name}-{precision}.tflite")
+        report = keras_polar.export_tflite(model, path, quantize, representative_data=images)
+        result[precision] = {
+            "path": str(path),
+            "bytes": report.bytes,
+            "relative_difference": report.relative_difference,
+        }
+    return result
+
+
+def add_latencies(files, runs):
+    """Times all files in turns and adds what was found to their entries."""
+    import keras_polar
+
+    entries = [entry for variant in files.values() for entry in variant.values()]
+    times = keras_polar.benchmark_tflite([entry["path"] for entry in entries], runs=runs)
+    for entry in entries:
+        latency = times[entry.pop("path")]
+        entry |= {"ms": latency.median, "lower": latency.lower, "upper": latency.upper}
+        entry["peak_bytes"] = latency.peak_bytes
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+INTRODUCTION = """# Latency
+
+Written by `make latency` with tensorflow {tensorflow}: one inference (batch of one) with LiteRT's
+CPU kernels on one thread, on 2 cores **with other work running**: times are medians of {runs} runs
+in which all files of a network took turns; only ratios within a network mean much. ResNet-20 and
+VGG16 with batch normalization at 32 x 32 pixels, MobileNetV2 and EfficientNetB0 at 96 x 96. Half of
+the multiply-accumulates (MACs) are cut (`apply(model, 0.5, measure="macs")`), channels picked at
+random, weights untrained. Peak is what a process grows by while it loads and runs the file.
+
+## Dense and pruned, `round_to=1`
+
+*Speed-up* is dense time / pruned time of the same precision, *MAC ratio* dense MACs / pruned MACs;
+gain is the first as a part of the second. *Difference* is that of the pruned file from Keras,
+relative to the largest output (for int8 of an untrained network it says little).
+
+| network | precision | dense bytes | pruned bytes | dense ms | pruned ms (quartiles) | speed-up | \
+MAC ratio | gain | dense peak | pruned peak | difference |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+"""
+ROUNDING = """
+## Rounding of widths
+
+Gain (speed-up / MAC ratio) with `round_to` 1, 4, 8 and 16; in brackets the MAC ratio that came out.
+The kernels work on channels in blocks: a width that is no multiple of a block takes as long as the
+next one, which tells where layers are narrow.
+
+| network | precision | {columns} |
+|---|---|{rules}|
+"""
+
+
+def write_tables(folder):
+    """docs/latency.md from the rows that there are."""
+    rows = read_rows(folder / "latency.jsonl")
+    rows = {name: rows[name] for name in NAMES if name in rows}
+    if not rows:
+        return
+    text = INTRODUCTION.replace("\\\n", "").format(**next(iter(rows.values())))
+    text += "".join(main_line(n, p, r) for n, r in rows.items() for p in PRECISIONS)
+    columns = " | ".join(str(n) for n in ROUNDINGS)
+    text += ROUNDING.format(columns=columns, rules="|".join("--:" for _ in ROUNDINGS))
+    text += "".join(rounding_line(n, p, r) for n, r in rows.items() for p in PRECISIONS)
+    (folder / "latency.md").write_text(text, encoding="utf-8")
+
+
+def ratios(row, variant, precision):
+    """Speed-up and MAC ratio against the dense network."""
+    dense, small = row["files"]["dense"][precision], row["files"][variant][precision]
+    return dense["ms"] / small["ms"], row["macs"]["dense"] / row["macs"][variant]
+
+
+def main_line(name, precision, row):
+    dense, small = row["files"]["dense"][precision], row["files"]["round_to=1"][precision]
+    speed_up, mac_ratio = ratios(row, "round_to=1", precision)
+    cells = [
+        *(f"{x['bytes']:,}" for x in (dense, small)),
+        f"{dense['ms']:.3f}",
+        f"{small['ms']:.3f} ({small['lower']:.3f} to {small['upper']:.3f})",
+        *(f"{x:.2f}" for x in (speed_up, mac_ratio, speed_up / mac_ratio)),
+        *(f"{x['peak_bytes'] / 2**20:.1f} MiB" for x in (dense, small)),
+        f"{small['relative_difference']:.0e}",
+    ]
+    return f"| {name} | {precision} | {' | '.join(cells)} |\n"
+
+
+def rounding_line(name, precision, row):
+    found = [ratios(row, f"round_to={n}", precision) for n in ROUNDINGS]
+    cells = [f"{speed / macs:.2f} ({macs:.2f})" for speed, macs in found]
+    return f"| {name} | {precision} | {' | '.join(cells)} |\n"
+
+
+def main(argv):
+    """Entry point of absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    folder = Path(_FOLDER.value)
+    path = folder / "latency.jsonl"
+    todo = [n for n in NAMES if n not in read_rows(path) and re.search(_ONLY.value, n)]
+    for name in track(todo, "latency"):
+        add_row(path, {"name": name, **measure(name, _RUNS.value)})
+        write_tables(folder)
+    write_tables(folder)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    app.run(main)

@@ -1,0 +1,130 @@
+"""`export_tflite`: convert, write, try out, compare, move into place."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_polar.litert.checks import (
+    check_finite,
+    check_options,
+    checked_path,
+    converted,
+    core_of,
+    draft_of,
+)
+from keras_polar.litert.compare import compare, signature
+from keras_polar.litert.data import Samples, random_samples, read_samples
+from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
+from keras_polar.litert.report import ExportReport
+from keras_polar.litert.write import not_exportable, write
+
+_REPRESENTATIVE = 500  # samples; ranges of activations hardly change with more
+_NO_DATA = (
+    "Expected `representative_data` for quantize='int8': the ranges of activations come from real "
+    "samples. Pass some hundred inputs of the training data, or use quantize='dynamic', which "
+    "needs none."
+)
+
+
+def export_tflite(
+    model: keras.Model,
+    path: str | os.PathLike,
+    quantize: str | None = None,
+    *,
+    representative_data: Any = None,
+    evaluation_data: Any = None,
+    io: str | None = None,
+) -> ExportReport:
+    """Writes a model as a LiteRT file, runs the file, and compares it with Keras.
+
+    A gated model is converted first: the file always holds the small, static network. Only
+    builtin LiteRT operations are used, so that the file runs on every LiteRT runtime. The batch
+    size stays open unless the model fixes it. The file appears at `path` complete or not at all.
+
+    In the file, inputs carry the names of the model's `keras.Input`s and outputs are called
+    `output_0`, `output_1`, ...; where the model takes or returns a flat dict, its keys are the
+    names. The model is not changed.
+
+    Args:
+        model: functional or Sequential, built; plain or gated; or what `quantize_aware` returned.
+        path: where to write; ends in `.tflite`, its folder exists. A file there is replaced.
+        quantize: None computes as the model does; "float16" stores weights in half the bytes and
+            computes in float32; "dynamic" stores weights as int8 and decides the ranges of
+            activations while it runs; "int8" is full integer: weights, activations, inputs and
+            outputs (token ids and the like stay as they are).
+        representative_data: real samples; "int8" takes the ranges of activations from them
+            (but for `quantize_aware` models, which have learnt their ranges). As
+            `model.fit` takes data: an array of shape `(samples, ...)`; a list, tuple or dict of
+            such arrays where the model has several inputs; a tuple `(inputs, labels)`; or batches
+            of any of these from a `tf.data.Dataset`, a `PyDataset`, a generator or another
+            iterable. The first 500 samples are used (whole batches, if the model fixes the batch
+            size). None draws 8 random ones, uniform between 0 and 1 (integers: 0 or 1), for the
+            comparison only.
+        evaluation_data: samples for the comparison, in the same forms; all of them are used.
+            None: the representative ones.
+        io: "float32" keeps the inputs and outputs of an "int8" file float; None does not.
+
+    Returns:
+        The size of the file, its inputs and outputs with their scales, and how far it is from
+        Keras: differences, agreement of classifiers, accuracy where the data have labels.
+
+    Raises:
+        TypeError: `model` is no Keras model, `path` no path, or the data have another dtype.
+        ValueError: the model is unbuilt or subclassed or has weights that are not finite, an
+            option is unknown, "int8" has no data, `path` does not end in `.tflite`, the data do
+            not fit the inputs, Keras does not run on TensorFlow, or the model holds something
+            LiteRT cannot do.
+        OSError: the folder of `path` does not exist or cannot be written to.
+
+    Example:
+        >>> report = keras_polar.export_tflite(
+        ...     small, "small.tflite", "int8", representative_data=images[:500],
+        ...     evaluation_data=(test_images, test_labels))
+        >>> report.bytes, report.accuracy, report.keras_accuracy
+    """
+    path = checked_path(path)
+    check_options(quantize, io)
+    trained_for_it = is_legacy(model)
+    core = legacy_core(model, quantize) if trained_for_it else core_of(converted(model))
+    check_finite(core)
+    if quantize == "int8" and representative_data is None and not trained_for_it:
+        raise ValueError(_NO_DATA)
+    given, compared_on = _samples(core, representative_data, evaluation_data)
+    with draft_of(path) as draft:
+        if trained_for_it:
+            write_quantized(core, draft, io)
+        else:
+            write(core, draft, quantize, io, given)
+        return _finished(core, draft, path, quantize, compared_on)
+
+
+def _finished(
+    core: Any, draft: Path, path: Path, quantize: str | None, samples: Samples
+) -> ExportReport:
+    """Tries a file out and moves it to its place."""
+    try:
+        comparison = compare(core, draft, samples)
+    except RuntimeError as error:  # the runtime checks some limits only when it runs
+        raise ValueError(not_exportable(core, quantize, error)) from error
+    inputs, outputs = signature(core, draft)
+    os.replace(draft, path)
+    return ExportReport(
+        **vars(comparison),
+        path=path,
+        bytes=path.stat().st_size,
+        quantize=quantize,
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def _samples(core: Any, representative: Any, evaluation: Any) -> tuple[Samples | None, Samples]:
+    """Samples to calibrate with, and samples to compare on."""
+    given = None
+    if representative is not None:
+        given = read_samples(core, representative, "representative_data", _REPRESENTATIVE)
+    if evaluation is not None:
+        return given, read_samples(core, evaluation, "evaluation_data")
+    return given, given or random_samples(core)
