@@ -96,7 +96,8 @@ def _check_options(
         raise TypeError(f"apply: expected sparsity as a number in (0, 1), received {sparsity!r}.")
     if not 0 < sparsity < 1:
         raise ValueError(
-            f"apply: expected 0 < sparsity < 1 (the share to be removed), received {sparsity}."
+            "apply: expected 0 < sparsity < 1, the share to be removed (0.5 removes half), "
+            f"received {sparsity}."
         )
     for name, value, known in (
         ("measure", measure, MEASURES),

@@ -108,8 +108,9 @@ def read_samples(path: str, model: keras.Model) -> Any:
             "with `numpy.savez(path, images)`."
         )
     try:
-        found = np.load(path)
-        arrays = found if isinstance(found, np.ndarray) else dict(found)
+        with open(path, "rb") as file:
+            found = np.load(file)
+            arrays = found if isinstance(found, np.ndarray) else dict(found)
     except ValueError as error:
         raise ValueError(
             f"Expected --data={path!r} to hold arrays of numbers as numpy.savez writes them: "

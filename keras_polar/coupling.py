@@ -12,6 +12,7 @@ channels of conv1 form a group of their own.
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def _followed(site: Site) -> list[Ids]:
 
 
 def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+    for pattern in _patterns(ignore):
         matches = [s for s in sites if _matches(s, pattern)]
         if not matches:
             names = sorted({s.name for s in sites if s.produces})
@@ -134,6 +135,18 @@ def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -
         for site in matches:
             for vector in site.axes.values():
                 units.pin(vector, f"ignored by {pattern!r}")
+
+
+def _patterns(ignore: Any) -> list[str]:
+    is_list = isinstance(ignore, Iterable) and not isinstance(ignore, str)
+    patterns = [*ignore] if is_list else [ignore]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                "ignore: expected a list of names or glob patterns of layers, "
+                f"['stem', 'block1_*'] say; received {pattern!r}."
+            )
+    return patterns
 
 
 def _matches(site: Site, pattern: str) -> bool:

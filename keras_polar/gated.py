@@ -96,7 +96,13 @@ class GatedModel(keras.Model):
     @property
     def consensus(self) -> Consensus:
         """The layer that holds losses, schedule and target."""
-        return next(layer for layer in self.layers if isinstance(layer, Consensus))
+        for layer in self.layers:
+            if isinstance(layer, Consensus):
+                return layer
+        raise ValueError(
+            f"GatedModel {self.name!r} has no gates. Expected one that keras_polar.apply made; "
+            "it is not meant to be built by hand."
+        )
 
     @property
     def budget(self) -> Budget:
@@ -214,10 +220,11 @@ def is_gated(model: Any) -> bool:
 def require_gated(model: Any, what: str) -> None:
     """Raises a TypeError if `model` has no gates."""
     if not is_gated(model):
+        name = f"{model.name!r} without gates" if isinstance(model, keras.Model) else ""
         raise TypeError(
             f"{what}: expected a gated model, as keras_polar.apply returns it; received "
-            f"{type(model).__name__} {getattr(model, 'name', '')!r} without gates. Call "
-            "`gated = keras_polar.apply(model, sparsity=0.5)` and train that."
+            f"{type(model).__name__} {name}. Call `gated = keras_polar.apply(model, sparsity=0.5)` "
+            "and train that; one saved on disk is read with `keras.models.load_model`."
         )
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
+from keras_polar.gated import is_gated, stripped
 from keras_polar.rules import is_unknown, read
 
 WIDTH = 120
@@ -109,7 +110,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
     """Says of every layer which of its units can be pruned, with which others, or why not.
 
     Args:
-        model: a functional or built Sequential Keras model.
+        model: a functional or built Sequential Keras model; gates are left out.
         ignore: as for `keras_polar.apply`.
 
     Raises:
@@ -119,7 +120,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = couple(read(model), ignore)
+    coupling = couple(stripped(model) if is_gated(model) else read(model), ignore)
     costs: dict[str, Counter] = {}  # of all calls of a shared layer together
     for row in counted(coupling).rows:
         own = {m: getattr(row, m) for m in MEASURES}
