@@ -7,13 +7,17 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
+PLOTS = ["matplotlib"]
+
 TEST = [
+    *PLOTS,
     "hypothesis",
     "mypy",
     "pytest",
     "pytest-timeout",
     "ruff",
     "scikit-learn",
+    "tensorboard",
 ]
 
 
@@ -49,15 +53,15 @@ setup(
         "absl-py",
         "ai-edge-litert>=2.3",
         "keras>=3.15",
-        "matplotlib",
         "numpy",
         "rich",
         "tensorflow>=2.21",
     ],
     extras_require={
-        "examples": ["absl-py", "scikit-learn", "tensorflow-datasets"],
+        "examples": [*PLOTS, "scikit-learn", "tensorflow-datasets"],
         "hub": ["keras-hub"],
         "jax": ["jax"],
+        "plots": PLOTS,
         "qat": ["tensorflow-model-optimization", "tf_keras"],
         "test": TEST,
     },

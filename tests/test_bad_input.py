@@ -9,7 +9,7 @@ from helpers import close_half, small_resnet
 from keras import layers
 
 import keras_polar
-from keras_polar import Schedule, cli
+from keras_polar import Schedule, cli, plots
 
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="LiteRT files are written by TensorFlow"
@@ -45,6 +45,12 @@ def unbuilt():
 @functools.cache
 def unprunable():
     return keras.Sequential([keras.Input((4,)), layers.Dense(3, name="only")], name="outputs")
+
+
+@functools.cache
+def without_units():
+    x = keras.Input((2,))
+    return keras.Model(x, layers.ReLU()(x), name="empty")
 
 
 @functools.cache
@@ -267,7 +273,20 @@ COMMANDS = [
     ),
 ]
 
+PLOTS = [
+    (lambda: plots.open_rates({}), ValueError, "none", "callbacks.OpenRates()"),
+    (lambda: plots.open_rates({"stem": [1.0, 0.5]}), ValueError, "'stem'", "(times, units)"),
+    (lambda: plots.polarization({"stem": []}), ValueError, "'stem'", "(times, units)"),
+    (lambda: plots.widths(model(), "small.keras"), TypeError, "received str", "functional"),
+    (lambda: plots.widths(without_units(), model()), ValueError, "'empty'", "layer with units"),
+    (lambda: plots.trade_off({}), ValueError, "got none", "(size, score)"),
+    (lambda: plots.trade_off({"gates": [1e5, 0.9]}), ValueError, "'gates'", "(size, score)"),
+    (lambda: plots.trade_off({"gates": [(1e5, 92)]}), ValueError, "92.0", "0.92 for 92 %"),
+    (lambda: plots.trade_off({"gates": [(0, 0.9)]}), ValueError, "0.0", "sizes > 0"),
+]
+
 TABLES = {
+    "plots": PLOTS,
     "apply": APPLY,
     "convert": CONVERT,
     "remove": REMOVE,
