@@ -1,10 +1,12 @@
 """Puts gates into a model: one call before `fit`."""
 
 import re
+import warnings
 from collections import ChainMap
 from collections.abc import Iterable
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_polar.cost import MEASURES, polynomial, sizes_known
@@ -21,6 +23,7 @@ from keras_polar.schedule import Schedule
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels",)
+TRAINING = ("train_step", "test_step", "compute_loss", "compute_metrics")
 
 
 def apply(
@@ -80,7 +83,21 @@ def apply(
     _check_prunable(coupling, model, measure)
     budget = _budget(coupling, sparsity, measure, min_units, round_to)
     inserter = _Inserter(coupling, GATES[gate], min_units, schedule or Schedule(), budget, measure)
-    return rebuild(coupling.graph, inserter.visit, GatedModel)
+    gated = rebuild(coupling.graph, inserter.visit, GatedModel)
+    gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
+    _warn_of_own_training(model)
+    return gated
+
+
+def _warn_of_own_training(model: Any) -> None:
+    own = [n for n in TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)]
+    if own:
+        warnings.warn(
+            f"apply: the gated model is not trained by {', '.join(own)} of "
+            f"{type(model).__name__} {model.name!r}. Write them into a subclass of "
+            "keras_polar.GatedModel and call `gated = ThatClass(gated.input, gated.output)`.",
+            stacklevel=3,
+        )
 
 
 def _check_options(
