@@ -7,13 +7,17 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
+PLOTS = ["matplotlib"]
+
 TEST = [
+    *PLOTS,
     "hypothesis",
     "mypy",
     "pytest",
     "pytest-timeout",
     "ruff",
     "scikit-learn",
+    "tensorboard",
 ]
 
 
@@ -42,21 +46,22 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["keras_polar", "keras_polar.*"]),
     package_data={"keras_polar": ["py.typed"]},
+    entry_points={"console_scripts": ["keras_polar = keras_polar.cli:main"]},
     python_requires=">=3.10",
     # Lower bounds stand only where an older version was seen to fail or was never tried.
     install_requires=[
         "absl-py",
         "ai-edge-litert>=2.3",
         "keras>=3.15",
-        "matplotlib",
         "numpy",
         "rich",
         "tensorflow>=2.21",
     ],
     extras_require={
-        "examples": ["absl-py", "scikit-learn", "tensorflow-datasets"],
+        "examples": [*PLOTS, "scikit-learn", "tensorflow-datasets"],
         "hub": ["keras-hub"],
         "jax": ["jax"],
+        "plots": PLOTS,
         "qat": ["tensorflow-model-optimization", "tf_keras"],
         "test": TEST,
     },

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import keras
 import models
-import numpy as np
-import plots
 import reporting
 from absl import app, flags
 from sklearn.datasets import load_digits
@@ -73,24 +71,6 @@ def fit(model, train, test, options, callbacks=()):
     )
 
 
-class OpenRates(keras.callbacks.Callback):
-    """Records how open every gate is: before training and after each epoch, for the picture."""
-
-    def __init__(self):
-        super().__init__()
-        self.history = {}
-
-    def on_train_begin(self, logs=None):
-        self._record()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._record()
-
-    def _record(self):
-        for group in self.model.groups:
-            self.history.setdefault(group.name, []).append(np.array(group.open_rates))
-
-
 def measure(model, test, path):
     """Accuracy, cost and .tflite size of a trained model; writes the file to `path`."""
     cost = keras_polar.cost(model)
@@ -102,22 +82,12 @@ def measure(model, test, path):
     }
 
 
-def widths(model):
-    """Layer name -> output channels, of the layers with a kernel."""
-    return {
-        layer.name: int(layer.output.shape[-1])
-        for layer in model.layers
-        if getattr(layer, "kernel", None) is not None
-    }
-
-
-def draw(dense, small, gated, history, folder):
-    """Writes both pictures and returns their paths."""
-    masks = {group.name: group.mask for group in gated.groups}
-    rates = {name: np.stack(rows) for name, rows in history.items()}
+def draw(dense, small, history, folder):
+    """Writes the pictures and returns their paths."""
     figures = {
-        folder / "open_rates.png": plots.open_rates_figure(rates, masks),
-        folder / "widths.png": plots.widths_figure(widths(dense), widths(small)),
+        folder / "open_rates.png": keras_polar.plots.open_rates(history),
+        folder / "polarization.png": keras_polar.plots.polarization(history),
+        folder / "widths.png": keras_polar.plots.widths(dense, small),
     }
     for path, figure in figures.items():
         figure.savefig(path, dpi=130)
@@ -136,8 +106,8 @@ def run(options):
     print(f"1/2 dense: {options.epochs} epochs", flush=True)
     fit(dense, train, test, options)
     print(f"2/2 with gates: {options.epochs} epochs", flush=True)
-    recorder = OpenRates()
-    fit(gated, train, test, options, [recorder])
+    rates = keras_polar.callbacks.OpenRates()
+    fit(gated, train, test, options, [rates])
 
     small = keras_polar.convert(gated, verify=test[0])
     compile_classifier(small)
@@ -148,7 +118,7 @@ def run(options):
         result["latency_ms"] = latencies[str(path)].median
 
     small.save(folder / "small.keras")
-    files += [folder / "small.keras", *draw(dense, small, gated, recorder.history, folder)]
+    files += [folder / "small.keras", *draw(dense, small, rates.history, folder)]
     print_result(results, reporting.certificate(gated, small, test[0]), files)
 
 

@@ -6,6 +6,7 @@ small = keras_polar.convert(gated)
 keras_polar.export_tflite(small, "small.tflite")
 """
 
+from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
@@ -24,10 +25,12 @@ __all__ = [
     "__version__",
     "apply",
     "benchmark_tflite",
+    "callbacks",
     "convert",
     "cost",
     "export_tflite",
     "inspect",
+    "plots",
     "quantize_aware",
     "register",
     "remove",

@@ -1,10 +1,12 @@
 """Puts gates into a model: one call before `fit`."""
 
 import re
+import warnings
 from collections import ChainMap, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_polar.blocks import Block
@@ -24,6 +26,7 @@ from keras_polar.targets import Target, blocks_of, budget_of, targets
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels", "blocks")
+TRAINING = ("train_step", "test_step", "compute_loss", "compute_metrics")
 
 
 def apply(
@@ -108,7 +111,21 @@ def apply(
     found = targets(coupling, blocks, budget.floors)
     training = {"schedule": (schedule or Schedule()).get_config(), "compact": bool(compact)}
     inserter = _Inserter(coupling, found, GATES[gate], budget, measure, training)
-    return rebuild(coupling.graph, inserter.visit, GatedModel)
+    gated = rebuild(coupling.graph, inserter.visit, GatedModel)
+    gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
+    _warn_of_own_training(model)
+    return gated
+
+
+def _warn_of_own_training(model: Any) -> None:
+    own = [n for n in TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)]
+    if own:
+        warnings.warn(
+            f"apply: the gated model is not trained by {', '.join(own)} of "
+            f"{type(model).__name__} {model.name!r}. Write them into a subclass of "
+            "keras_polar.GatedModel and call `gated = ThatClass(gated.input, gated.output)`.",
+            stacklevel=3,
+        )
 
 
 def _check_options(
@@ -125,7 +142,8 @@ def _check_options(
         raise TypeError(f"apply: expected sparsity as a number in (0, 1), received {sparsity!r}.")
     if not 0 < sparsity < 1:
         raise ValueError(
-            f"apply: expected 0 < sparsity < 1 (the share to be removed), received {sparsity}."
+            "apply: expected 0 < sparsity < 1, the share to be removed (0.5 removes half), "
+            f"received {sparsity}."
         )
     for name, value, known in (
         ("measure", measure, MEASURES),

@@ -20,7 +20,7 @@ from keras_polar.graph import (
     unused,
     variable_at,
 )
-from keras_polar.groups import flags_for, require_gated, stripped
+from keras_polar.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.base import inner_vector
@@ -209,7 +209,7 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
 
     Raises:
         TypeError: `gated` has no gates.
-        ValueError: the certificate does not hold; says by how much.
+        ValueError: the certificate does not hold (says by how much), or the inputs do not fit.
 
     Example:
 
@@ -243,7 +243,10 @@ def check_certificate(
         ValueError: the difference exceeds round-off (1e-4; 2e-2 in half precision).
     """
     inputs = random_inputs(gated) if inputs is True else inputs
-    found = difference(gated, small, inputs)
+    try:
+        found = difference(gated, small, inputs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(_do_not_fit(gated, inputs, error)) from error
     is_half = any("16" in layer.compute_dtype for layer in gated.layers)
     tolerance = 2e-2 if is_half else 1e-4
     if not found <= tolerance:
@@ -255,6 +258,15 @@ def check_certificate(
             "its call computes."
         )
     return found
+
+
+def _do_not_fit(model: Any, inputs: Any, error: Exception) -> str:
+    wanted = [tuple(x.shape) for x in model.inputs]
+    received = [getattr(x, "shape", x) for x in tree.flatten(inputs)]
+    return (
+        f"verify: expected at least one sample for each input of model {model.name!r}, in shapes "
+        f"{wanted}, or True for random ones; received {received}. {error}"
+    )
 
 
 def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
@@ -269,14 +281,24 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
         A smaller functional `keras.Model`.
 
     Raises:
-        TypeError: the model is not functional.
-        ValueError: unknown layer, index out of range, a unit that cannot go (says why), or a
-            layer that would lose all its units.
+        TypeError: the model is not functional, or `units` is not a dict.
+        ValueError: the model has gates; unknown layer, index out of range, a unit that cannot go
+            (says why), or a layer that would lose all its units.
 
     Example:
 
         >>> small = keras_polar.remove(model, {"conv1": [0, 3, 5]})
     """
+    if not isinstance(units, Mapping):
+        raise TypeError(
+            "remove: expected a dict of layer name -> indices of units, {'conv1': [0, 3]} say; "
+            f"received {units!r}."
+        )
+    if is_gated(model):
+        raise ValueError(
+            f"remove: model {model.name!r} has gates. `convert` it first and cut the result, or "
+            "close units of the gated model with `gated.groups[i].set_mask(mask)`."
+        )
     coupling = couple(read(model))
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
@@ -294,12 +316,16 @@ def _roots_to_cut(coupling: Coupling, produced: dict, name: str, indices: Any) -
             f"Layers with units: {', '.join(sorted(produced))}."
         )
     vector = produced[name]
-    chosen = np.unique(np.asarray(indices).ravel())
+    try:
+        chosen = np.unique(np.asarray(indices).ravel())
+    except ValueError:  # ragged
+        chosen = np.array([np.nan])
     if chosen.size and (
         chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= len(vector)
     ):
         raise ValueError(
-            f"remove: layer {name!r} has units 0 to {len(vector) - 1}; received {indices}."
+            f"remove: layer {name!r} has units 0 to {len(vector) - 1}; expected the indices of "
+            f"those to cut, received {indices}."
         )
     roots = coupling.roots[vector[chosen.astype(int)]]
     for root in roots.tolist():

@@ -171,9 +171,14 @@ class Cost:
     rows: tuple[CostRow, ...]
 
     def __str__(self) -> str:
-        from keras_polar.report import cost_table
+        from keras_polar.report import cost_table, table_text
 
-        return cost_table(self)
+        return table_text(*cost_table(self))
+
+    def _repr_html_(self) -> str:
+        from keras_polar.report import cost_table, table_html
+
+        return table_html(*cost_table(self))
 
 
 def cost(model: Any) -> Cost:

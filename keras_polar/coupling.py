@@ -12,6 +12,7 @@ channels of conv1 form a group of their own.
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,20 +130,32 @@ def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -
                 units.pin(vector, f"ignored by {pattern!r}")
 
 
-def sites_of(sites: tuple[Site, ...], patterns: Iterable[str], what: str) -> dict[str, list[Site]]:
+def sites_of(sites: tuple[Site, ...], patterns: Any, what: str) -> dict[str, list[Site]]:
     """The calls of the layers that each glob pattern matches, by name or by path.
 
     Raises:
-        ValueError: a pattern matches none; `what` is the option that it was given for.
+        TypeError: the patterns are not strings; `what` is the option that they were given for.
+        ValueError: a pattern matches none.
     """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = {p: [s for s in sites if _matches(s, p)] for p in patterns}
+    found = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, what)}
     for pattern in (p for p, matches in found.items() if not matches):
         names = sorted({s.name for s in sites if s.produces})
         raise ValueError(
             f"{what}: expected names or glob patterns of layers; {pattern!r} matches none. "
             f"Layers with units: {', '.join(names)}."
         )
+    return found
+
+
+def _strings(patterns: Any, what: str) -> list[str]:
+    is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    found = [*patterns] if is_list else [patterns]
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{what}: expected a list of names or glob patterns of layers, "
+                f"['stem', 'block1_*'] say; received {pattern!r}."
+            )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_polar.compaction import CannotCompact, Compaction
 from keras_polar.gates import PACKAGE, Gate
@@ -43,7 +44,13 @@ class GatedModel(keras.Model):
     @property
     def consensus(self) -> Consensus:
         """The layer that holds losses, schedule and target."""
-        return next(layer for layer in self.layers if isinstance(layer, Consensus))
+        for layer in self.layers:
+            if isinstance(layer, Consensus):
+                return layer
+        raise ValueError(
+            f"GatedModel {self.name!r} has no gates. Expected one that keras_polar.apply made; "
+            "it is not meant to be built by hand."
+        )
 
     @property
     def budget(self) -> Budget:
@@ -62,15 +69,51 @@ class GatedModel(keras.Model):
 
         Units are ranked over all groups by how open their gates have been. Groups whose mask was
         set by hand keep it. Does nothing once all groups are settled.
+
+        Raises:
+            FloatingPointError: trained values are not finite, so that there is no consensus.
         """
         if self.settled:
             return
+        self.require_finite("before the gates were settled")
         groups = self.groups
         masks = settle([_wanted(g) for g in groups], self.budget)
         for group, mask in zip(groups, masks, strict=True):
             if not group.settled:
                 group.set_mask(mask)
         self.consensus.settled.assign(1.0)
+
+    def require_finite(self, when: str) -> None:
+        """Raises a FloatingPointError that names the layers whose trained values are not finite."""
+        trained = self._trained()
+        broken = [v.path for v in trained if not bool(ops.all(ops.isfinite(v)))]
+        if broken:
+            raise FloatingPointError(
+                f"Training of {self.name!r} broke {when}: {len(broken)} of {len(trained)} trained "
+                f"variables hold NaN or infinity, the first of them {', '.join(broken[:3])}. Go on "
+                "from the last saved state with a smaller learning rate or `clipnorm=1.0` in the "
+                "optimizer, and look for NaN in the data."
+            )
+
+    def _trained(self) -> list:
+        states = [(g._gate.open_rates, g._gate.scores) for g in self.groups]
+        return [*self.trainable_variables, *(v for pair in states for v in pair)]
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.train_on_batch`; settles the gates when their schedule says so.
+
+        Raises:
+            ValueError: the schedule does not say how many steps there will be.
+        """
+        schedule, steps = self.consensus.schedule, self.consensus.step
+        if schedule.steps is None:
+            raise ValueError(
+                f"train_on_batch of {self.name!r}: expected a schedule that says how many steps "
+                "there will be. Give `apply` schedule=keras_polar.Schedule(steps=n)."
+            )
+        if to_numpy(steps) >= schedule.settle_step(schedule.steps):
+            self.settle()
+        return super().train_on_batch(*args, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`; follows the schedule by itself."""
@@ -110,7 +153,7 @@ class GatedModel(keras.Model):
         if self.stand_in is None:
             return super().__call__(*args, **kwargs)
         if kwargs.get("training"):
-            self.consensus.report_settled(self.stand_in.sparsity)
+            self.consensus.count_settled(self.stand_in.sparsity)
         return self.stand_in.model(*args, **kwargs)
 
     @property
@@ -131,39 +174,76 @@ def _wanted(group: GateGroup) -> np.ndarray:
 
 
 class FollowSchedule(keras.callbacks.Callback):
-    """Tells the gated model how long the run is, settles it in time, and has it compacted."""
+    """Tells the gated model how long the run is, settles it in time, and stops it if it breaks.
+
+    Once it is settled, its sub-network trains in its place, up to the end of each epoch. There is
+    no `on_train_batch_end`: for that, Keras would wait for the results of every step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.total = 0
         self.compaction: Compaction | None = None
         self.is_in_vain = keras.backend.backend() != "tensorflow"  # JAX keeps state elsewhere
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        self.steps_per_epoch = self.params.get("steps")
-        self._announce()
-
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # Not when training begins: BackupAndRestore loads its state only then.
         self.before = self._steps_done()
         self.settled = self.model.settled
+        self._announce(self.total or self._planned(epoch))
         self._compact()
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.in_epoch = batch + 1
-        steps = self._total()
-        due = self.model.consensus.schedule.settle_step(steps)
-        if steps and not self.settled and self.before + self.in_epoch >= due:
-            self._settle()
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._settle_if_due(self.before + batch):
             self._compact()
 
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._settle_if_due(self._steps_done())  # validation sees what will be saved
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        # Callbacks behind this one, and checkpoints, see the gated model as it is now.
         if self.model.stand_in is not None:
             self.model.stand_in.leave()
-            self.model.consensus.step.assign(float(self.before + self.in_epoch))
-        if not self.steps_per_epoch:
-            self.steps_per_epoch = self.in_epoch
-            self._announce()
+        done = self._steps_done()
+        # First of all callbacks, so that none saves a broken state over a good one.
+        self.model.require_finite(f"in epoch {epoch + 1} (steps {self.before + 1} to {done})")
+        if not self.total:
+            self._announce(done + (done - self.before) * (self._epochs - epoch - 1))
+        self._settle_if_due(done)
         self._add_to(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if not self._sync().settled and self.model.consensus.schedule.steps is None:
+            warnings.warn(
+                "fit ended before the schedule settled the gates (EarlyStopping, or a run too "
+                "short); they are settled now, and the sub-network has not been trained alone.",
+                stacklevel=2,
+            )
+            self._sync().settle()
+
+    @property
+    def _epochs(self) -> int:
+        return self.params.get("epochs", 1)
+
+    def _planned(self, epoch: int) -> int:
+        """Steps of the whole run, those before this `fit` included; 0 if not known."""
+        if self.model.consensus.schedule.steps:
+            return self.model.consensus.schedule.steps
+        if self.params.get("steps"):
+            return self.before + self.params["steps"] * (self._epochs - epoch)
+        known = int(to_numpy(self.model.consensus.steps))  # of the run that is resumed
+        return known if self.before < known else 0
+
+    def _announce(self, total: int) -> None:
+        self.total = total
+        self._sync().consensus.steps.assign(float(total))
+
+    def _settle_if_due(self, done: int) -> bool:
+        if self.settled or not self.total:
+            return False
+        if done >= self.model.consensus.schedule.settle_step(self.total):
+            self._sync().settle()
+            self.settled = True
+        return self.settled
 
     def _compact(self) -> None:
         """A settled model is replaced by its sub-network until the epoch ends."""
@@ -199,28 +279,8 @@ class FollowSchedule(keras.callbacks.Callback):
             latest = self._sync().consensus.latest.items()
             logs.update((name, float(to_numpy(value))) for name, value in latest)
 
-    def on_train_end(self, logs: Any = None) -> None:
-        if not self._sync().settled and self.model.consensus.schedule.steps is None:
-            warnings.warn(
-                "fit ended before the schedule settled the gates (EarlyStopping, or a run too "
-                "short); they are settled now, and the sub-network has not been trained alone.",
-                stacklevel=2,
-            )
-            self._settle()
-
-    def _total(self) -> int:
-        planned = self.model.consensus.schedule.steps
-        return planned or (self.steps_per_epoch or 0) * self.params.get("epochs", 1)
-
-    def _announce(self) -> None:
-        self._sync().consensus.steps.assign(float(self._total()))
-
     def _steps_done(self) -> int:
         return int(to_numpy(self._sync().consensus.step))
-
-    def _settle(self) -> None:
-        self._sync().settle()
-        self.settled = True
 
     def _sync(self) -> GatedModel:
         # JAX keeps the state of a running fit outside the variables.

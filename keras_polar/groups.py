@@ -92,10 +92,11 @@ def is_gated(model: Any) -> bool:
 def require_gated(model: Any, what: str) -> None:
     """Raises a TypeError if `model` has no gates."""
     if not is_gated(model):
+        name = f"{model.name!r} without gates" if isinstance(model, keras.Model) else ""
         raise TypeError(
             f"{what}: expected a gated model, as keras_polar.apply returns it; received "
-            f"{type(model).__name__} {getattr(model, 'name', '')!r} without gates. Call "
-            "`gated = keras_polar.apply(model, sparsity=0.5)` and train that."
+            f"{type(model).__name__} {name}. Call `gated = keras_polar.apply(model, sparsity=0.5)` "
+            "and train that; one saved on disk is read with `keras.models.load_model`."
         )
 
 

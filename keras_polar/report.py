@@ -1,5 +1,6 @@
 """Tables: what a model costs, and which of its units can be pruned."""
 
+import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from rich.table import Table
 
 from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
+from keras_polar.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
 
 WIDTH = 120
 
 
-def cost_table(found: Cost) -> str:
-    """The cost of a model as text, one line per layer that costs anything."""
+def cost_table(found: Cost) -> tuple:
+    """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
     rows = [
         (r.name, r.kind, str(r.output_shape), f"{r.weights:,}", f"{r.macs:,}", f"{r.units:,}")
         for r in found.rows
@@ -24,22 +26,44 @@ def cost_table(found: Cost) -> str:
     ]
     total = ("total", "", "", f"{found.weights:,}", f"{found.macs:,}", f"{found.units:,}")
     note = "" if found.sizes_known else "MACs per position: sizes of the input are not known"
-    return table_text(["layer", "kind", "output", *MEASURES], [*rows, total], note)
+    return ["layer", "kind", "output", *MEASURES], [*rows, total], note
 
 
 def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
     """A table as plain text; numbers are aligned to the right."""
     table = Table(caption=note or None)
     rows = list(rows)
-    for i, column in enumerate(columns):
-        is_number = all(r[i][:1].isdigit() for r in rows if r[i])
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for column, justify in zip(columns, _justified(columns, rows), strict=True):
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console(width=WIDTH, record=False, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
+    """The same table for a notebook."""
+    rows = list(rows)
+    sides = _justified(columns, rows)
+    lines = [_html_row("th", columns, sides), *(_html_row("td", row, sides) for row in rows)]
+    caption = f"<caption>{html.escape(note)}</caption>" if note else ""
+    return f"<table>{caption}{''.join(lines)}</table>"
+
+
+def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
+    found = (
+        f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+        for cell, side in zip(cells, sides, strict=True)
+    )
+    return f"<tr>{''.join(found)}</tr>"
+
+
+def _justified(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Any]:
+    """ "right" for columns of numbers, "left" for others."""
+    numbers = [all(r[i][:1].isdigit() for r in rows if r[i]) for i in range(len(columns))]
+    return ["right" if is_number else "left" for is_number in numbers]
 
 
 @dataclass(frozen=True)
@@ -88,7 +112,7 @@ class Inspection:
         """Share of all units that can go."""
         return sum(r.prunable for r in self.rows) / max(1, sum(r.units for r in self.rows))
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple:
         columns = ["layer", "kind", "units", "prunable", "group", "weights", "MACs", "why not"]
         rows = [
             (
@@ -102,14 +126,20 @@ class Inspection:
             f"per group {self.prunable_weights:.1%} of the weights and {self.prunable_macs:.1%} of "
             "the MACs are gone"
         )
-        return table_text(columns, rows, note)
+        return columns, rows, note
+
+    def __str__(self) -> str:
+        return table_text(*self._table())
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table())
 
 
 def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
     """Says of every layer which of its units can be pruned, with which others, or why not.
 
     Args:
-        model: a functional or built Sequential Keras model.
+        model: a functional or built Sequential Keras model; gates are left out.
         ignore: as for `keras_polar.apply`.
 
     Raises:
@@ -119,7 +149,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = couple(read(model), ignore)
+    coupling = couple(stripped(model) if is_gated(model) else read(model), ignore)
     costs: dict[str, Counter] = {}  # of all calls of a shared layer together
     for row in counted(coupling).rows:
         own = {m: getattr(row, m) for m in MEASURES}

@@ -1,5 +1,7 @@
 """When gates stay open, when they are pressed, and when the consensus is settled."""
 
+import math
+import numbers
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +28,9 @@ class Schedule:
         rate: how fast the sparsity multiplier grows, per step and unit of missing sparsity.
 
     Raises:
-        ValueError: the fractions are not 0 <= warmup <= ramp <= settle <= 1, or steps < 1.
+        TypeError: an argument is not a number, or `steps` not an int.
+        ValueError: the fractions are not 0 <= warmup <= ramp <= settle <= 1, steps < 1, or a weight
+            or rate is negative or not finite.
 
     Example:
 
@@ -41,6 +45,17 @@ class Schedule:
     rate: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("warmup", "ramp", "settle", "polarization", "rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(
+                    f"Schedule: expected {name} as a number, received {name}={value!r}."
+                )
+        if self.steps is not None and not isinstance(self.steps, numbers.Integral):
+            raise TypeError(f"Schedule: expected steps as an int or None, received {self.steps!r}.")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.warmup <= self.ramp <= self.settle <= 1:
             raise ValueError(
                 "Schedule: expected 0 <= warmup <= ramp <= settle <= 1, received "
@@ -48,9 +63,9 @@ class Schedule:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"Schedule: expected steps >= 1 or None, received {self.steps}.")
-        if self.polarization < 0 or self.rate < 0:
+        if not (0 <= self.polarization < math.inf and 0 <= self.rate < math.inf):
             raise ValueError(
-                "Schedule: expected polarization >= 0 and rate >= 0, received "
+                "Schedule: expected polarization >= 0 and rate >= 0, both finite, received "
                 f"polarization={self.polarization}, rate={self.rate}."
             )
 

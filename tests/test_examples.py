@@ -24,7 +24,8 @@ def test_demo(tmp_path):
     text = run("demo.py", "--epochs=4", f"--output_dir={tmp_path}")
     assert "Certificate" in text
     files = {p.name for p in tmp_path.iterdir()}
-    assert {"open_rates.png", "widths.png", "dense.tflite", "small.tflite", "small.keras"} <= files
+    pictures = {"open_rates.png", "polarization.png", "widths.png"}
+    assert {*pictures, "dense.tflite", "small.tflite", "small.keras"} <= files
     assert (tmp_path / "small.tflite").stat().st_size < (tmp_path / "dense.tflite").stat().st_size
 
 

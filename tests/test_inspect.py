@@ -26,6 +26,12 @@ def test_prunable_weights_is_the_largest_sparsity_that_apply_accepts():
         keras_polar.apply(model, most + 1e-6, gate="static")
 
 
+def test_gates_do_not_change_what_can_go():
+    model = small_resnet()
+    gated = keras_polar.apply(model, 0.5, gate="static")
+    assert keras_polar.inspect(gated).rows == keras_polar.inspect(model).rows
+
+
 def test_nothing_is_prunable_in_a_model_of_outputs_only():
     found = keras_polar.inspect(keras.Sequential([keras.Input((4,)), layers.Dense(3)]))
     assert found.prunable == found.prunable_weights == found.prunable_macs == 0
