@@ -28,6 +28,12 @@ def in_front(pattern, *args, ranks=SPATIAL, **options):
     return first(make, ranks)
 
 
+def upsampled(x, n, front):
+    """And pooled again, so that tensors do not grow."""
+    grow, shrink = (ranked(p, x)(2, **front) for p in ("UpSampling{}", "AveragePooling{}"))
+    return lambda z: shrink(grow(z))
+
+
 def on_image(name, *args, **options):
     cls = getattr(layers, name)
     return first(lambda x, n, front: cls(*args, **options, **front), IMAGE)
@@ -59,7 +65,7 @@ FIRST = {
     "AdaptiveAveragePooling first": in_front("AdaptiveAveragePooling{}", 2),
     "ZeroPadding first": in_front("ZeroPadding{}", 1),
     "Cropping first": in_front("Cropping{}", 1, ranks=IMAGES),
-    "UpSampling first": in_front("UpSampling{}", 2, ranks=IMAGES),
+    "UpSampling first": first(upsampled, IMAGES),
     "SpatialDropout first": in_front("SpatialDropout{}", 0.1, ranks=IMAGES),
     "Flatten first": first(lambda x, n, front: layers.Flatten(**front)),
     "Resizing first": on_image("Resizing", 3, 5),
@@ -72,10 +78,15 @@ FIRST = {
     "AveragePool first": op_in_front("AveragePool", SPATIAL, 2, 1, **SAME),
     "AdaptiveMaxPool first": op_in_front("AdaptiveMaxPool", SPATIAL[:1], (SIZE,)),
     "AdaptiveAveragePool first": op_in_front("AdaptiveAveragePool", SPATIAL[:1], (SIZE,)),
-    "Resize first": op_in_front("Resize", IMAGE, (5, 3)),
-    "PadImages first": op_in_front("PadImages", IMAGE, 1, 1, 0, 0),
-    "CropImages first": op_in_front("CropImages", IMAGE, 1, 1, 0, 0),
-    "SpaceToDepth first": op_in_front("SpaceToDepth", IMAGE, 2),
+    "Resize first": op_in_front("Resize", IMAGE, (6, 3)),
+    "PadImages first": op_in_front("PadImages", IMAGE, 1, 2, 1, 0),
+    "CropImages first": op_in_front("CropImages", IMAGE, 1, 1, 0, 1),
+    "SpaceToDepth first": first(
+        lambda x, n, front: (
+            lambda z: ops.nn.space_to_depth(layers.Resizing(SIZE, SIZE, **front)(z), 2, **front)
+        ),
+        IMAGE,
+    ),
     "DepthToSpace first": first(
         lambda x, n, front: lambda z: ops.nn.depth_to_space(ops.tile(z, (4, 1, 1)), 2, **front),
         IMAGE,
