@@ -56,7 +56,6 @@ FIRST = {
     "Conv3D first": in_front("Conv{}", None, 3, ranks=VOLUME, **SAME),
     "DepthwiseConv first": in_front("DepthwiseConv{}", 3, ranks=PLANE, depth_multiplier=2, **SAME),
     "SeparableConv first": in_front("SeparableConv{}", None, 3, ranks=PLANE, **SAME),
-    "ConvLSTM3D first": first(lambda x, n, front: lambda z: one_step(z, n, **front), VOLUME),
     "MaxPooling first": in_front("MaxPooling{}", 2, strides=1, **SAME),
     "AveragePooling first": in_front("AveragePooling{}", 3, strides=1, **SAME),
     "GlobalMaxPooling first": in_front("GlobalMaxPooling{}"),
@@ -100,6 +99,10 @@ FIRST = {
         constants=lambda x, n: [kernel(x, channels(x), 2), point(x, 2 * channels(x), n)],
         **SAME,
     ),
+}
+
+SLOW_FIRST = {
+    "ConvLSTM3D first": first(lambda x, n, front: lambda z: one_step(z, n, **front), VOLUME),
 }
 
 # TensorFlow has no kernels for these on a CPU.

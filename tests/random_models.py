@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from hypothesis import strategies as st
 from keras import layers, ops
-from random_first import FIRST, FIRST_ELSEWHERE
+from random_first import FIRST, FIRST_ELSEWHERE, SLOW_FIRST
 from random_layers import LAYERS, PINNED, POSITIONS, PRODUCTS
-from random_ops import ALONG, BINARY, MOVES, REDUCTIONS, SLOW, UNARY
+from random_ops import ALONG, BINARY, MOVES, REDUCTIONS, SLOW_OPS, UNARY
 from random_steps import SIZE, average, channels, ranked
 from random_steps import STEPS as COMMON
 
@@ -27,6 +27,7 @@ TABLES = {
     "first": FIRST,
 }
 STEPS = {**COMMON, **{name: step for table in TABLES.values() for name, step in table.items()}}
+SLOW = {**SLOW_OPS, **SLOW_FIRST}
 ALL_STEPS = {**STEPS, **SLOW, **FIRST_ELSEWHERE}
 # Drawn from first: the many rare operations must not crowd out what real models are made of.
 FAMILIES = [[name] for name in sorted(COMMON)] + [sorted(table) for table in TABLES.values()]
