@@ -83,7 +83,14 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+# The rules of these have nothing to tell one operation from another.
+ALIKE = ("unary", "binary")
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [pytest.param(c, marks=[pytest.mark.slow] * c.startswith(ALIKE)) for c in CHUNKS],
+)
 def test_steps_keep_the_certificate_and_units_in_front_of_them_go(chunk):
     certify_steps(*CHUNKS[chunk])
 
