@@ -273,7 +273,7 @@ REDUCTIONS = {
 }
 
 
-SLOW = {  # seconds a call on TensorFlow: not drawn at random
+SLOW_OPS = {  # seconds a call on TensorFlow: not drawn at random
     **table(ANY, plain(unit), "Nanmedian"),
     **table(ANY, quantile(30), "Nanpercentile"),
     **table(ANY, quantile(0.3), "Nanquantile"),
