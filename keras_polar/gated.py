@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_polar.coupling import Coupling
+from keras_polar.distribute import require_supported
 from keras_polar.gates import PACKAGE, Gate, Mask
 from keras_polar.graph import Call, Graph, bypass, refs_in, to_numpy
 from keras_polar.inner import InnerMask, unpack
@@ -168,7 +169,13 @@ class GatedModel(keras.Model):
         return super().train_on_batch(*args, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """`keras.Model.fit`; follows the schedule by itself."""
+        """`keras.Model.fit`; follows the schedule by itself.
+
+        Raises:
+            FloatingPointError: trained values are no longer finite after an epoch.
+            NotImplementedError: Keras cannot train under the `tf.distribute` strategy.
+        """
+        require_supported(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = bound.arguments.get("callbacks")
         if isinstance(callbacks, keras.callbacks.CallbackList):
