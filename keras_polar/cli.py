@@ -21,8 +21,8 @@ from absl.flags import argparse_flags
 from keras_polar._version import __version__
 from keras_polar.convert import convert
 from keras_polar.cost import cost
-from keras_polar.export import export_tflite
 from keras_polar.groups import require_gated
+from keras_polar.litert import export_tflite
 from keras_polar.report import inspect
 
 ARGUMENTS: dict[str, dict] = {
@@ -34,7 +34,7 @@ ARGUMENTS: dict[str, dict] = {
         "metavar": "NAMES",
         "help": "layers that keep all their units, separated by commas; patterns such as stem*",
     },
-    "--quantize": {"metavar": "KIND", "help": "how to store the weights, float16 say"},
+    "--quantize": {"metavar": "KIND", "help": "float16, dynamic or int8 (which needs --data)"},
     "--data": {
         "metavar": "FILE",
         "help": "samples for comparison and calibration: .npy, or .npz with an array per input",
