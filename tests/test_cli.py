@@ -59,7 +59,7 @@ def test_export_takes_samples_from_a_file(files, tmp_path, capsys):
     out = tmp_path / "small.tflite"
     assert call("export", files / "gated.keras", out, "--quantize=float16", data) == 0
     text = capsys.readouterr().out
-    assert f"{out.stat().st_size:,} bytes, weights float16" in text
+    assert f"{out.stat().st_size:,} bytes, float16" in text
     assert "on 3 samples" in text
 
 

@@ -297,7 +297,7 @@ def test_path_of_wrong_type_is_refused():
     [
         (_images(4)[:, :7], ["(None, 8, 8, 3)", "(4, 7, 8, 3)", "image"]),
         (_images(4)[0], ["(None, 8, 8, 3)", "(8, 8, 3)", "first axis"]),
-        (_images(0), ["at least one", "none"]),
+        (_images(0), ["at least one", "[0]"]),
         ([_images(4), _images(4)], ["1 inputs", "2 leaves", "image"]),
     ],
 )

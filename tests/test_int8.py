@@ -283,7 +283,7 @@ def test_unknown_io_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [
-        (iter([]), ValueError, ["at least one sample", "only once"]),
+        (iter([]), ValueError, ["at least one sample", "received none", "only once"]),
         (tf.data.Dataset.from_tensor_slices(X), ValueError, ["one sample", "batch(32)"]),
         (iter([X, X[:, :4]]), ValueError, ["(None, 8, 8, 3)", "(12, 4, 8, 3)"]),
         (X.astype("complex64"), TypeError, ["complex64", "float32", "image", "astype"]),

@@ -85,9 +85,10 @@ def read_samples(core: Any, data: Any, argument: str, limit: int | None = None) 
         parts.append(batch[0])
         labels.append(batch[1])
     if not parts or not len(parts[0][0]):
+        received = [len(x) for x in parts[0]] if parts else "none"
         raise ValueError(
-            f"Expected at least one sample in `{argument}`; received none. A generator can be read "
-            "only once: make a new one for each call."
+            f"Expected at least one sample in `{argument}`; received {received}. A generator can "
+            "be read only once: make a new one for each call."
         )
     arrays = [
         _joined(x, t.name, argument)
