@@ -1,6 +1,7 @@
 """The gated model: what `apply` returns, what `fit` trains, what `convert` reads."""
 
 import inspect
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -195,7 +196,8 @@ def _wanted(group: GateGroup) -> np.ndarray:
 class FollowSchedule(keras.callbacks.Callback):
     """Tells the gated model how long the run is, settles it in time, and stops it if it breaks.
 
-    It has no `on_train_batch_end`: for that, Keras would wait for the results of every step.
+    It has no `on_train_batch_end`, for which Keras would wait for the results of every step, and
+    it leaves `self.model` alone between steps: Keras on JAX copies the state there to answer.
     """
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -223,13 +225,13 @@ class FollowSchedule(keras.callbacks.Callback):
         self._add_to(logs)
 
     def on_train_end(self, logs: Any = None) -> None:
-        if not self._sync().settled and self.model.consensus.schedule.steps is None:
+        if not self.model.settled and self.model.consensus.schedule.steps is None:
             warnings.warn(
                 "fit ended before the schedule settled the gates (EarlyStopping, or a run too "
                 "short); they are settled now, and the sub-network has not been trained alone.",
                 stacklevel=2,
             )
-            self._sync().settle()
+            self.model.settle()
 
     @property
     def _epochs(self) -> int:
@@ -246,28 +248,23 @@ class FollowSchedule(keras.callbacks.Callback):
 
     def _announce(self, total: int) -> None:
         self.total = total
-        self._sync().consensus.steps.assign(float(total))
+        schedule = self.model.consensus.schedule
+        self.due = schedule.settle_step(total) if total else math.inf
+        self.model.consensus.steps.assign(float(total))
 
     def _settle_if_due(self, done: int) -> None:
-        if self.settled or not self.total:
-            return
-        if done >= self.model.consensus.schedule.settle_step(self.total):
-            self._sync().settle()
+        if done >= self.due and not self.settled:
+            self.model.settle()
             self.settled = True
 
     def _add_to(self, logs: Any) -> None:
         """Puts into the epoch's logs what the metrics of the consensus cannot say."""
         if logs is not None and not self.model.consensus.has_metrics:
-            latest = self._sync().consensus.latest.items()
+            latest = self.model.consensus.latest.items()
             logs.update((name, float(to_numpy(value))) for name, value in latest)
 
     def _steps_done(self) -> int:
-        return int(to_numpy(self._sync().consensus.step))
-
-    def _sync(self) -> GatedModel:
-        # JAX keeps the state of a running fit outside the variables.
-        getattr(self.model, "jax_state_sync", lambda: None)()
-        return self.model
+        return int(to_numpy(self.model.consensus.step))
 
 
 # --- reading a gated model -------------------------------------------------------------------
