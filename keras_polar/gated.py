@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -184,7 +185,8 @@ class FollowSchedule(keras.callbacks.Callback):
     """Tells the gated model how long the run is, settles it in time, and stops it if it breaks.
 
     Once it is settled, its sub-network trains in its place, up to the end of each epoch. There is
-    no `on_train_batch_end`: for that, Keras would wait for the results of every step.
+    no `on_train_batch_end`, for which Keras would wait for the results of every step, and nothing
+    asks for `self.model` between steps: Keras on JAX copies the state there to answer.
     """
 
     def __init__(self) -> None:
@@ -219,13 +221,13 @@ class FollowSchedule(keras.callbacks.Callback):
         self._add_to(logs)
 
     def on_train_end(self, logs: Any = None) -> None:
-        if not self._sync().settled and self.model.consensus.schedule.steps is None:
+        if not self.model.settled and self.model.consensus.schedule.steps is None:
             warnings.warn(
                 "fit ended before the schedule settled the gates (EarlyStopping, or a run too "
                 "short); they are settled now, and the sub-network has not been trained alone.",
                 stacklevel=2,
             )
-            self._sync().settle()
+            self.model.settle()
 
     @property
     def _epochs(self) -> int:
@@ -242,15 +244,16 @@ class FollowSchedule(keras.callbacks.Callback):
 
     def _announce(self, total: int) -> None:
         self.total = total
-        self._sync().consensus.steps.assign(float(total))
+        schedule = self.model.consensus.schedule
+        self.due = schedule.settle_step(total) if total else math.inf
+        self.model.consensus.steps.assign(float(total))
 
     def _settle_if_due(self, done: int) -> bool:
-        if self.settled or not self.total:
+        if done < self.due or self.settled:
             return False
-        if done >= self.model.consensus.schedule.settle_step(self.total):
-            self._sync().settle()
-            self.settled = True
-        return self.settled
+        self.model.settle()
+        self.settled = True
+        return True
 
     def _compact(self) -> None:
         """A settled model is replaced by its sub-network until the epoch ends."""
@@ -283,13 +286,8 @@ class FollowSchedule(keras.callbacks.Callback):
     def _add_to(self, logs: Any) -> None:
         """Puts into the epoch's logs what the metrics of the consensus cannot say."""
         if logs is not None and not self.model.consensus.has_metrics:
-            latest = self._sync().consensus.latest.items()
+            latest = self.model.consensus.latest.items()
             logs.update((name, float(to_numpy(value))) for name, value in latest)
 
     def _steps_done(self) -> int:
-        return int(to_numpy(self._sync().consensus.step))
-
-    def _sync(self) -> GatedModel:
-        # JAX keeps the state of a running fit outside the variables.
-        getattr(self.model, "jax_state_sync", lambda: None)()
-        return self.model
+        return int(to_numpy(self.model.consensus.step))
