@@ -22,8 +22,8 @@ from keras_polar._version import __version__
 from keras_polar.convert import convert
 from keras_polar.cost import cost
 from keras_polar.groups import require_gated
-from keras_polar.litert import export_tflite
-from keras_polar.report import inspect
+from keras_polar.litert import benchmark_tflite, export_tflite
+from keras_polar.report import inspect, table_text
 
 ARGUMENTS: dict[str, dict] = {
     "model": {"help": "a model that Keras saved (.keras)"},
@@ -34,6 +34,9 @@ ARGUMENTS: dict[str, dict] = {
         "metavar": "NAMES",
         "help": "layers that keep all their units, separated by commas; patterns such as stem*",
     },
+    "files": {"nargs": "+", "metavar": "file.tflite", "help": "LiteRT files to compare"},
+    "--threads": {"type": int, "default": 1, "help": "how many threads the runtime may use"},
+    "--runs": {"type": int, "default": 50, "help": "how often each file is timed"},
     "--quantize": {"metavar": "KIND", "help": "float16, dynamic or int8 (which needs --data)"},
     "--data": {
         "metavar": "FILE",
@@ -71,6 +74,17 @@ def export_command(options: argparse.Namespace) -> str:
     data = None if options.data is None else read_samples(options.data, model)
     report = export_tflite(model, options.out, quantize=options.quantize, representative_data=data)
     return str(report)
+
+
+def benchmark_command(options: argparse.Namespace) -> str:
+    """Times LiteRT files in alternation: one inference each, median and quartiles."""
+    found = benchmark_tflite(options.files, threads=options.threads, runs=options.runs)
+    base = next(iter(found.values())).median
+    rows = [
+        (name, f"{os.path.getsize(name):,}", str(t), f"{t.median / base:.2f}")
+        for name, t in found.items()
+    ]
+    return table_text(["file", "bytes", "one inference", "of the first"], rows)
 
 
 def load(path: str) -> keras.Model:
@@ -169,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     _add(commands, "cost", cost_command, "model")
     _add(commands, "convert", convert_command, "gated", "out")
     _add(commands, "export", export_command, "model", "out", "--quantize", "--data")
+    _add(commands, "benchmark", benchmark_command, "files", "--threads", "--runs")
     return top
 
 

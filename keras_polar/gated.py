@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_polar.compaction import CannotCompact, Compaction
+from keras_polar.distribute import require_supported
 from keras_polar.gates import PACKAGE, Gate
 from keras_polar.graph import to_numpy
 from keras_polar.groups import GateGroup
@@ -116,7 +117,13 @@ class GatedModel(keras.Model):
         return super().train_on_batch(*args, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """`keras.Model.fit`; follows the schedule by itself."""
+        """`keras.Model.fit`; follows the schedule by itself.
+
+        Raises:
+            FloatingPointError: trained values are no longer finite after an epoch.
+            NotImplementedError: Keras cannot train under the `tf.distribute` strategy.
+        """
+        require_supported(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks, follow = bound.arguments.get("callbacks"), FollowSchedule()
         if isinstance(callbacks, keras.callbacks.CallbackList):

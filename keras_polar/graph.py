@@ -20,6 +20,7 @@ import numpy as np
 from keras import tree
 from keras.src import backend
 from keras.src.activations import activations
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell  # noqa: F401  (has no public name)
 from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy

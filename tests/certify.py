@@ -10,6 +10,7 @@ from keras_polar.cost import polynomial
 from keras_polar.coupling import _signatures, couple
 from keras_polar.rules import read
 from keras_polar.samples import difference, random_inputs
+from keras_polar.targets import blocks_of
 
 
 def certify(program, seed=0):
@@ -46,18 +47,21 @@ def certify_gated(model, coupling, rng):
         coupling = couple(coupling.graph, ignore)
         if not coupling.groups:
             return
-    gated = keras_polar.apply(model, 1e-3, gate=gate, measure="units", ignore=ignore)
+    blocks = blocks_of(coupling, ignore)
+    options = {"gate": gate, "ignore": ignore, "granularity": ("channels", "blocks")}
+    gated = keras_polar.apply(model, 1e-3, measure="units", **options)
     # Keras on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels: a batch of 2 and
     # 2 channels left would differ. No tensor here has 29 channels.
     inputs = random_inputs(model, batch=29)
     assert difference(model, gated, inputs) <= 1e-4  # all gates are open
     counts = []
     for group in gated.groups:
-        counts.append(int(rng.integers(1, group.units + 1)))  # one unit at least
+        least = 0 if group.is_block else 1
+        counts.append(int(rng.integers(least, group.units + 1)))
         group.set_mask(rng.permutation(group.units) < counts[-1])
     small = keras_polar.convert(gated)
     assert difference(gated, small, inputs) <= 1e-4
     counted = keras_polar.cost(small)
     assert counted.weights == small.count_params()
     for measure in ("weights", "macs", "units"):
-        assert polynomial(coupling, measure)(counts) == getattr(counted, measure), measure
+        assert polynomial(coupling, measure, blocks)(counts) == getattr(counted, measure), measure

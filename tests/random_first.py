@@ -28,6 +28,12 @@ def in_front(pattern, *args, ranks=SPATIAL, **options):
     return first(make, ranks)
 
 
+def upsampled(x, n, front):
+    """And pooled again, so that tensors do not grow."""
+    grow, shrink = (ranked(p, x)(2, **front) for p in ("UpSampling{}", "AveragePooling{}"))
+    return lambda z: shrink(grow(z))
+
+
 def on_image(name, *args, **options):
     cls = getattr(layers, name)
     return first(lambda x, n, front: cls(*args, **options, **front), IMAGE)
@@ -50,7 +56,6 @@ FIRST = {
     "Conv3D first": in_front("Conv{}", None, 3, ranks=VOLUME, **SAME),
     "DepthwiseConv first": in_front("DepthwiseConv{}", 3, ranks=PLANE, depth_multiplier=2, **SAME),
     "SeparableConv first": in_front("SeparableConv{}", None, 3, ranks=PLANE, **SAME),
-    "ConvLSTM3D first": first(lambda x, n, front: lambda z: one_step(z, n, **front), VOLUME),
     "MaxPooling first": in_front("MaxPooling{}", 2, strides=1, **SAME),
     "AveragePooling first": in_front("AveragePooling{}", 3, strides=1, **SAME),
     "GlobalMaxPooling first": in_front("GlobalMaxPooling{}"),
@@ -59,7 +64,7 @@ FIRST = {
     "AdaptiveAveragePooling first": in_front("AdaptiveAveragePooling{}", 2),
     "ZeroPadding first": in_front("ZeroPadding{}", 1),
     "Cropping first": in_front("Cropping{}", 1, ranks=IMAGES),
-    "UpSampling first": in_front("UpSampling{}", 2, ranks=IMAGES),
+    "UpSampling first": first(upsampled, IMAGES),
     "SpatialDropout first": in_front("SpatialDropout{}", 0.1, ranks=IMAGES),
     "Flatten first": first(lambda x, n, front: layers.Flatten(**front)),
     "Resizing first": on_image("Resizing", 3, 5),
@@ -72,10 +77,15 @@ FIRST = {
     "AveragePool first": op_in_front("AveragePool", SPATIAL, 2, 1, **SAME),
     "AdaptiveMaxPool first": op_in_front("AdaptiveMaxPool", SPATIAL[:1], (SIZE,)),
     "AdaptiveAveragePool first": op_in_front("AdaptiveAveragePool", SPATIAL[:1], (SIZE,)),
-    "Resize first": op_in_front("Resize", IMAGE, (5, 3)),
-    "PadImages first": op_in_front("PadImages", IMAGE, 1, 1, 0, 0),
-    "CropImages first": op_in_front("CropImages", IMAGE, 1, 1, 0, 0),
-    "SpaceToDepth first": op_in_front("SpaceToDepth", IMAGE, 2),
+    "Resize first": op_in_front("Resize", IMAGE, (6, 3)),
+    "PadImages first": op_in_front("PadImages", IMAGE, 1, 2, 1, 0),
+    "CropImages first": op_in_front("CropImages", IMAGE, 1, 1, 0, 1),
+    "SpaceToDepth first": first(
+        lambda x, n, front: (
+            lambda z: ops.nn.space_to_depth(layers.Resizing(SIZE, SIZE, **front)(z), 2, **front)
+        ),
+        IMAGE,
+    ),
     "DepthToSpace first": first(
         lambda x, n, front: lambda z: ops.nn.depth_to_space(ops.tile(z, (4, 1, 1)), 2, **front),
         IMAGE,
@@ -89,6 +99,10 @@ FIRST = {
         constants=lambda x, n: [kernel(x, channels(x), 2), point(x, 2 * channels(x), n)],
         **SAME,
     ),
+}
+
+SLOW_FIRST = {
+    "ConvLSTM3D first": first(lambda x, n, front: lambda z: one_step(z, n, **front), VOLUME),
 }
 
 # TensorFlow has no kernels for these on a CPU.

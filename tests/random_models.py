@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from hypothesis import strategies as st
 from keras import layers, ops
-from random_first import FIRST, FIRST_ELSEWHERE
+from random_first import FIRST, FIRST_ELSEWHERE, SLOW_FIRST
 from random_layers import LAYERS, PINNED, POSITIONS, PRODUCTS
-from random_ops import ALONG, BINARY, MOVES, REDUCTIONS, SLOW, UNARY
-from random_steps import SIZE, average, channels
+from random_ops import ALONG, BINARY, MOVES, REDUCTIONS, SLOW_OPS, UNARY
+from random_steps import SIZE, average, channels, ranked
 from random_steps import STEPS as COMMON
 
 TABLES = {
@@ -27,6 +27,7 @@ TABLES = {
     "first": FIRST,
 }
 STEPS = {**COMMON, **{name: step for table in TABLES.values() for name, step in table.items()}}
+SLOW = {**SLOW_OPS, **SLOW_FIRST}
 ALL_STEPS = {**STEPS, **SLOW, **FIRST_ELSEWHERE}
 # Drawn from first: the many rare operations must not crowd out what real models are made of.
 FAMILIES = [[name] for name in sorted(COMMON)] + [sorted(table) for table in TABLES.values()]
@@ -50,6 +51,14 @@ def seeded_program(seed):
     return int(rng.integers(4)), [step() for _ in range(rng.integers(2, 13))]
 
 
+def enlarged(x):
+    """At least `SIZE` positions: what crops them must not leave nothing in the end."""
+    missing = [(0, max(0, SIZE - size)) for size in x.shape[1:-1]]
+    if not any(n for _, n in missing):
+        return x
+    return ranked("ZeroPadding{}", x)(missing if len(missing) > 1 else missing[0])(x)
+
+
 def build(program):
     """The model of a program; steps that fit none of the tensors are left out."""
     rank, listed = program
@@ -63,7 +72,7 @@ def build(program):
         x = fitting[first % len(fitting)]
         meeting = [t for t in reversed(tensors) if t.shape[:-1] == x.shape[:-1]]
         z = step(x, meeting[second % len(meeting)], width)
-        tensors.append(z if channels(z) < 24 else layers.Dense(6)(z))
+        tensors.append(enlarged(z if channels(z) < 24 else layers.Dense(6)(z)))
     pooled = layers.Concatenate()([average(t) for t in tensors[-3:]])
     heads = {"head": layers.Dense(2, name="head")(pooled), "last": layers.Flatten()(tensors[-1])}
     return keras.Model(inputs, heads if len(listed) % 2 else list(heads.values()))

@@ -65,6 +65,13 @@ def excite(x, y, n):
     return x * back(s, x)
 
 
+def residual(x, y, n):
+    """Branches that can go as a whole; one of them reads another tensor, too."""
+    z = layers.Dense(channels(x))(layers.Dense(n, activation="tanh")(x))
+    parts = [x, z, layers.Dense(channels(x))(x * matched(x, y))][: 2 + n % 2]
+    return layers.Add()(parts) if n % 3 else sum(parts)
+
+
 def nested(x, y, n):
     inner = keras.Sequential([keras.Input(x.shape[1:]), layers.Dense(n), layers.ReLU()])
     return layers.Add()([inner(x), inner(ops.tanh(x))])
@@ -148,6 +155,8 @@ def glu(x, y, n):
 
 
 def blocks(x, y, n):
+    if any(size % 2 for size in x.shape[1:-1]):
+        return x
     return ops.nn.depth_to_space(layers.Dense(4 * n)(ops.nn.space_to_depth(x, 2)), 2)
 
 
@@ -282,6 +291,7 @@ STEPS = {
     "einsum_dense": (SPATIAL, einsum_dense),
     "per_step": (SPATIAL, per_step),
     "nested": (ANY, nested),
+    "residual": (ANY, residual),
     "nested_functional": (ANY, nested_functional),
     "shared": (ANY, shared),
     "halves": (ANY, halves),

@@ -242,7 +242,12 @@ EXPORT = [
     (export(model, "nowhere/small.tflite"), FileNotFoundError, "'nowhere'", "Create it first"),
     (export(model, quantize="int3"), ValueError, "'int3'", "'float16'"),
     (export(model, representative_data=np.ones((2, 8, 9, 1))), ValueError, "8, 9", "8, 8"),
-    (export(model, representative_data=np.ones((0, 8, 8, 1))), ValueError, "[0]", "at least one"),
+    (
+        export(model, representative_data=np.ones((0, 8, 8, 1))),
+        ValueError,
+        "`representative_data`",
+        "at least one",
+    ),
     (export(of_two_inputs, representative_data=np.ones((2, 2))), ValueError, "'left'", "2 inputs"),
 ]
 

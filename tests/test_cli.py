@@ -63,6 +63,19 @@ def test_export_takes_samples_from_a_file(files, tmp_path, capsys):
     assert "on 3 samples" in text
 
 
+def test_benchmark_compares_files(files, tmp_path, capsys):
+    for name in ("plain", "gated"):
+        model = keras.models.load_model(files / f"{name}.keras", compile=False)
+        keras_polar.export_tflite(model, tmp_path / f"{name}.tflite")
+    paths = [tmp_path / "plain.tflite", tmp_path / "gated.tflite"]
+    assert call("benchmark", *paths, "--runs=3") == 0
+    text = capsys.readouterr().out
+    assert "1.00" in text
+    assert all(f"{path.stat().st_size:,}" in text for path in paths)
+    assert call("benchmark", tmp_path / "missing.tflite") == 1
+    assert "missing.tflite" in capsys.readouterr().err
+
+
 def test_samples_find_their_inputs_by_name(tmp_path):
     a, b = (keras.Input((n,), name=name) for n, name in ((2, "a"), (3, "b")))
     x, y = np.zeros((4, 2)), np.ones((4, 3))

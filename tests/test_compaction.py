@@ -101,7 +101,7 @@ def _all(gated):
 def test_loss_and_gradients_before_and_after_the_switch(build):
     import tensorflow as tf
 
-    gated = gated_model("sgd", lambda: randomise(build()))
+    gated = gated_model("sgd", lambda: randomise(build()), schedule=LONG)
     x, y = images()
     gated.train_on_batch(x, y)
     close_half(gated)

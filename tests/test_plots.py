@@ -55,7 +55,7 @@ def test_polarization_is_a_histogram_for_each_time():
     np.testing.assert_allclose(shares[-1], [1, 0.2, 0.4], rtol=1e-6)  # open for all samples
     np.testing.assert_allclose(shares[0], [0, 0, 0.6], rtol=1e-6)  # for none
     np.testing.assert_allclose(
-        below.lines[0].get_ydata(), [1, 1 - 4 * (0.16 + 0.24 + 0.5) / 5, 1], rtol=1e-6
+        below.lines[0].get_ydata(), [1, 1 - 4 * ((0.16 + 0.24) / 3 + 0.5 / 2) / 2, 1], rtol=1e-6
     )
 
 

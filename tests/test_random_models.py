@@ -18,6 +18,8 @@ from keras_polar.rules import base, read
 from keras_polar.rules.base import find
 from keras_polar.samples import random_inputs
 
+# Keras says so of a Flatten behind a Masking.
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
 SEEDS = int(os.environ.get("FUZZ_SEEDS", "200"))  # of the quick tests; ten times as many in all
 CHUNK = 10
 # Hypothesis shrinks a failure for minutes: only where somebody asks for it and waits.

@@ -4,8 +4,7 @@ import keras
 import pytest
 from certify import certify_model
 from keras import layers
-from random_models import ALL_STEPS, SIZE, TABLES, side_by_side
-from random_ops import SLOW
+from random_models import ALL_STEPS, SIZE, SLOW, TABLES, side_by_side
 from random_steps import STEPS
 
 from keras_polar.coupling import why_fixed
@@ -84,11 +83,19 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+# The rules of these have nothing to tell one operation from another.
+ALIKE = ("unary", "binary")
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [pytest.param(c, marks=[pytest.mark.slow] * c.startswith(ALIKE)) for c in CHUNKS],
+)
 def test_steps_keep_the_certificate_and_units_in_front_of_them_go(chunk):
     certify_steps(*CHUNKS[chunk])
 
 
 @pytest.mark.slow
-def test_slow_steps_keep_the_certificate():
-    certify_steps(2, [*SLOW])
+@pytest.mark.parametrize(("rank", "names"), [*chunks(SLOW)])
+def test_slow_steps_keep_the_certificate(rank, names):
+    certify_steps(rank, names)

@@ -31,7 +31,7 @@ NAMES = ("ResNet-20", "VGG16-BN", "MobileNetV2", "EfficientNetB0")
 
 _ONLY = flags.DEFINE_string("only", "", "Regular expression: networks to measure.")
 _RUNS = flags.DEFINE_integer("runs", 500, "Timed runs of each file.", lower_bound=1)
-_ROUNDINGS = flags.DEFINE_multi_integer("round_to", [1, 4, 8, 16], "Roundings of widths, 1 among them.")
+_ROUNDINGS = flags.DEFINE_multi_integer("round_to", [1, 4, 8, 16], "Roundings, 1 among them.")
 _FOLDER = flags.DEFINE_string("output_dir", str(ROOT / "docs"), "Where latency.md and .jsonl are.")
 _FILES = flags.DEFINE_string("files", str(ROOT / "build" / "latency"), "Where .tflite files go.")
 

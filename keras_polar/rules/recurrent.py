@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from keras import layers, tree
 
-from keras_polar.graph import variable_at
+from keras_polar.graph import ConvLSTMCell, variable_at
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
 from keras_polar.rules.linear import is_elementwise
 from keras_polar.units import along
@@ -164,17 +164,17 @@ class BidirectionalRule(RecurrentRule):
 
 def gates_of(cell: Any) -> int:
     """How many gates a cell has; 0 if nothing is known about it."""
-    is_conv = type(cell) is CONV_LSTM_CELL
+    is_conv = type(cell) is ConvLSTMCell
     return CONV_LSTM_GATES if is_conv else GATES.get(type(cell), 0)
 
 
 def units_of(cell: Any) -> int:
     """How many hidden units a cell has."""
-    return cell.filters if type(cell) is CONV_LSTM_CELL else cell.units
+    return cell.filters if type(cell) is ConvLSTMCell else cell.units
 
 
 def _window(cell: Any) -> int:
-    return math.prod(cell.kernel_size) if type(cell) is CONV_LSTM_CELL else 1
+    return math.prod(cell.kernel_size) if type(cell) is ConvLSTMCell else 1
 
 
 def resized(config: dict, units: int) -> dict[str, Any]:
@@ -191,9 +191,6 @@ def _resized_object(serialised: dict, units: int) -> dict:
     new.pop("build_config", None)
     return new
 
-
-# Keras has no public name for it.
-CONV_LSTM_CELL = type(layers.ConvLSTM1D(1, 1).cell)
 
 add(RecurrentRule(), layers.LSTM, layers.GRU, layers.SimpleRNN, layers.RNN)
 add(ConvLSTMRule(), layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
