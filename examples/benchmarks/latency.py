@@ -3,16 +3,17 @@
 Four networks at half of their multiply-accumulates, with channels closed at random and untrained
 weights (neither matters for speed), in every precision that `export_tflite` knows and with kept
 channels rounded up to multiples of 1, 4, 8 and 16. All files of a network take turns, so that a
-disturbance of the machine meets them alike. Rows are kept in docs/latency.jsonl and not repeated.
+disturbance of the machine meets them alike. Files are kept in build/latency and rows in
+docs/latency.jsonl; what is there is not made again.
 
     make latency
     python examples/benchmarks/latency.py --only=ResNet --runs=50
 """
 
+import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,17 @@ from rows import add_row, read_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
 SPARSITY = 0.5
-ROUNDINGS = (1, 4, 8, 16)
 PRECISIONS = {"float32": None, "float16": "float16", "dynamic": "dynamic", "int8": "int8"}
 CALIBRATION = 16  # samples; speed does not depend on the ranges
 NAMES = ("ResNet-20", "VGG16-BN", "MobileNetV2", "EfficientNetB0")
 
 _ONLY = flags.DEFINE_string("only", "", "Regular expression: networks to measure.")
 _RUNS = flags.DEFINE_integer("runs", 500, "Timed runs of each file.", lower_bound=1)
-_FOLDER = flags.DEFINE_string("output_dir", str(DOCS), "Where latency.md and .jsonl are.")
+_ROUNDINGS = flags.DEFINE_multi_integer("round_to", [1, 4, 8, 16], "Roundings, 1 among them.")
+_FOLDER = flags.DEFINE_string("output_dir", str(ROOT / "docs"), "Where latency.md and .jsonl are.")
+_FILES = flags.DEFINE_string("files", str(ROOT / "build" / "latency"), "Where .tflite files go.")
 
 
 # --- one network -----------------------------------------------------------------------------
@@ -63,36 +65,48 @@ def halved(dense, round_to):
     return keras_polar.convert(gated)
 
 
-def measure(name, runs):
+def measure(name, runs, folder):
     """Bytes, latency and difference from Keras of every file; multiply-accumulates."""
     import tensorflow
 
-    import keras_polar
-
-    dense = build(name)
-    variants = {"dense": dense} | {f"round_to={n}": halved(dense, n) for n in ROUNDINGS}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {v: exported(model, Path(folder) / v) for v, model in variants.items()}
-        add_latencies(files, runs)
-    macs = {variant: int(keras_polar.cost(model).macs) for variant, model in variants.items()}
+    kept = {variant: exported(name, variant, n, folder) for variant, n in variants().items()}
+    files = {variant: entry["files"] for variant, entry in kept.items()}
+    add_latencies(files, runs)
+    macs = {variant: entry["macs"] for variant, entry in kept.items()}
     return {"runs": runs, "tensorflow": tensorflow.__version__, "macs": macs, "files": files}
 
 
-def exported(model, stem):
-    """Precision -> what the file is like."""
+def variants():
+    """Name -> rounding; None for the dense network."""
+    return {"dense": None} | {f"round_to={n}": n for n in _ROUNDINGS.value}
+
+
+def exported(name, variant, round_to, folder):
+    """What the files of a variant are like, by precision; they are made once."""
+    note = folder / f"{name}-{variant}.json"
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        dense = build(name)
+        model = dense if round_to is None else halved(dense, round_to)
+        note.write_text(json.dumps(export(model, note.with_suffix(""))), encoding="utf-8")
+    return json.loads(note.read_text(encoding="utf-8"))
+
+
+def export(model, stem):
+    """Writes the files `stem`-PRECISION.tflite."""
     import keras_polar
 
     shape = (CALIBRATION, *model.inputs[0].shape[1:])
-    images, result = np.random.default_rng(0).random(shape, "float32"), {}
+    images, files = np.random.default_rng(0).random(shape, "float32"), {}
     for precision, quantize in PRECISIONS.items():
         path = stem.with_name(f"{stem.name}-{precision}.tflite")
         report = keras_polar.export_tflite(model, path, quantize, representative_data=images)
-        result[precision] = {
+        files[precision] = {
             "path": str(path),
             "bytes": report.bytes,
             "relative_difference": report.relative_difference,
         }
-    return result
+    return {"macs": int(keras_polar.cost(model).macs), "files": files}
 
 
 def add_latencies(files, runs):
@@ -131,7 +145,7 @@ MAC ratio | gain | dense peak | pruned peak | difference |
 ROUNDING = """
 ## Rounding of widths
 
-Gain (speed-up / MAC ratio) with `round_to` 1, 4, 8 and 16; in brackets the MAC ratio that came out.
+Gain (speed-up / MAC ratio) for each `round_to`; in brackets the MAC ratio that came out.
 The kernels work on channels in blocks: a width that is no multiple of a block takes as long as the
 next one, which tells where layers are narrow.
 
@@ -148,8 +162,8 @@ def write_tables(folder):
         return
     text = INTRODUCTION.replace("\\\n", "").format(**next(iter(rows.values())))
     text += "".join(main_line(n, p, r) for n, r in rows.items() for p in PRECISIONS)
-    columns = " | ".join(str(n) for n in ROUNDINGS)
-    text += ROUNDING.format(columns=columns, rules="|".join("--:" for _ in ROUNDINGS))
+    columns = " | ".join(str(n) for n in _ROUNDINGS.value)
+    text += ROUNDING.format(columns=columns, rules="|".join("--:" for _ in _ROUNDINGS.value))
     text += "".join(rounding_line(n, p, r) for n, r in rows.items() for p in PRECISIONS)
     (folder / "latency.md").write_text(text, encoding="utf-8")
 
@@ -175,7 +189,7 @@ def main_line(name, precision, row):
 
 
 def rounding_line(name, precision, row):
-    found = [ratios(row, f"round_to={n}", precision) for n in ROUNDINGS]
+    found = [ratios(row, f"round_to={n}", precision) for n in _ROUNDINGS.value]
     cells = [f"{speed / macs:.2f} ({macs:.2f})" for speed, macs in found]
     return f"| {name} | {precision} | {' | '.join(cells)} |\n"
 
@@ -188,7 +202,7 @@ def main(argv):
     path = folder / "latency.jsonl"
     todo = [n for n in NAMES if n not in read_rows(path) and re.search(_ONLY.value, n)]
     for name in track(todo, "latency"):
-        add_row(path, {"name": name, **measure(name, _RUNS.value)})
+        add_row(path, {"name": name, **measure(name, _RUNS.value, Path(_FILES.value))})
         write_tables(folder)
     write_tables(folder)
 
