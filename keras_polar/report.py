@@ -13,6 +13,7 @@ from keras_polar.cost import MEASURES, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
+from keras_polar.targets import blocks_of
 
 WIDTH = 120
 
@@ -100,12 +101,15 @@ class Inspection:
         prunable_weights, prunable_macs: the share of the model's weights (multiply-accumulates)
             that is gone when every group keeps one unit, in [0, 1]. This is the largest
             `sparsity` that `keras_polar.apply` can be asked for with `min_units=1`.
+        branches: the residual branches that can go as a whole (`granularity="blocks"`), each as
+            the names of its layers.
     """
 
     model: str
     rows: tuple[InspectRow, ...]
     prunable_weights: float
     prunable_macs: float
+    branches: tuple[tuple[str, ...], ...] = ()
 
     @property
     def prunable(self) -> float:
@@ -124,7 +128,7 @@ class Inspection:
         note = (
             f"{self.model}: {self.prunable:.1%} of the units can be pruned, and with one unit left "
             f"per group {self.prunable_weights:.1%} of the weights and {self.prunable_macs:.1%} of "
-            "the MACs are gone"
+            f"the MACs are gone. Residual branches that can go as a whole: {len(self.branches)}"
         )
         return columns, rows, note
 
@@ -150,11 +154,22 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
         >>> print(keras_polar.inspect(model))
     """
     coupling = couple(stripped(model) if is_gated(model) else read(model), ignore)
-    costs: dict[str, Counter] = {}  # of all calls of a shared layer together
+    rows = _layer_rows(coupling, *_costs(coupling))
+    shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
+    branches = tuple(block.layers for block in blocks_of(coupling, ignore))
+    return Inspection(model.name, tuple(rows), shares[0], shares[1], branches)
+
+
+def _costs(coupling: Coupling) -> tuple[dict[str, Counter], dict[str, int]]:
+    """What each layer costs, all calls of a shared layer together, and the whole model."""
+    costs: dict[str, Counter] = {}
     for row in counted(coupling).rows:
         own = {m: getattr(row, m) for m in MEASURES}
         costs.setdefault(row.name, Counter()).update(own)
-    whole = {m: max(1, sum(r[m] for r in costs.values())) for m in MEASURES}
+    return costs, {m: max(1, sum(r[m] for r in costs.values())) for m in MEASURES}
+
+
+def _layer_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
     kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
     rows = []
     for name, vector in coupling.produced().items():
@@ -166,9 +181,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
         rows.append(
             InspectRow(name, kinds[name], len(vector), can_go, ", ".join(names), reason, *shares)
         )
-    rows += _unknown_rows(coupling, costs, whole)
-    shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
-    return Inspection(model.name, tuple(rows), *shares)
+    return rows + _unknown_rows(coupling, costs, whole)
 
 
 def _removable(coupling: Coupling, measure: str) -> float:

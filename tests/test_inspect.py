@@ -32,6 +32,17 @@ def test_gates_do_not_change_what_can_go():
     assert keras_polar.inspect(gated).rows == keras_polar.inspect(model).rows
 
 
+def test_branches_that_can_go_are_listed():
+    model = small_resnet()
+    branches = keras_polar.inspect(model).branches
+    assert [names[::2] for names in branches] == [
+        ("block0_a", "block0_b"),
+        ("block1_a", "block1_b"),
+    ]
+    assert len(keras_polar.inspect(model, ignore="block0_a").branches) == 1
+    assert "as a whole: 2" in " ".join(str(keras_polar.inspect(model)).split())
+
+
 def test_nothing_is_prunable_in_a_model_of_outputs_only():
     found = keras_polar.inspect(keras.Sequential([keras.Input((4,)), layers.Dense(3)]))
     assert found.prunable == found.prunable_weights == found.prunable_macs == 0
