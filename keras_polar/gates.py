@@ -28,8 +28,14 @@ def hard_step(logits: Any) -> Any:
 
 def consensus(open_rates: Any, min_units: int) -> Any:
     """0/1 per unit: open for most samples, and at least the `min_units` most open ones."""
-    floor = ops.minimum(ops.top_k(open_rates, min_units)[0][-1], 0.5) if min_units else 0.5
-    return ops.cast(open_rates >= floor, open_rates.dtype)
+    return ops.maximum(ops.cast(open_rates >= 0.5, "float32"), most_open(open_rates, min_units))
+
+
+def most_open(scores: Any, count: int) -> Any:
+    """0/1 per unit, 1 for the `count` units with the highest scores, and their equals."""
+    if not count:
+        return ops.zeros_like(scores)
+    return ops.cast(scores >= ops.top_k(scores, count)[0][-1], scores.dtype)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -97,11 +103,16 @@ class Gate(keras.layers.Layer):
         if not training:
             return ops.cast(self.consensus()[None], self.compute_dtype)
         logits = self.logits(x)
-        gates = hard_step(logits)
+        gates = self._with_floor(hard_step(logits))
         self._observe(gates, ops.sigmoid(logits))
         settled = ops.cast(self.settled, "float32")
         fixed = ops.convert_to_tensor(self.settled_mask)
         return ops.cast(settled * fixed + (1 - settled) * gates, self.compute_dtype)
+
+    def _with_floor(self, gates: Any) -> Any:
+        """The units that have been most open stay so for all samples: no group ever collapses."""
+        floor = most_open(ops.convert_to_tensor(self.scores), self.min_units)
+        return gates + ops.stop_gradient(ops.maximum(gates, floor) - gates)
 
     def consensus(self) -> Any:
         """0/1 per unit, float32 of shape (units,): what inference uses."""
