@@ -51,7 +51,7 @@ test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax ## every test:
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
-	KERAS_BACKEND=jax $(RUN) -m pytest tests/test_backends.py
+	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" tests/test_backends.py tests/test_fit_variants.py
 
 coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub: docs/coverage.md; hours
 	$(RUN) -m pip install --quiet --editable '.[hub]'

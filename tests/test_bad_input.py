@@ -148,7 +148,11 @@ APPLY = [
     ),
 ]
 
-CONVERT = [
+GATED = [
+    (
+        lambda: gated().train_on_batch(np.ones((2, 8, 8, 1)), np.ones((2, 10))),
+        *(ValueError, "'small_resnet'", "schedule=keras_polar.Schedule(steps=n)"),
+    ),
     (convert(model), TypeError, "'small_resnet' without gates", "keras_polar.apply"),
     (convert(lambda: "gated.keras"), TypeError, "received str", "keras.models.load_model"),
     (convert(lambda: None), TypeError, "received NoneType", "keras_polar.apply"),
@@ -293,7 +297,7 @@ PLOTS = [
 TABLES = {
     "plots": PLOTS,
     "apply": APPLY,
-    "convert": CONVERT,
+    "gated": GATED,
     "remove": REMOVE,
     "report": REPORTS,
     "set_mask": SET_MASK,
