@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import check, close_half, model_of, randomise
+from helpers import check, close_half, model_of, predicted, randomise
 from keras import layers, ops
 
 import keras_polar
@@ -306,3 +306,16 @@ def test_first_new_axis_of_einsum_goes():
     _, small = check(randomise(model_of(attention_by_einsum)))
     assert small.get_layer("q").kernel.shape == (4, 2, 6)
     assert small.get_layer("project").kernel.shape[0] == 2
+
+
+def test_einsum_dense_counts_its_units_on_whatever_axis_its_input_has_some():
+    """With one position left the input has no units any more, and the layer is seen to make six."""
+    x = keras.Input((5,))
+    y = layers.Reshape((4, 3))(layers.Dense(12, name="positions")(x))
+    z = layers.EinsumDense("btc,cnd->btnd", (4, 6, 2), name="heads")(y)
+    model = keras.Model(x, layers.Dense(2, name="head")(layers.Flatten()(z)))
+    gated = keras_polar.apply(model, 0.01, gate="static", measure="units")
+    assert [g.units for g in gated.groups] == [4]
+    gated.groups[0].set_mask(np.arange(4) == 2)
+    small = keras_polar.convert(gated, verify=True)
+    assert predicted(model, [1], "units") == keras_polar.cost(small).units == 3 + 6 + 2

@@ -45,8 +45,8 @@ class EinsumDenseRule(Rule):
     """Reads the axes that vanish and makes the new ones.
 
     Of several new axes (heads and their width, say) the units are along the first, even if only
-    one is left there. Units on an axis that stays pass through it, and then it makes none of its
-    own: an element of the output can belong to one unit only.
+    one is left there. Units on an axis that stays pass through it, and then its own are pinned: an
+    element of the output can belong to one unit only.
     """
 
     def flow(self, site: Site) -> list[Ids]:
@@ -65,6 +65,9 @@ class EinsumDenseRule(Rule):
             site.read(name, axis)
             return activated(site, self._made(site, equation))
         vector = site.follow(name, axis)
+        if (made := self._place_made(equation)) is not None:
+            own = site.produce_inside(equation.outputs[made], shape[made])
+            site.pin(own, "units of its input pass through it on another axis")
         return activated(site, along(vector, equation.outputs.index(name), shape))
 
     def _unit_axis(self, site: Site) -> int | None:
@@ -80,12 +83,15 @@ class EinsumDenseRule(Rule):
             site.set_axis(name, np.full(size, -1, np.int32))
 
     def _made(self, site: Site, equation: Equation) -> Ids:
-        shape = site.output_shapes[0]
-        new = [n for n in equation.kernel if n not in equation.inputs]
-        if not new:
+        shape, place = site.output_shapes[0], self._place_made(equation)
+        if place is None:
             return nobody(shape)
-        place = min(equation.outputs.index(n) for n in new)
         return site.produce(equation.outputs[place], shape[place], place)
+
+    def _place_made(self, equation: Equation) -> int | None:
+        """The first axis of the output that the kernel alone has."""
+        new = [n for n in equation.kernel if n not in equation.inputs]
+        return min((equation.outputs.index(n) for n in new), default=None)
 
     def weights(self, op: Any) -> dict[str, tuple]:
         kernel = tuple(op.equation.replace(" ", "").split("->")[0].split(",")[1])
