@@ -3,13 +3,12 @@
 import re
 import warnings
 from collections import ChainMap, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_polar.blocks import Block
 from keras_polar.cost import MEASURES, sizes_known
 from keras_polar.coupling import Coupling, couple, off_batch, why_fixed
 from keras_polar.gated import GatedModel
@@ -98,7 +97,12 @@ def apply(
         )
     coupling = couple(read(model), ignore if "channels" in kinds else "*")
     blocks = blocks_of(coupling, ignore) if "blocks" in kinds else ()
-    _check_prunable(coupling, blocks, model, measure)
+    if not coupling.groups and not blocks:
+        raise ValueError(
+            f"apply: nothing in model {model.name!r} can be pruned. "
+            f"{_why_nothing(coupling, kinds)}. See keras_polar.inspect(model)."
+        )
+    _check_sizes(coupling, model, measure)
     budget = budget_of(
         coupling,
         blocks,
@@ -172,14 +176,14 @@ def _is_share(x: Any) -> bool:
     return is_number and 0 <= x <= 1
 
 
-def _check_prunable(coupling: Coupling, blocks: Sequence[Block], model: Any, measure: str) -> None:
-    if not coupling.groups and not blocks:
-        why = [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
-        raise ValueError(
-            f"apply: nothing in model {model.name!r} can be pruned. "
-            + ("; ".join(why) if why else "It has no layer whose units could go")
-            + ". See keras_polar.inspect(model)."
-        )
+def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
+    if "channels" not in kinds:
+        return "It has no residual branch that could go as a whole"
+    why = [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
+    return "; ".join(why) or "It has no layer whose units could go"
+
+
+def _check_sizes(coupling: Coupling, model: Any, measure: str) -> None:
     if measure == "macs" and not sizes_known(coupling):
         raise ValueError(
             f"apply: measure='macs' needs known sizes, but tensors of model {model.name!r} have "
