@@ -6,7 +6,8 @@ weights, steps and learning rate are the very same variables. For optimizers tha
 weight by itself the run goes on as it would have, to float32 round-off.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -43,8 +44,8 @@ class Compaction:
             if not self.whole.built:
                 self.whole.build(gated.trainable_variables)
             self.part = _unbuilt(self.whole, {id(p.whole): p.part for p in cutter.pieces})
-            self.part.build(self.model.trainable_variables)
-        self.pieces = [*cutter.pieces, *_slots(self.whole, self.part, gated, cutter.pieces)]
+            slots = _slots(self.whole, self.part, gated, self.model, cutter.pieces)
+        self.pieces = [*cutter.pieces, *slots]
 
     @property
     def is_current(self) -> bool:
@@ -111,13 +112,52 @@ def _exclude_from_decay(new: Any, optimizer: Any, parts: dict[int, Any]) -> None
         )
 
 
-def _slots(whole: Any, part: Any, gated: Any, pieces: list[Piece]) -> list[Piece]:
-    """What each variable of the smaller optimizer is cut out of."""
-    shared = {id(v) for v in (part._iterations, part._learning_rate)}
-    gone = {_key(v): None for v in gated.trainable_variables}  # of gates and closed branches
-    table = _by_owner(whole, gone | {_key(p.whole): p for p in pieces}, shared)
-    own = _by_owner(part, {_key(p.part): p for p in pieces}, shared)
-    return [_slot(table.get(key), slot, key[0]) for key, slot in own.items()]
+def _slots(whole: Any, part: Any, gated: Any, small: Any, pieces: list[Piece]) -> list[Piece]:
+    """Builds the smaller optimizer; what each of its variables is cut out of."""
+    by_part: dict[Any, Piece] = {id(p.part): p for p in pieces}
+    by_whole: dict[Any, Any] = {id(p.whole): p for p in pieces}
+    # The optimizer that is there does not say whose its slots are; its twin does, in their order.
+    twin = _built(_unbuilt(whole, {}), gated.trainable_variables)
+    slots = [v for v in whole.variables if v.name not in _SHARED]
+    if len(slots) != len(twin):
+        raise CannotCompact("the optimizer was built for other variables than are trained now")
+    owned = zip(slots, (by_whole.get(owner, owner) for _, owner in twin), strict=True)
+    table = _numbered(owned)
+    own = _built(part, small.trainable_variables)
+    found = _numbered((slot, by_part.get(owner)) for slot, owner in own)
+    return [_slot(table.get(key), slot, key[0]) for key, slot in found.items()]
+
+
+_SHARED = ("iteration", "learning_rate")
+
+
+def _built(optimizer: Any, variables: list) -> list[tuple[Any, int | None]]:
+    """The slots that an optimizer makes for variables, each with the id of its variable, if any."""
+    owners: dict[int, int] = {}
+    for each in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if each is not None:
+            each.add_variable_from_reference = _recording(each.add_variable_from_reference, owners)
+    optimizer.build(variables)
+    return [(v, owners.get(id(v))) for v in optimizer.variables if v.name not in _SHARED]
+
+
+def _recording(make: Callable, owners: dict[int, int]) -> Callable:
+    def recorded(reference: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = make(reference, *args, **kwargs)
+        owners[id(slot)] = id(reference)
+        return slot
+
+    return recorded
+
+
+def _numbered(owned: Iterable[tuple[Any, Any]]) -> dict[tuple, Any]:
+    """From (slot, owner) to (owner, how many of its slots come before) -> slot."""
+    counts: Counter = Counter()
+    found = {}
+    for slot, owner in owned:
+        found[owner, counts[owner]] = slot
+        counts[owner] += 1
+    return found
 
 
 def _slot(whole: Any, part: Any, piece: Piece | None) -> Piece:
@@ -127,23 +167,3 @@ def _slot(whole: Any, part: Any, piece: Piece | None) -> Piece:
     if whole is None or found.cut(np.empty(whole.shape, bool)).shape != tuple(part.shape):
         raise CannotCompact(f"the optimizer's variable {part.path!r} cannot be cut")
     return found
-
-
-def _by_owner(optimizer: Any, pieces: dict[str, Piece | None], shared: set[int]) -> dict:
-    """(the piece that a slot belongs to, its name) or (None, its number) -> slot."""
-    found: dict[tuple, Any] = {}
-    for slot in optimizer.variables:
-        key = max((k for k in pieces if slot.name.startswith(k)), key=len, default=None)
-        if key is not None and pieces[key] is not None:
-            found[pieces[key], slot.name[len(key) :]] = slot
-        elif key is None and id(slot) not in shared and slot.name not in _SHARED:
-            found[None, sum(piece is None for piece, _ in found)] = slot
-    return found
-
-
-_SHARED = ("iteration", "learning_rate")
-
-
-def _key(variable: Any) -> str:
-    """What Keras has the names of a variable's slots begin with."""
-    return variable.path.replace("/", "_") + "_"
