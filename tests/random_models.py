@@ -72,6 +72,7 @@ def build(program):
         x = fitting[first % len(fitting)]
         meeting = [t for t in reversed(tensors) if t.shape[:-1] == x.shape[:-1]]
         z = step(x, meeting[second % len(meeting)], width)
+        z._sparse = False  # as Keras says of every product with a constant
         tensors.append(enlarged(z if channels(z) < 24 else layers.Dense(6)(z)))
     pooled = layers.Concatenate()([average(t) for t in tensors[-3:]])
     heads = {"head": layers.Dense(2, name="head")(pooled), "last": layers.Flatten()(tensors[-1])}
