@@ -52,7 +52,8 @@ def formats():
 
 
 def test_every_class_with_a_rule_is_in_a_step(formats):
-    assert {c for c in _REGISTRY if c not in formats} - PINNED.keys() == NEVER_DRAWN.keys()
+    of_keras = {c for c in _REGISTRY if c.__module__.startswith("keras.")}  # other tests add theirs
+    assert of_keras - formats.keys() - PINNED.keys() == NEVER_DRAWN.keys()
 
 
 def test_every_class_with_a_data_format_is_in_a_step_with_channels_first(formats):
