@@ -160,8 +160,7 @@ class GatedModel(keras.Model):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.stand_in is None:
             return super().__call__(*args, **kwargs)
-        if kwargs.get("training"):
-            self.consensus.count_settled(self.stand_in.sparsity)
+        self.consensus.count_settled(self.stand_in.sparsity, bool(kwargs.get("training")))
         return self.stand_in.model(*args, **kwargs)
 
     @property

@@ -110,10 +110,11 @@ class Consensus(keras.layers.Layer):
             self.latest["sparsity"].assign(sparsity)
             self.latest["polarization"].assign(polarization)
 
-    def count_settled(self, sparsity: float) -> None:
-        """A step that the sub-network alone takes, to the metrics and the count of steps."""
-        self._report(sparsity, 1.0, training=True)
-        self.step.assign(self.step + 1)
+    def count_settled(self, sparsity: float, training: bool) -> None:
+        """A call of the sub-network alone, to the metrics and the count of steps."""
+        self._report(sparsity, 1.0, training)
+        if training:
+            self.step.assign(self.step + 1)
 
     def expected_sparsity(self, open_rates: Any) -> Any:
         """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""

@@ -166,7 +166,9 @@ def test_one_fit_without_a_seam(tmp_path):
     assert {len(v) for v in history.values()} == {8}
     assert float(to_numpy(gated.optimizer.learning_rate)) == pytest.approx(1e-2 / 2**7)
     assert int(to_numpy(gated.optimizer.iterations)) == 48
-    assert history["sparsity"][-1] == pytest.approx(gated.sparsity, abs=1e-5)
+    for name in ("sparsity", "val_sparsity"):
+        assert history[name][-1] == pytest.approx(gated.sparsity, abs=1e-5)
+    assert history["val_polarization"][-1] == 1
     small = keras_polar.convert(gated, verify=x[:16])
     small.compile(loss=LOSS)
     assert small.evaluate(x[192:], y[192:], verbose=0) == pytest.approx(
