@@ -4,7 +4,8 @@
 
 The models take turns within one process, so that a disturbance of the machine meets all of them
 alike; what counts is the median of the ratios, round by round. The gates are under full pressure:
-all losses are active, nothing is settled.
+all losses are active, nothing is settled. The compacted models are what `fit` goes on with once
+half of the weights or of the multiply-accumulates (MACs) are gone; units chosen by lot.
 """
 
 import json
@@ -22,6 +23,8 @@ import models
 import reporting
 
 import keras_polar
+from keras_polar.compaction import Compaction
+from keras_polar.gates import Gate
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 WARM_UP_ROUNDS = 3
@@ -50,7 +53,21 @@ def contenders(name):
         gate: keras_polar.apply(dense, 0.5, gate=gate, schedule=schedule)
         for gate in ("static", "dynamic")
     }
-    return {name: compiled(model) for name, model in {"dense": dense, **gated}.items()}
+    models_of = {name: compiled(model) for name, model in {"dense": dense, **gated}.items()}
+    return models_of | {f"compacted, {m}": compacted(dense, m) for m in ("weights", "macs")}
+
+
+def compacted(dense, measure):
+    """A settled gated model whose sub-network trains."""
+    schedule = keras_polar.Schedule(steps=1_000_000)
+    gated = keras_polar.apply(dense, 0.5, gate="static", measure=measure, schedule=schedule)
+    rng = np.random.default_rng(0)
+    for layer in gated.layers:
+        if isinstance(layer, Gate):
+            layer.scores.assign(rng.random(layer.units))
+    gated.settle()
+    Compaction(compiled(gated)).enter()
+    return gated
 
 
 def timed_step(model, batch):
@@ -89,7 +106,7 @@ def main(argv):
     ratios = summary(step_times(contenders(_MODEL.value), batch, _ROUNDS.value))
     rows = [(name, *(f"{q:.3f} x" for q in (r[1], r[0], r[2]))) for name, r in ratios.items()]
     title = f"Training step, {_MODEL.value}, batch {_BATCH_SIZE.value}: gated / dense"
-    columns = ("gates", "median", "lower quartile", "upper quartile")
+    columns = ("model", "median", "lower quartile", "upper quartile")
     reporting.print_table(title, columns, rows, f"{_ROUNDS.value} rounds")
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(ratios, indent=2) + "\n", encoding="utf-8")
