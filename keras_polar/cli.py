@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 the files or the model do not allow it (one line on stderr
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from keras_polar.convert import convert
 from keras_polar.cost import cost
 from keras_polar.groups import require_gated
 from keras_polar.litert import benchmark_tflite, export_tflite
+from keras_polar.litert.checks import draft_of
 from keras_polar.report import inspect, table_text
 
 ARGUMENTS: dict[str, dict] = {
@@ -159,8 +159,7 @@ def _writable(path: str, suffix: str) -> Path:
 
 def _save(model: keras.Model, path: Path) -> None:
     """The file appears complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert-") as folder:
-        draft = Path(folder) / path.name
+    with draft_of(path) as draft:
         model.save(draft)
         os.replace(draft, path)
 

@@ -45,14 +45,14 @@ def draft_of(path: Path) -> Iterator[Path]:
     """A file in the making, in a folder of its own beside `path` that is gone afterwards."""
     try:
         # Inside the target folder, so that the final move cannot cross file systems.
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-")
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-")
     except OSError as error:
         raise PermissionError(
             f"Expected a folder that can be written to; {str(path.parent)!r} cannot "
             f"({error.strerror}). Choose another folder."
         ) from error
     with folder as name:
-        yield Path(name) / "model.tflite"
+        yield Path(name) / path.name
 
 
 def check_options(quantize: str | None, io: str | None) -> None:

@@ -197,10 +197,10 @@ def _fitting(value: Any, tensor: Any, argument: str) -> np.ndarray:
 
 def _check_shape(array: np.ndarray, tensor: Any, argument: str) -> None:
     wanted = tuple(tensor.shape)
-    if array.ndim and _matches(array.shape[1:], wanted[1:]):
+    if array.ndim and matches(array.shape[1:], wanted[1:]):
         return
     hint = "The first axis counts the samples."
-    if _matches(array.shape, wanted[1:]):
+    if matches(array.shape, wanted[1:]):
         hint += " This is one sample: stack samples, or `dataset.batch(32)`."
     raise ValueError(
         f"Expected `{argument}` of shape {wanted} for input {tensor.name!r}; received shape "
@@ -208,7 +208,8 @@ def _check_shape(array: np.ndarray, tensor: Any, argument: str) -> None:
     )
 
 
-def _matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+def matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    """Whether a shape is the wanted one, None standing for any size."""
     return len(shape) == len(wanted) and all(
         want in (None, got) for want, got in zip(wanted, shape, strict=True)
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_polar.litert.data import matches
 from keras_polar.litert.report import TensorInfo
 
 
@@ -179,10 +180,7 @@ def _named_inputs(
 
 def _as_input(name: str, detail: Mapping[str, Any], value: Any) -> np.ndarray:
     array, shape = np.asarray(value), open_shape(detail)
-    fits = array.ndim == len(shape) and all(
-        want in (None, got) for want, got in zip(shape[1:], array.shape[1:], strict=True)
-    )
-    if not fits:
+    if array.ndim != len(shape) or not matches(array.shape[1:], shape[1:]):
         raise ValueError(
             f"Expected input {name!r} of shape {shape}; received {array.shape}. The first axis "
             "counts the samples."
