@@ -25,7 +25,7 @@ IMAGE_SHAPE = (32, 32, 3)
 # Mean and standard deviation of the training images' channels, on a scale of 0 to 1.
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)
 CHANNEL_STD = (0.2470, 0.2435, 0.2616)
-PADDING = 4
+PADDING = 1 / 8  # of the image's side, before a random crop
 MOMENTUM = 0.9
 # Part of the run in which the learning rate rises to its peak.
 WARMUP = 0.05
@@ -50,7 +50,7 @@ def define_flags(flag_values):
         real("sparsity", 0.5, "Share of the measure to remove.", upper_bound=1.0),
         choice("measure", "weights", ("weights", "macs", "units"), "What --sparsity counts."),
         choice("gate", "dynamic", ("dynamic", "static"), "Kind of gate."),
-        number("round_to", 1, "Keep a multiple of this many units per group."),
+        number("round_to", None, "Keep a multiple of this many units. Default: 8 if possible."),
         switch("dense", False, "Train the model as it is, without gates: the baseline."),
         number("epochs", 30, "Epochs."),
         number("batch_size", 128, "Images per step."),
@@ -133,7 +133,8 @@ def augment(image, seed):
 
     `seed` (two integers) decides both: the same seed gives the same image.
     """
-    padded = tf.pad(image, [[PADDING, PADDING], [PADDING, PADDING], [0, 0]], mode="REFLECT")
+    border = round(PADDING * image.shape[0])
+    padded = tf.pad(image, [[border, border], [border, border], [0, 0]], mode="REFLECT")
     cropped = tf.image.stateless_random_crop(padded, image.shape, seed)
     return tf.image.stateless_random_flip_left_right(cropped, seed)
 

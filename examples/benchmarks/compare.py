@@ -22,6 +22,8 @@ Methods:
   relevance  units with the least share in the logit of the true class (after Aketi et al., 2020)
   group_norm units whose zero-invariant group has the smallest norm, over all groups (the
              criterion of OTO and ATO, without ATO's controller network)
+  magnitude  tfmot's magnitude pruning: that share of every kernel becomes zeros, none goes (needs
+             the extra qat)
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cifar10
+import magnitude
 import models
 import reporting
 
@@ -67,9 +71,15 @@ _MEASURE = flags.DEFINE_enum("measure", "weights", ("weights", "macs"), "What is
 _SCHEDULE = flags.DEFINE_string(
     "schedule", "", "Warm-up, ramp and settle of our methods, as in 0.1,0.35,0.5; empty: default."
 )
+_ROUND_TO = flags.DEFINE_integer(
+    "round_to", None, "Our methods keep multiples; none: default.", lower_bound=1
+)
 _EPOCHS = flags.DEFINE_integer("epochs", 12, "Epochs of every method.", lower_bound=2)
 _TRAIN_IMAGES = flags.DEFINE_integer("train_images", 12_800, "The first so many.", lower_bound=1)
 _TEST_IMAGES = flags.DEFINE_integer("test_images", 10_000, "The first so many.", lower_bound=1)
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", 32, "Pixels a side, 32, 16 or 8: smaller images are means of the larger ones."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Peak learning rate.", 0.0)
 _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 2e-4, "L2 penalty on kernels.", 0.0)
@@ -85,9 +95,11 @@ class Setting:
     sparsity: float
     measure: str
     schedule: str
+    round_to: int | None
     epochs: int
     train_images: int
     test_images: int
+    image_size: int
     batch_size: int
     learning_rate: float
     weight_decay: float
@@ -106,7 +118,7 @@ class Setting:
         """The dense network, or one of another width."""
         return models.build(
             self.model,
-            cifar10.IMAGE_SHAPE,
+            (self.image_size, self.image_size, 3),
             cifar10.CLASSES,
             width=width or self.width,
             weight_decay=self.weight_decay,
@@ -188,13 +200,28 @@ def _cost(model, measure):
 
 def gated(trainer, setting, **options):
     full = setting.build()
-    model = keras_polar.apply(
-        full, setting.sparsity, measure=setting.measure, schedule=setting.course, **options
-    )
+    own = {"measure": setting.measure, "round_to": setting.round_to, "schedule": setting.course}
+    model = keras_polar.apply(full, setting.sparsity, **own, **options)
     small = keras_polar.convert(trainer(model), verify=True)
     settle = setting.course.settle  # from then on the small network trains
     trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
     return small
+
+
+def magnitude_pruned(trainer, setting):
+    full, steps = setting.build(), setting.epochs * setting.steps_per_epoch
+    course = setting.course
+    trainer.macs += 3 * _macs(full) * setting.train_images * setting.epochs
+    return magnitude.train(
+        full,
+        trainer.data,
+        sparsity=setting.sparsity,
+        ramp=(round(course.warmup * steps), round(course.settle * steps)),
+        steps=steps,
+        epochs=setting.epochs,
+        learning_rate=setting.learning_rate,
+        weight_decay=setting.weight_decay,
+    )
 
 
 def cut_halfway(trainer, setting, *, scores, everywhere_alike=True, penalty=None):
@@ -344,6 +371,7 @@ METHODS: dict[str, Callable] = {
     "gradual": functools.partial(cut_gradually, scores=l1_norm),
     "relevance": functools.partial(cut_halfway, scores=relevance),
     "group_norm": functools.partial(cut_halfway, scores=group_norm, everywhere_alike=False),
+    "magnitude": magnitude_pruned,
 }
 
 
@@ -372,18 +400,34 @@ def result_of(method, setting, seed, data):
         "macs": cost.macs,
         "kept_weights": cost.weights / full.weights,
         "kept_macs": cost.macs / full.macs,
+        "nonzero": magnitude.nonzero(model),
         "training_macs": trainer.macs,
+        **_as_file(setting.build(), model),
         "layers": {r.name: r.units for r in cost.rows if r.units},
     }
+
+
+def _as_file(full, model):
+    """Bytes of the float32 .tflite file, and its latency over that of the whole network's."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/full.tflite", f"{folder}/model.tflite"]
+        reports = [
+            keras_polar.export_tflite(*pair) for pair in zip((full, model), paths, strict=True)
+        ]
+        whole, own = (latency.median for latency in keras_polar.benchmark_tflite(paths).values())
+    return {"tflite_bytes": reports[1].bytes, "tflite_latency_ratio": own / whole}
 
 
 def result_path(folder, method, setting, seed):
     """Where a result lies; dense runs do not depend on what would be removed."""
     what = "" if method == "dense" else f"_{setting.measure}{round(100 * setting.sparsity)}"
     size = f"w{setting.width}" if setting.width else ""
-    run = f"{setting.model}{size}_n{setting.train_images}_e{setting.epochs}"
-    course = f"_{setting.schedule}" if setting.schedule and method in OURS else ""
-    return Path(folder) / f"{run}_{method}{what}{course}_s{seed}.json"
+    pixels = "" if setting.image_size == 32 else f"_{setting.image_size}px"
+    run = f"{setting.model}{size}{pixels}_n{setting.train_images}_e{setting.epochs}"
+    if method in OURS:
+        what += f"_{setting.schedule}" if setting.schedule else ""
+        what += f"_round{setting.round_to}" if setting.round_to else ""
+    return Path(folder) / f"{run}_{method}{what}_s{seed}.json"
 
 
 def run_all(setting, data):
@@ -410,28 +454,51 @@ def load_results(folder):
 
 def table_rows(results, setting):
     """One row per method of a setting, in the order of METHODS."""
-    same = ("model", "width", "epochs", "train_images", "batch_size", "learning_rate")
-    mine = [r for r in results if all(r[k] == getattr(setting, k) for k in same)]
-    wanted = {k: getattr(setting, k) for k in ("measure", "sparsity", "schedule")}
-    rows = []
-    for method in METHODS:
-        runs = [r for r in mine if r["method"] == method]
-        if method != "dense":
-            runs = [r for r in runs if all(r[k] == v for k, v in wanted.items())]
-        if runs:
-            rows.append(_row(method, runs))
-    return rows
+    by_method = {m: [r for r in results if _belongs(r, m, setting)] for m in METHODS}
+    return [_row(method, runs) for method, runs in by_method.items() if runs]
+
+
+def _belongs(result, method, setting):
+    """Whether a result is one of a method in a setting, as far as the method depends on it."""
+    free = {"test_images", "weight_decay"}
+    free |= set() if method in OURS else {"schedule", "round_to"}
+    free |= {"measure", "sparsity"} if method == "dense" else set()
+    wanted = {k: v for k, v in dataclasses.asdict(setting).items() if k not in free}
+    return result["method"] == method and all(result[k] == v for k, v in wanted.items())
 
 
 def _row(method, runs):
     accuracy = 100 * np.array([r["accuracy"] for r in runs])
     spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
-    kept = [f"{100 * np.mean([r[k] for r in runs]):.1f} %" for k in ("kept_weights", "kept_macs")]
+    mean = {k: np.mean([r[k] for r in runs]) for k in runs[0] if isinstance(runs[0][k], float)}
+    kept = [f"{100 * mean[k]:.1f} %" for k in ("kept_weights", "nonzero", "kept_macs")]
     effort = np.mean([r["training_macs"] for r in runs]) / 1e12
-    return (method, f"{accuracy.mean():.2f}{spread}", str(len(runs)), *kept, f"{effort:.1f}")
+    size = np.mean([r["tflite_bytes"] for r in runs]) / 1e3
+    time = f"{mean['tflite_latency_ratio']:.2f} x"
+    accuracy = f"{accuracy.mean():.2f}{spread}"
+    return (method, accuracy, str(len(runs)), *kept, f"{effort:.1f}", f"{size:.0f}", time)
 
 
-COLUMNS = ("method", "accuracy, %", "seeds", "weights", "MACs", "training TMACs")
+COLUMNS = (
+    "method",
+    "accuracy, %",
+    "seeds",
+    "weights",
+    "not zero",
+    "MACs",
+    "training TMACs",
+    ".tflite, kB",
+    "latency",
+)
+
+
+def _shrunk(array, side):
+    """Images as means of squares of pixels; labels as they are."""
+    if array.ndim == 1 or array.shape[1] == side:
+        return array
+    n, whole, _, channels = array.shape
+    squares = array.reshape(n, side, whole // side, side, whole // side, channels)
+    return squares.mean((2, 4)).round().astype("uint8")
 
 
 def setting_from_flags():
@@ -447,9 +514,10 @@ def main(argv):
     setting = setting_from_flags()
     if not _TABLE.value:
         train, test = cifar10.load_cifar10(_DATA_DIR.value)
+        shrink = functools.partial(_shrunk, side=setting.image_size)
         data = (
-            tuple(x[: setting.train_images] for x in train),
-            tuple(x[: setting.test_images] for x in test),
+            tuple(shrink(x[: setting.train_images]) for x in train),
+            tuple(shrink(x[: setting.test_images]) for x in test),
         )
         run_all(setting, data)
     title = f"{setting.model}, {setting.sparsity:.0%} of the {setting.measure} removed"
