@@ -36,7 +36,7 @@ def apply(
     gate: str = "dynamic",
     granularity: str | Iterable[str] = "channels",
     ignore: Iterable[str] = (),
-    round_to: int = 1,
+    round_to: int | None = None,
     min_units: int = 1,
     max_sparsity: float | Mapping[str, float] | None = None,
     schedule: Schedule | None = None,
@@ -60,7 +60,9 @@ def apply(
             as a whole: the network becomes shallower), or both, `("channels", "blocks")`.
         ignore: names of layers, glob patterns allowed, that keep all their units; branches with
             such a layer stay.
-        round_to: kept units per group are a multiple of this.
+        round_to: kept units per group are a multiple of this. None for the largest of 8, 4, 2, 1
+            with which `sparsity` is met to half a point: kernels compute eight channels at a time,
+            so that other widths save weights but little time.
         min_units: units that stay in every group at least.
         max_sparsity: share of a group's units that may go at most, in [0, 1]: one number for all
             groups, or {layer name or glob pattern: number}, of which the smallest counts. By
@@ -113,7 +115,11 @@ def apply(
         round_to=round_to,
     )
     found = targets(coupling, blocks, budget.floors)
-    training = {"schedule": (schedule or Schedule()).get_config(), "compact": bool(compact)}
+    training = {
+        "schedule": (schedule or Schedule()).get_config(),
+        "compact": bool(compact),
+        "round_to": round_to,
+    }
     inserter = _Inserter(coupling, found, GATES[gate], budget, measure, training)
     gated = rebuild(coupling.graph, inserter.visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
@@ -157,6 +163,8 @@ def _check_options(
         if value not in known:
             raise ValueError(f"apply: expected {name} to be one of {known}, received {value!r}.")
     for name, value in (("round_to", round_to), ("min_units", min_units)):
+        if name == "round_to" and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"apply: expected {name} as an int >= 1, received {value!r}.")
     limits = max_sparsity.values() if isinstance(max_sparsity, Mapping) else [max_sparsity]
@@ -248,26 +256,37 @@ class _Inserter:
         outputs = op(*args, **kwargs)
         if is_new:
             copy_weights(call.op, op, lambda _, value: value)
-        vectors = [inner_vector(site, *read) for read in site.inner_reads]
+        reads = [*site.inner_reads, *self._masked_weights(site).values()]
+        vectors = [inner_vector(site, *read) for read in reads]
         own = self._gated(vectors)
-        return self._masked_inside(site, vectors, own, args, kwargs) if own else outputs
+        if not own:
+            return outputs
+        masks = [[*r, self._arranged(v, own)] for r, v in zip(reads, vectors, strict=True)]
+        return self._masked_inside(op, masks, own, args, kwargs)
 
     def _masked_inside(
-        self, site: Site, vectors: list, own: list[int], args: tuple, kwargs: dict
+        self, op: Any, masks: list, own: list[int], args: tuple, kwargs: dict
     ) -> Any:
-        op = self.clones[id(site.op)]
         if id(op) not in self.inner_masks:
-            reads = [
-                [variable, axis, self._arranged(vector, own)]
-                for (variable, axis), vector in zip(site.inner_reads, vectors, strict=True)
-            ]
-            self.inner_masks[id(op)] = InnerMask(op, reads)
+            self.inner_masks[id(op)] = InnerMask(op, masks)
         inner_mask = self.inner_masks[id(op)]
         return inner_mask([self.gates[i] for i in own], *args, **pack(kwargs))
 
+    def _masked_weights(self, site: Site) -> dict[int, tuple]:
+        """Input position -> (variable, axis) to be masked instead, where all samples agree.
+
+        A kernel is much smaller than a batch of what it is multiplied with.
+        """
+        return {
+            tensor: by
+            for tensor, by in site.multiplied_by.items()
+            if all(self.gates[i].shape[0] == 1 for i in self._gated([inner_vector(site, *by)]))
+        }
+
     def _masked_inputs(self, site: Site, values: dict) -> dict:
         axes: dict[int, list] = {}
-        for tensor, axis in dict.fromkeys(site.reads):
+        instead = self._masked_weights(site)
+        for tensor, axis in dict.fromkeys(r for r in site.reads if r[0] not in instead):
             axes.setdefault(site.call.inputs[tensor], []).append((tensor, axis))
         return {i: self._masked(site, i, tuple(own), values[i]) for i, own in axes.items()}
 
@@ -369,7 +388,6 @@ class _Inserter:
             self.measure,
             self.budget.cost.get_config(),
             {t.name: t.units for t in self.targets},
-            round_to=self.budget.round_to,
             **self.training,
             name=self._name("consensus"),
         )

@@ -1,8 +1,9 @@
-"""Masks on units that live inside a layer: heads of an attention layer, the state of an LSTM.
+"""Masks on the weights of a layer instead of on what it reads.
 
-Nothing stands between the maker and the reader of such a unit where a tensor could be masked, but
-the reader is a matrix product with a weight of the same layer, and `(x * m) @ W` is the same as
-`x @ (m[:, None] * W)`: the layer is called with that weight masked.
+`(x * m) @ W` is the same as `x @ (m[:, None] * W)`, convolutions included: the layer is called with
+that weight masked. There is no other way for units that live inside a layer (heads of an attention
+layer, the state of an LSTM), where nothing stands between the maker and the reader. Elsewhere it is
+cheaper, if all samples share the mask: a kernel is much smaller than a batch.
 """
 
 from collections.abc import Sequence

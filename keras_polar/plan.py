@@ -1,14 +1,18 @@
 """From gates to masks: which units stay when the consensus is settled. Pure NumPy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from keras_polar.cost import Polynomial
 
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
+# Kernels compute eight channels at a time, or four: what is left over takes as long as all of them.
+ROUNDINGS = (8, 4, 2, 1)
+MISS = 0.005  # what the sparsity may be off for the sake of a rounding
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,16 @@ class Budget:
         units: number of units of each group.
         sparsity: share of the full cost to be removed.
         floors: units that each group keeps at least.
-        round_to: kept counts are multiples of this (or all units of the group).
+        round_to: kept counts are multiples of this (or all units of the group); None for the
+            largest of 8, 4, 2, 1 with which the sparsity is met to half a point. One for all, or
+            one per group.
     """
 
     cost: Polynomial
     units: tuple[int, ...]
     sparsity: float
     floors: tuple[int, ...]
-    round_to: int = 1
+    round_to: int | tuple[int, ...] | None = 1
 
     @cached_property
     def full_cost(self) -> int:
@@ -40,8 +46,8 @@ class Budget:
     def rounded(self, counts: np.ndarray) -> np.ndarray:
         """The smallest allowed counts that are not below `counts`."""
         counts = np.maximum(counts, self.floors)
-        up = -(-counts // self.round_to) * self.round_to
-        return np.minimum(up, self.units)
+        steps = np.asarray(self.round_to or 1)
+        return np.minimum(-(-counts // steps) * steps, self.units)
 
     def left(self, closed: np.ndarray) -> np.ndarray:
         """What stays of each group when units of the groups `closed` go, one for each mention."""
@@ -72,6 +78,21 @@ def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     Returns:
         For every group a bool array of shape (units,), True for units that stay.
     """
+    for round_to in [budget.round_to] if budget.round_to else ROUNDINGS:
+        counts = _kept_counts(scores, _leaving_decided(scores, budget, round_to))
+        if budget.distance(counts) <= MISS:
+            break
+    return [_top(s, n) for s, n in zip(scores, counts, strict=True)]
+
+
+def _leaving_decided(scores: Sequence[np.ndarray], budget: Budget, round_to: Any) -> Budget:
+    """The budget where groups with infinite scores, which are decided, are not rounded."""
+    decided = [bool(np.isinf(s).any()) for s in scores]
+    floors = tuple(0 if d else n for d, n in zip(decided, budget.floors, strict=True))
+    return replace(budget, floors=floors, round_to=tuple(1 if d else round_to for d in decided))
+
+
+def _kept_counts(scores: Sequence[np.ndarray], budget: Budget) -> np.ndarray:
     groups = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
     flat = np.concatenate(scores)
     order = groups[np.argsort(flat, kind="stable")][: np.sum(flat < np.inf)]
@@ -83,7 +104,7 @@ def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
         closed -= budget.achieved(around[1]) > budget.sparsity
         later = order[closed:]
         order = np.concatenate([order[:closed], later[later != later[0]]]) if len(later) else order
-    return [_top(s, n) for s, n in zip(scores, best, strict=True)]
+    return best
 
 
 def _first_to_meet(order: np.ndarray, low: int, budget: Budget) -> int:

@@ -50,7 +50,7 @@ class Consensus(keras.layers.Layer):
         cost: dict,
         groups: dict,
         schedule: dict,
-        round_to: int = 1,
+        round_to: int | None = None,
         compact: bool = True,
         **kwargs: Any,
     ) -> None:

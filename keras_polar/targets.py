@@ -86,7 +86,7 @@ def budget_of(
     measure: str,
     min_units: int,
     max_sparsity: float | Mapping[str, float] | None,
-    round_to: int,
+    round_to: int | None,
 ) -> Budget:
     """What may remain.
 

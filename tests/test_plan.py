@@ -98,7 +98,8 @@ def test_floors_of_apply(options, wanted):
 
 
 def test_a_group_that_all_want_to_close_keeps_its_floor():
-    gated = keras_polar.apply(two_layers(), 0.75, gate="static", max_sparsity={"first": 0.8})
+    limits = {"max_sparsity": {"first": 0.8}, "round_to": 1}
+    gated = keras_polar.apply(two_layers(), 0.75, gate="static", **limits)
     first = gated.groups[0]
     first._gate.open_rates.assign(np.zeros(20, "float32"))
     first._gate.scores.assign(np.zeros(20, "float32"))
@@ -143,3 +144,20 @@ def test_round_to_after_settling(round_to):
     gated.settle()
     assert all(g.mask.sum() % round_to == 0 for g in gated.groups)
     assert abs(gated.sparsity - 0.5) <= 0.01
+
+
+def test_the_default_rounds_as_coarsely_as_the_target_allows():
+    scores = [np.random.default_rng(i).random(64) for i in range(30)]
+    each = Polynomial((1,) * 30, tuple((i, -1) for i in range(30)))
+    wide = budget(0.5, (64,) * 30, (1,) * 30, each, round_to=None)
+    assert all(n % 8 == 0 for n in kept(scores, wide))
+    single = budget(0.45, (64,), (1,), Polynomial((1,), ((0, -1),)), round_to=None)
+    assert kept(scores[:1], single) == [35]  # 32 and 40 would miss the target by points
+
+
+def test_masks_set_by_hand_are_not_rounded():
+    gated = keras_polar.apply(small_resnet(widths=(32, 64)), 0.5, round_to=8)
+    gated.groups[0].set_mask(np.arange(32) < 5)
+    gated.settle()
+    assert gated.groups[0].mask.sum() == 5
+    assert abs(gated.sparsity - 0.5) < 0.05

@@ -102,6 +102,8 @@ class Site:
         reads: (input position, axis) whose closed units must arrive as zeros.
         inner_reads: (variable, axis) of the layer's own weights, the variable named as in
             `Rule.weights`, whose slices for closed units must be zeros.
+        multiplied_by: which (variable, axis) all that is read at an input position is multiplied
+            with, and nothing else: zeros may stand there instead.
         refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
     """
 
@@ -114,6 +116,7 @@ class Site:
     outputs: list[Ids] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     inner_reads: list[tuple[str, int]] = field(default_factory=list)
+    multiplied_by: dict[int, tuple[str, int]] = field(default_factory=dict)
     produces: list[str] = field(default_factory=list)
     refused: str = ""
 
@@ -152,10 +155,16 @@ class Site:
         self.tie_across(ids, axis)
         return self.set_axis(name, line(ids, axis))
 
-    def read(self, name: str, axis: int, tensor: int = 0) -> Ids:
-        """All units along `axis` are read and mixed (Conv, Dense)."""
+    def read(self, name: str, axis: int, tensor: int = 0, by: tuple[str, int] | None = None) -> Ids:
+        """All units along `axis` are read and mixed (Conv, Dense).
+
+        Args:
+            by: the variable, and its axis, that the tensor is multiplied with and nothing else.
+        """
         vector = self.follow(name, axis, tensor)
         self.reads.append((tensor, axis % self.inputs[tensor].ndim))
+        if by is not None:
+            self.multiplied_by[tensor] = by
         return vector
 
     def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:

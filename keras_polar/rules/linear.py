@@ -48,7 +48,7 @@ class DenseRule(Rule):
     """Reads and makes units on the last axis, at every position of the others."""
 
     def flow(self, site: Site) -> list[Ids]:
-        site.read("in", -1)
+        site.read("in", -1, by=("kernel", 0))
         return activated(site, site.produce("out", site.op.units, -1))
 
     def weights(self, op: Any) -> dict[str, tuple]:
@@ -71,7 +71,8 @@ class ConvRule(Rule):
     def flow(self, site: Site) -> list[Ids]:
         axis = channel_axis(site.op)
         if getattr(site.op, "groups", 1) == 1:  # transposed ones have no groups
-            site.read("in", axis)
+            kernel = self.weights(site.op)["kernel"]
+            site.read("in", axis, by=("kernel", kernel.index("in")))
             return activated(site, site.produce("out", site.op.filters, axis))
         return activated(site, self._grouped(site, axis))
 
