@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_polar.cost import MEASURES, sizes_known
-from keras_polar.coupling import Coupling, couple, off_batch, why_fixed
+from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused
@@ -199,12 +199,6 @@ def _check_sizes(coupling: Coupling, model: Any, measure: str) -> None:
         )
 
 
-def _groups_read_inside(coupling: Coupling) -> frozenset[int]:
-    """Indices of the groups that a layer reads by its own weights."""
-    vectors = [inner_vector(site, *read) for site in coupling.sites for read in site.inner_reads]
-    return frozenset(i for v in vectors for i in coupling.group_of[v[v >= 0]].tolist() if i >= 0)
-
-
 class _Inserter:
     """Rebuilds a graph with a mask in front of every reader of gated units."""
 
@@ -226,13 +220,10 @@ class _Inserter:
         self.branches = {t.adds: i for i, t in enumerate(found) if t.adds >= 0}
         self.clones: dict[int, Any] = {}
         self.inner_masks: dict[int, InnerMask] = {}
-        self.read_inside = _groups_read_inside(coupling)
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
         graph = coupling.graph
         self.names = {c.name for c in graph.calls} | {i.name for i in graph.input_layers}
-        self.off_batch = off_batch(coupling)
-        self.without_samples = self._without_samples()
 
     def visit(self, call: Call, values: dict) -> Any:
         position = self.sites[id(call)]
@@ -344,11 +335,7 @@ class _Inserter:
         name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', target.name)}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
-        # A layer that reads no features (token ids, say) gives a gate nothing to look at, and a
-        # mask on weights is the same for all samples.
-        without_samples = i in self.read_inside or i in self.without_samples
-        can_look = site.reads and "float" in value.dtype and not without_samples
-        gate_class = self.gate_class if can_look else Gate
+        gate_class = self.gate_class if target.per_sample else Gate
         gate = gate_class(
             target.units,
             target.name,
@@ -359,23 +346,6 @@ class _Inserter:
             name=name,
         )
         return gate(value)
-
-    def _without_samples(self) -> set[int]:
-        """Groups that are made or read where the first axis is not that of the samples.
-
-        A decision per sample does not fit there (windows of images, say): they get static gates.
-        """
-        found: set[int] = set()
-        for site in self.coupling.sites:
-            for tensor, axis in site.reads:
-                if site.call.inputs[tensor] in self.off_batch:
-                    vector = line(site.inputs[tensor], axis)
-                    found.update(self.coupling.group_of[vector[vector >= 0]].tolist())
-        made = {i for i, t in enumerate(self.targets) if self._is_off_batch(t.site)}
-        return found | made
-
-    def _is_off_batch(self, position: int) -> bool:
-        return bool(self.off_batch.intersection(self.coupling.sites[position].call.inputs))
 
     def _name(self, wanted: str) -> str:
         name = unused(wanted, self.names)

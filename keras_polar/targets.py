@@ -12,6 +12,7 @@ from keras_polar.cost import polynomial
 from keras_polar.coupling import Coupling, Group, off_batch, sites_of
 from keras_polar.plan import Budget
 from keras_polar.rules import Site
+from keras_polar.rules.base import inner_vector, line
 
 # Unless it is said otherwise, this part of the share that is to remain stays in every group.
 FLOOR = 0.25
@@ -29,6 +30,8 @@ class Target:
             order. Empty for a branch.
         floor: units that stay at least.
         site: index of the call whose input a gate can look at.
+        per_sample: whether a gate can decide for each sample: there are features to look at, and
+            the units are masked on tensors whose first axis is that of the samples.
         adds: the tensor that a branch adds to a sum, -1 for a group.
     """
 
@@ -38,20 +41,37 @@ class Target:
     members: dict[str, list | None]
     floor: int
     site: int
+    per_sample: bool
     adds: int = -1
 
 
 def targets(coupling: Coupling, blocks: Sequence[Block], floors: Sequence[int]) -> list[Target]:
     """One target per group of a coupled graph, then one per block: the variables of its cost."""
     produced, apart = coupling.produced(), off_batch(coupling)
-    groups = zip(coupling.groups, floors, strict=False)  # floors of blocks are all 0
-    found = [_group_target(coupling, i, g, n, produced) for i, (g, n) in enumerate(groups)]
-    return [*found, *(_block_target(coupling, b, apart) for b in blocks)]
+    seen = [_shows_features(coupling, site, apart) for site in coupling.sites]
+    for_all = _groups_for_all_samples(coupling, apart)
+    groups = enumerate(zip(coupling.groups, floors, strict=False))  # floors of blocks are all 0
+    found = [
+        _group_target(coupling, i, g, n, produced, seen[g.site] and i not in for_all)
+        for i, (g, n) in groups
+    ]
+    return [*found, *(_block_target(b, seen) for b in blocks)]
 
 
-def _group_target(coupling: Coupling, i: int, group: Group, floor: int, produced: dict) -> Target:
+def _groups_for_all_samples(coupling: Coupling, apart: set[int]) -> set[int]:
+    """Groups that are masked where samples are not apart: on weights, on windows of images, say."""
+    vectors = [inner_vector(site, *read) for site in coupling.sites for read in site.inner_reads]
+    for site in coupling.sites:
+        reads = [(t, axis) for t, axis in site.reads if site.call.inputs[t] in apart]
+        vectors += [line(site.inputs[t], axis) for t, axis in reads]
+    return {int(i) for v in vectors for i in np.unique(coupling.group_of[v[v >= 0]])}
+
+
+def _group_target(
+    coupling: Coupling, i: int, group: Group, floor: int, produced: dict, per_sample: bool
+) -> Target:
     members = {n: _places(coupling, i, produced[n]) for n in group.layers}
-    return Target(group.name, group.units, group.layers, members, floor, group.site)
+    return Target(group.name, group.units, group.layers, members, floor, group.site, per_sample)
 
 
 def _places(coupling: Coupling, i: int, vector: np.ndarray) -> list | None:
@@ -60,16 +80,19 @@ def _places(coupling: Coupling, i: int, vector: np.ndarray) -> list | None:
     return None if places == list(range(coupling.groups[i].units)) else places
 
 
-def _block_target(coupling: Coupling, block: Block, apart: set[int]) -> Target:
-    sites = [i for i in block.calls if _shows_features(coupling, coupling.sites[i], apart)]
-    site = (*sites, block.calls[0])[0]
-    return Target(block.name, 1, block.layers, {}, 0, site, block.tensor)
+def _block_target(block: Block, seen: Sequence[bool]) -> Target:
+    site = next((i for i in block.calls if seen[i]), block.calls[0])
+    return Target(block.name, 1, block.layers, {}, 0, site, seen[site], block.tensor)
 
 
 def _shows_features(coupling: Coupling, site: Site, apart: set[int]) -> bool:
-    """Whether a call reads units of a tensor that a gate can look at."""
+    """Whether a call reads units of a tensor that a gate can look at, sample by sample.
+
+    A layer that reads no features (token ids, say) gives a gate nothing to look at.
+    """
     read = [site.call.inputs[tensor] for tensor, _ in site.reads[:1]]
-    return any("float" in coupling.graph.specs[t].dtype and t not in apart for t in read)
+    has_features = any("float" in coupling.graph.specs[t].dtype for t in read)
+    return has_features and apart.isdisjoint(site.call.inputs)
 
 
 def blocks_of(coupling: Coupling, ignore: Iterable[str]) -> tuple[Block, ...]:
