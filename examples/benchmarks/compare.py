@@ -13,6 +13,7 @@ Methods:
   dynamic    keras_polar with gates that look at each sample
   static     keras_polar with one logit per unit
   both       keras_polar with static gates on channels and on residual branches
+  masked     as static, but the whole network trains to the end (compact=False)
   random     units chosen by lot are cut in the middle of the run, uniformly over the groups
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
   slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
@@ -203,8 +204,9 @@ def gated(trainer, setting, **options):
     own = {"measure": setting.measure, "round_to": setting.round_to, "schedule": setting.course}
     model = keras_polar.apply(full, setting.sparsity, **own, **options)
     small = keras_polar.convert(trainer(model), verify=True)
-    settle = setting.course.settle  # from then on the small network trains
-    trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
+    if options.get("compact", True):
+        settle = setting.course.settle  # from then on the small network trains
+        trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
     return small
 
 
@@ -359,6 +361,7 @@ METHODS: dict[str, Callable] = {
     "dynamic": functools.partial(gated, gate="dynamic"),
     "static": functools.partial(gated, gate="static"),
     "both": functools.partial(gated, gate="static", granularity=("channels", "blocks")),
+    "masked": functools.partial(gated, gate="static", compact=False),
     "random": functools.partial(cut_halfway, scores=by_lot),
     "l1": functools.partial(cut_halfway, scores=l1_norm),
     "slimming": functools.partial(
@@ -375,7 +378,7 @@ METHODS: dict[str, Callable] = {
 }
 
 
-OURS = ("dynamic", "static", "both")
+OURS = ("dynamic", "static", "both", "masked")
 
 
 # --- runs --------------------------------------------------------------------------------------

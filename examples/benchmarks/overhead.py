@@ -5,7 +5,9 @@
 The models take turns within one process, so that a disturbance of the machine meets all of them
 alike; what counts is the median of the ratios, round by round. The gates are under full pressure:
 all losses are active, nothing is settled. The compacted models are what `fit` goes on with once
-half of the weights or of the multiply-accumulates (MACs) are gone; units chosen by lot.
+half of the weights or of the multiply-accumulates (MACs) are gone; units chosen by lot. A whole run
+is the one kind of step until the gates settle and the other from then on, without the seconds that
+it takes to compile the smaller network's.
 """
 
 import json
@@ -89,10 +91,20 @@ def step_times(contestants, batch, rounds):
 
 def summary(times):
     """Name -> quartiles of the ratio to the dense step of the same round."""
+    ratios = {name: values / times["dense"] for name, values in times.items() if name != "dense"}
     return {
-        name: [float(q) for q in np.percentile(values / times["dense"], [25, 50, 75])]
-        for name, values in times.items()
-        if name != "dense"
+        name: [float(q) for q in np.percentile(values, [25, 50, 75])]
+        for name, values in {**ratios, **whole_runs(ratios)}.items()
+    }
+
+
+def whole_runs(ratios):
+    """The mean step of runs with the default schedule."""
+    settle = keras_polar.Schedule().settle
+    return {
+        f"whole run, {gate}, {m}": settle * ratios[gate] + (1 - settle) * ratios[f"compacted, {m}"]
+        for gate in ("static", "dynamic")
+        for m in ("weights", "macs")
     }
 
 
