@@ -38,8 +38,8 @@ class Schedule:
     """
 
     warmup: float = 0.1
-    ramp: float = 0.35
-    settle: float = 0.5
+    ramp: float = 0.3
+    settle: float = 0.4
     steps: int | None = None
     polarization: float = 4.0
     rate: float = 0.1

@@ -14,14 +14,14 @@ Methods:
   static     keras_polar with one logit per unit
   both       keras_polar with static gates on channels and on residual branches
   masked     as static, but the whole network trains to the end (compact=False)
-  random     units chosen by lot are cut in the middle of the run, uniformly over the groups
+  random     units chosen by lot are cut when our gates settle, uniformly over the groups
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
   three_stage   trained to the end, cut as l1, fine-tuned for half as many epochs at a tenth of the
              learning rate: what one pass saves
   slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
   polarized_slimming   the same with the polarization regulariser of Zhuang et al. (2020)
   density    units whose activation is zero most often (after Foldy-Porto et al., 2020)
-  gradual    as l1, but a little after every epoch of the first half (after Roy et al., 2020)
+  gradual    as l1, but a little after every epoch until then (after Roy et al., 2020)
   relevance  units with the least share in the logit of the true class (after Aketi et al., 2020)
   group_norm units whose zero-invariant group has the smallest norm, over all groups (the
              criterion of OTO and ATO, without ATO's controller network)
@@ -114,6 +114,11 @@ class Setting:
         return keras_polar.Schedule(**dict(zip(("warmup", "ramp", "settle"), given, strict=False)))
 
     @property
+    def epochs_until_cut(self) -> int:
+        """Whole epochs until our gates settle: then baselines cut."""
+        return max(1, round(self.course.settle * self.epochs))
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-self.train_images // self.batch_size)
 
@@ -129,7 +134,7 @@ class Setting:
 
 
 class Shifted(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule that starts at a later step: the second half of an interrupted run."""
+    """A schedule that starts at a later step: the rest of an interrupted run."""
 
     def __init__(self, schedule, offset):
         self.schedule, self.offset = schedule, offset
@@ -231,18 +236,18 @@ def magnitude_pruned(trainer, setting):
     )
 
 
-def cut_halfway(trainer, setting, *, scores, everywhere_alike=True, penalty=None):
-    """Dense for half of the epochs, then the units with the lowest scores go for good.
+def cut_once(trainer, setting, *, scores, everywhere_alike=True, penalty=None):
+    """Dense until our gates would settle, then the units with the lowest scores go for good.
 
     Args:
         scores: (model, layer name, trainer) -> one number per unit.
         everywhere_alike: the same share out of every group; otherwise scores compete over groups.
-        penalty: on the scales of BatchNorm, for the first half.
+        penalty: on the scales of BatchNorm, until then.
     """
-    half = setting.epochs // 2
-    model = trainer(setting.build(), last=half, penalty=penalty)
+    then = setting.epochs_until_cut
+    model = trainer(setting.build(), last=then, penalty=penalty)
     model = _cut(model, setting.sparsity, trainer, scores, everywhere_alike)
-    return trainer(model, first=half)
+    return trainer(model, first=then)
 
 
 def three_stage(trainer, setting):
@@ -251,15 +256,15 @@ def three_stage(trainer, setting):
 
 
 def cut_gradually(trainer, setting, *, scores):
-    """A little after every epoch of the first half, so that the cost falls in equal steps."""
-    half, model = setting.epochs // 2, setting.build()
+    """A little after every epoch until our gates would settle; the cost falls in equal steps."""
+    then, model = setting.epochs_until_cut, setting.build()
     full = _cost(model, setting.measure)
-    for epoch in range(half):
+    for epoch in range(then):
         trainer(model, first=epoch, last=epoch + 1)
-        wanted = full * (1 - setting.sparsity * (epoch + 1) / half)
+        wanted = full * (1 - setting.sparsity * (epoch + 1) / then)
         missing = 1 - wanted / _cost(model, setting.measure)
         model = _cut(model, missing, trainer, scores)
-    return trainer(model, first=half)
+    return trainer(model, first=then)
 
 
 def _cut(model, sparsity, trainer, scores, everywhere_alike=True):
@@ -372,19 +377,19 @@ METHODS: dict[str, Callable] = {
     "static": functools.partial(gated, gate="static"),
     "both": functools.partial(gated, gate="static", granularity=("channels", "blocks")),
     "masked": functools.partial(gated, gate="static", compact=False),
-    "random": functools.partial(cut_halfway, scores=by_lot),
-    "l1": functools.partial(cut_halfway, scores=l1_norm),
+    "random": functools.partial(cut_once, scores=by_lot),
+    "l1": functools.partial(cut_once, scores=l1_norm),
     "three_stage": three_stage,
     "slimming": functools.partial(
-        cut_halfway, scores=batch_norm_scale, everywhere_alike=False, penalty=l1_penalty
+        cut_once, scores=batch_norm_scale, everywhere_alike=False, penalty=l1_penalty
     ),
     "polarized_slimming": functools.partial(
-        cut_halfway, scores=batch_norm_scale, everywhere_alike=False, penalty=polarization_penalty
+        cut_once, scores=batch_norm_scale, everywhere_alike=False, penalty=polarization_penalty
     ),
-    "density": functools.partial(cut_halfway, scores=density),
+    "density": functools.partial(cut_once, scores=density),
     "gradual": functools.partial(cut_gradually, scores=l1_norm),
-    "relevance": functools.partial(cut_halfway, scores=relevance),
-    "group_norm": functools.partial(cut_halfway, scores=group_norm, everywhere_alike=False),
+    "relevance": functools.partial(cut_once, scores=relevance),
+    "group_norm": functools.partial(cut_once, scores=group_norm, everywhere_alike=False),
     "magnitude": magnitude_pruned,
 }
 
