@@ -46,6 +46,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cifar10
+import comparison
 import magnitude
 import models
 import reporting
@@ -466,51 +467,6 @@ def run_all(setting, data):
             keras.backend.clear_session()
 
 
-def load_results(folder):
-    """All results in a folder, as dicts."""
-    return [json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))]
-
-
-def table_rows(results, setting):
-    """One row per method of a setting, in the order of METHODS."""
-    by_method = {m: [r for r in results if _belongs(r, m, setting)] for m in METHODS}
-    return [_row(method, runs) for method, runs in by_method.items() if runs]
-
-
-def _belongs(result, method, setting):
-    """Whether a result is one of a method in a setting, as far as the method depends on it."""
-    free = {"test_images", "weight_decay"}
-    free |= set() if method in OURS else {"schedule", "round_to"}
-    free |= {"measure", "sparsity"} if method == "dense" else set()
-    wanted = {k: v for k, v in dataclasses.asdict(setting).items() if k not in free}
-    return result["method"] == method and all(result[k] == v for k, v in wanted.items())
-
-
-def _row(method, runs):
-    accuracy = 100 * np.array([r["accuracy"] for r in runs])
-    spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
-    mean = {k: np.mean([r[k] for r in runs]) for k in runs[0] if isinstance(runs[0][k], float)}
-    kept = [f"{100 * mean[k]:.1f} %" for k in ("kept_weights", "nonzero", "kept_macs")]
-    effort = np.mean([r["training_macs"] for r in runs]) / 1e12
-    size = np.mean([r["tflite_bytes"] for r in runs]) / 1e3
-    time = f"{mean['tflite_latency_ratio']:.2f} x"
-    accuracy = f"{accuracy.mean():.2f}{spread}"
-    return (method, accuracy, str(len(runs)), *kept, f"{effort:.1f}", f"{size:.0f}", time)
-
-
-COLUMNS = (
-    "method",
-    "accuracy, %",
-    "seeds",
-    "weights",
-    "not zero",
-    "MACs",
-    "training TMACs",
-    ".tflite, kB",
-    "latency",
-)
-
-
 def _shrunk(array, side):
     """Images as means of squares of pixels; labels as they are."""
     if array.ndim == 1 or array.shape[1] == side:
@@ -540,8 +496,9 @@ def main(argv):
         )
         run_all(setting, data)
     title = f"{setting.model}, {setting.sparsity:.0%} of the {setting.measure} removed"
-    rows = table_rows(load_results(_RESULTS.value), setting)
-    reporting.print_table(title, COLUMNS, rows)
+    runs = comparison.load(_RESULTS.value)
+    rows = comparison.table_rows(runs, METHODS, dataclasses.asdict(setting), OURS)
+    reporting.print_table(title, comparison.COLUMNS, rows)
 
 
 if __name__ == "__main__":

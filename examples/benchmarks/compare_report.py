@@ -1,0 +1,153 @@
+"""What compare.py has found, for people to read: docs/comparison.md and its pictures.
+
+python examples/benchmarks/compare_report.py
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import compare
+import comparison
+
+_FOLDER = flags.DEFINE_string(
+    "output_dir", str(Path(__file__).resolve().parents[2] / "docs"), "Folder of the page."
+)
+AXES = {"kept_weights": "weights kept, %", "kept_macs": "multiply-accumulates (MACs) kept, %"}
+# One colour and one marker per method, the same in every picture; black is the dense network.
+LOOKS = {
+    method: {"color": colour, "marker": marker}
+    for method, colour, marker in zip(
+        compare.METHODS,
+        ["black", *(f"C{i % 10}" for i in range(len(compare.METHODS)))],
+        "sov^D<>pP*XhHd1234+x"[: len(compare.METHODS)],
+        strict=False,
+    )
+}
+
+INTRODUCTION = """# Comparison
+
+Written by `python examples/benchmarks/compare_report.py` from the JSON files in
+`examples/benchmarks/results`, which `python examples/benchmarks/compare.py` leaves, one per run.
+
+CIFAR-10, the test accuracy after the last epoch on all 10,000 test images, which choose nothing;
+mean ± sample standard deviation over the seeds. **The images had been encoded as JPEG once more**
+than the original ones. All methods of a table share data, augmentation, optimiser (SGD, Nesterov
+momentum 0.9, cosine decay), epochs and seeds. *weights*, *MACs*: what is left of the dense
+network's weights and multiply-accumulates. *not zero*: share of the weights that are left and not
+zero. *training TMACs*: 10^12 multiply-accumulates spent on the whole training, a backward pass
+counted as two forward passes. *latency*: of the float32 .tflite file on one thread, over the dense
+one's, measured in turns.
+
+The methods:
+
+"""
+
+
+def page(runs):
+    """The whole document; pictures are named, not drawn."""
+    text = INTRODUCTION + _methods(runs)
+    for network, own in _grouped(runs, comparison.TRAINING):
+        text += f"\n## {_title(network)}\n\n![Accuracy]({_picture(network)})\n"
+        pruned = [r for r in own if r["method"] != "dense"]
+        for target, _ in _grouped(pruned, (*comparison.TARGET, *comparison.OPTIONS)):
+            text += _section(own, network | target)
+    return text
+
+
+def _methods(runs):
+    """What compare.py says about the methods that were run."""
+    lines = compare.__doc__.split("Methods:\n")[1].rstrip().splitlines()
+    items, known = [], {r["method"] for r in runs}
+    for line in lines:
+        name, _, what = line.strip().partition(" ")
+        if line.startswith("  ") and not line.startswith("   "):
+            items.append([name, what.strip()])
+        else:
+            items[-1][1] += f" {line.strip()}"
+    return "".join(f"- `{name}`: {what}\n" for name, what in items if name in known)
+
+
+def _section(runs, setting):
+    rows = comparison.table_rows(runs, compare.METHODS, setting, compare.OURS)
+    options = [f"{k}={setting[k]}" for k in comparison.OPTIONS if setting[k]]
+    title = ", ".join([f"{setting['sparsity']:.0%} of the {setting['measure']} removed", *options])
+    lines = [comparison.COLUMNS, ["---", *["---:"] * (len(comparison.COLUMNS) - 1)], *rows]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n### {title}\n\n    {_command(setting)}\n\n{table}"
+
+
+def _command(setting):
+    named = ("model", "width", "image_size", "train_images", "epochs", "measure", "sparsity")
+    flag = {k: setting[k] for k in (*named, *comparison.OPTIONS) if setting[k] is not None}
+    given = " ".join(f"--{k}={v}" for k, v in flag.items() if v != "")
+    return f"python examples/benchmarks/compare.py {given}"
+
+
+def _grouped(runs, keys):
+    """Pairs of what the runs of a group have in common, and the runs."""
+    found = defaultdict(list)
+    for run in runs:
+        found[tuple(run[k] for k in keys)].append(run)
+    pairs = sorted(found.items(), key=lambda pair: str(pair[0]))
+    return [(dict(zip(keys, values, strict=True)), own) for values, own in pairs]
+
+
+def _title(network):
+    width = f" of width {network['width']}" if network["width"] else ""
+    side = network["image_size"]
+    images = f"{network['train_images']:,} training images of {side}x{side} pixels"
+    return f"{network['model']}{width}, {images}, {network['epochs']} epochs"
+
+
+def _picture(network):
+    width = f"_w{network['width']}" if network["width"] else ""
+    return f"images/compare_{network['model']}{width}_{network['image_size']}px.png"
+
+
+def draw(runs, title):
+    """Accuracy against what is kept, a panel per measure; bars are standard deviations."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+        for method in compare.METHODS:
+            own = [r for r in runs if r["method"] == method]
+            _draw_method(
+                panel, method, _grouped(own, (*comparison.TARGET, *comparison.OPTIONS)), key
+            )
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy, %")
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def _draw_method(panel, method, targets, key):
+    points = [
+        (100 * np.mean([r[key] for r in own]), *comparison.accuracy(own)) for _, own in targets
+    ]
+    if points:
+        x, y, error = zip(*points, strict=True)
+        panel.errorbar(x, y, error, label=method, ls="none", capsize=3, lw=1, **LOOKS[method])
+
+
+def main(argv):
+    """Entry point of absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    folder, runs = Path(_FOLDER.value), comparison.load(flags.FLAGS.results_dir)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for network, own in _grouped(runs, comparison.TRAINING):
+        draw(own, _title(network)).savefig(folder / _picture(network), dpi=120)
+    (folder / "comparison.md").write_text(page(runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)
