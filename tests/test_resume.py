@@ -14,8 +14,9 @@ pytestmark = [
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="slow; one backend will do"),
 ]
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
-# In which phase the run is killed, in the middle of an epoch -> after which step.
-KILLED = {"warm-up": 13, "pressure": 27, "just settled": 49, "after": 65}
+# When the run is killed, in the middle of an epoch -> after which step. The smaller network takes
+# over between steps 48 and 49.
+KILLED = {"warm-up": 13, "pressure": 27, "at the switch": 48, "just after it": 49, "after": 65}
 
 
 def run(folder, gate, step=0):
