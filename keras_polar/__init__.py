@@ -10,11 +10,10 @@ from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
-from keras_polar.cost import cost
 from keras_polar.gated import GatedModel
 from keras_polar.litert import benchmark_tflite, export_tflite, quantize_aware, run_tflite
 from keras_polar.registry import register
-from keras_polar.report import inspect
+from keras_polar.report import cost, inspect
 from keras_polar.rules import Rule
 from keras_polar.schedule import Schedule
 

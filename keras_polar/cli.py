@@ -19,11 +19,10 @@ from absl.flags import argparse_flags
 
 from keras_polar._version import __version__
 from keras_polar.convert import convert
-from keras_polar.cost import cost
 from keras_polar.groups import require_gated
 from keras_polar.litert import benchmark_tflite, export_tflite
 from keras_polar.litert.checks import draft_of
-from keras_polar.report import inspect, table_text
+from keras_polar.report import cost, inspect, table_text
 
 ARGUMENTS: dict[str, dict] = {
     "model": {"help": "a model that Keras saved (.keras)"},

@@ -16,8 +16,8 @@ import numpy as np
 from keras import ops
 
 from keras_polar.blocks import Block
-from keras_polar.coupling import Coupling, couple, rules_of
-from keras_polar.rules import Rule, Site, Term, read
+from keras_polar.coupling import Coupling, rules_of
+from keras_polar.rules import Rule, Site, Term
 from keras_polar.rules.base import weight_terms
 from keras_polar.units import Ids
 
@@ -138,7 +138,7 @@ def site_terms(site: Site, rule: Rule, first_call: bool = True) -> list[Term]:
     return own + rule.macs(site)
 
 
-# --- the public report -----------------------------------------------------------------------
+# --- counted layer by layer ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,26 +179,6 @@ class Cost:
         from keras_polar.report import cost_table, table_html
 
         return table_html(*cost_table(self))
-
-
-def cost(model: Any) -> Cost:
-    """Counts weights, multiply-accumulates and units of a functional model, layer by layer.
-
-    Args:
-        model: a functional or built Sequential Keras model.
-
-    Returns:
-        `Cost` with the totals as ints, and `.rows`; `print(cost(model))` shows a table.
-
-    Raises:
-        TypeError: the model is not functional.
-
-    Example:
-
-        >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
-        36
-    """
-    return counted(couple(read(model)))
 
 
 def counted(coupling: Coupling) -> Cost:

@@ -18,6 +18,31 @@ from keras_polar.targets import blocks_of
 WIDTH = 120
 
 
+def cost(model: Any) -> Cost:
+    """Counts weights, multiply-accumulates and units of a functional model, layer by layer.
+
+    Args:
+        model: a functional or built Sequential Keras model. Gates are left out: of a gated model
+            the whole network is counted, but for residual branches that are closed.
+
+    Returns:
+        `Cost` with the totals as ints, and `.rows`; `print(cost(model))` shows a table.
+
+    Raises:
+        TypeError: the model is not functional.
+
+    Example:
+
+        >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
+        36
+    """
+    return counted(_coupled(model))
+
+
+def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
+    return couple(stripped(model) if is_gated(model) else read(model), ignore)
+
+
 def cost_table(found: Cost) -> tuple:
     """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
     rows = [
@@ -153,7 +178,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = couple(stripped(model) if is_gated(model) else read(model), ignore)
+    coupling = _coupled(model, ignore)
     rows = _layer_rows(coupling, *_costs(coupling))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
     branches = tuple(block.layers for block in blocks_of(coupling, ignore))

@@ -26,10 +26,12 @@ def test_prunable_weights_is_the_largest_sparsity_that_apply_accepts():
         keras_polar.apply(model, most + 1e-6, gate="static")
 
 
-def test_gates_do_not_change_what_can_go():
+@pytest.mark.parametrize("gate", ["static", "dynamic"])
+def test_gates_change_neither_what_can_go_nor_what_a_model_costs(gate):
     model = small_resnet()
-    gated = keras_polar.apply(model, 0.5, gate="static")
+    gated = keras_polar.apply(model, 0.5, gate=gate)
     assert keras_polar.inspect(gated).rows == keras_polar.inspect(model).rows
+    assert keras_polar.cost(gated).rows == keras_polar.cost(model).rows
 
 
 def test_branches_that_can_go_are_listed():
