@@ -126,7 +126,8 @@ class Consensus(keras.layers.Layer):
         pressure = self.schedule.pressure(ops.convert_to_tensor(self.step), self.steps)
         pressure = pressure * (1 - self.settled)
         missing = pressure * self.sparsity - sparsity
-        grown = ops.maximum(self.multiplier + self.schedule.rate * ops.stop_gradient(missing), 0)
+        rate = self.schedule.rate / ops.maximum(self.steps, 1.0)
+        grown = ops.maximum(self.multiplier + rate * ops.stop_gradient(missing), 0)
         self.multiplier.assign(ops.where(pressure > 0, grown, 0.0))
         sparsity_loss = ops.stop_gradient(grown) * ops.maximum(missing, 0)
         polarization = self.schedule.polarization * disagreement

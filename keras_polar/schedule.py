@@ -25,7 +25,9 @@ class Schedule:
         steps: training steps of the whole run; None takes them from `fit`. Custom training loops
             must say it.
         polarization: weight of the polarization loss at full pressure.
-        rate: how fast the sparsity multiplier grows, per step and unit of missing sparsity.
+        rate: how much the sparsity multiplier grows in a whole run of which all of the sparsity
+            is missing. Small: the gates are ranked rather than pushed, and what the ranking says
+            happens when they are settled.
 
     Raises:
         TypeError: an argument is not a number, or `steps` not an int.
@@ -42,7 +44,7 @@ class Schedule:
     settle: float = 0.4
     steps: int | None = None
     polarization: float = 4.0
-    rate: float = 0.1
+    rate: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("warmup", "ramp", "settle", "polarization", "rate"):
