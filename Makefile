@@ -70,7 +70,7 @@ latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision
 
 # The notice that it silences is about versions to come, not about the pages.
 docs: $(INSTALLED_DOCS) ## the documentation: site/index.html
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(INSTALLED) ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff check $(CODE)

@@ -1,6 +1,6 @@
 """Draws docs/images/ids.png: ids that flow through a residual block.
 
-    python docs/draw_ids.py
+python docs/draw_ids.py
 """
 
 from pathlib import Path
