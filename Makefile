@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_JAX := $(VENV)/.installed-jax
 INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
-CODE := setup.py keras_polar tests examples
+CODE := setup.py keras_polar tests examples docs/draw_ids.py
 
 # TensorFlow's start-up notes hide what the commands below have to say.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -16,7 +17,7 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax coverage-matrix scaling latency lint format clean
+.PHONY: help setup demo test test-all test-jax coverage-matrix scaling latency docs lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,10 @@ setup: $(INSTALLED) ## create .venv and install the package with its examples an
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[examples,test]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(INSTALLED_JAX): $(INSTALLED)
@@ -63,6 +68,10 @@ scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/scaling
 latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/latency.md; half an hour
 	$(RUN) examples/benchmarks/latency.py
 
+# The notice that it silences is about versions to come, not about the pages.
+docs: $(INSTALLED_DOCS) ## the documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 lint: $(INSTALLED) ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff check $(CODE)
 	$(RUN) -m ruff format --check $(CODE)
@@ -73,5 +82,5 @@ format: $(INSTALLED) ## let ruff rewrite the code
 	$(RUN) -m ruff format $(CODE)
 
 clean: ## remove everything that was generated, .venv included
-	rm -rf $(VENV) build dist *.egg-info demo_output deploy_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info demo_output deploy_output .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -58,6 +58,7 @@ setup(
         "tensorflow>=2.21",
     ],
     extras_require={
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "examples": [*PLOTS, "scikit-learn", "tensorflow-datasets"],
         "hub": ["keras-hub"],
         "jax": ["jax"],

@@ -276,7 +276,7 @@ HEADING = (
 
 
 def _line(row: dict, name: str) -> str:
-    failure = " ".join(row["failure"].split()).replace("|", "/")
+    failure = _plain(row["failure"])
     if "difference" not in row:
         return f"| {name} {'| ' * 9}| **{failure}** |"
     share = [row[k] for k in ("prunable_units", "prunable_weights", "prunable_macs")]
@@ -289,6 +289,12 @@ def _line(row: dict, name: str) -> str:
         f"**{failure}**" if failure else "; ".join(f"{n:,}: {why}" for why, n in row["pins"]),
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _plain(error: str) -> str:
+    """An error as text of a table's cell: no colours, nothing that Markdown takes for a link."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", error)
+    return " ".join(text.split()).replace("|", "/").replace("[", r"\[")
 
 
 def _size(weights: int) -> str:
