@@ -12,7 +12,10 @@ PLOTS = ["matplotlib"]
 TEST = [
     *PLOTS,
     "hypothesis",
+    "ipykernel",
     "mypy",
+    "nbclient",
+    "nbformat",
     "pytest",
     "pytest-timeout",
     "ruff",

@@ -1,7 +1,8 @@
 """Pictures of a pruning run: pure functions from numbers or models to matplotlib figures.
 
-They use matplotlib's `Figure` directly, without pyplot: no display, no global state. A notebook
-shows a returned figure by itself; `figure.savefig("name.png")` writes it.
+They use matplotlib's `Figure` directly, without pyplot: no display, no global state. After
+`%matplotlib inline` a notebook shows a returned figure by itself; `figure.savefig("name.png")`
+writes it.
 """
 
 import math
