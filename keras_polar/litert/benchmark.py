@@ -104,13 +104,21 @@ def loaded(path: str, threads: int) -> Any:
     return ready
 
 
-def timed_runs(interpreters: Mapping[str, Any], runs: int) -> dict[str, list[float]]:
-    """Milliseconds of each run; who goes first changes from round to round."""
+def timed_runs(
+    interpreters: Mapping[str, Any], runs: int, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of each run; who goes first changes from round to round.
+
+    Args:
+        warm: each is run once more just before it is timed, so that caches hold its data.
+    """
     names = list(interpreters)
     times: dict[str, list[float]] = {name: [] for name in interpreters}
     for turn in range(runs):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            if warm:
+                interpreters[name].invoke()
             start = time.perf_counter()
             interpreters[name].invoke()
             times[name].append(1000 * (time.perf_counter() - start))

@@ -35,6 +35,7 @@ def convert_each(models: Sequence[Any]) -> list[bytes]:
 def _converted(models: Sequence[Any]) -> bytes:
     """One file that computes all of the models, side by side; outputs in order."""
     import tensorflow as tf
+    from absl import logging
 
     def compute(*given: Any) -> list:
         left = iter(given)
@@ -43,7 +44,8 @@ def _converted(models: Sequence[Any]) -> bytes:
 
     specs = [tf.TensorSpec(x.shape, x.dtype) for m in models for x in m.inputs]
     with quiet():
-        # Not by way of a SavedModel, as Keras exports: that takes several times as long.
+        logging.set_verbosity(logging.ERROR)  # TensorFlow advises to go by way of a SavedModel
+        # No SavedModel, as Keras exports: it takes several times as long and mixes up the outputs.
         function = tf.function(compute, autograph=False).get_concrete_function(*specs)
         return tf.lite.TFLiteConverter.from_concrete_functions([function], None).convert()
 

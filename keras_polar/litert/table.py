@@ -40,8 +40,8 @@ def latency_table(
     Each layer, together with the batch normalization and activation that the runtime folds into
     it, is written as LiteRT files of its own, at full width and at a little more than half, half
     and a quarter of its input and output units (multiples of 8). All files take turns, so that a
-    disturbance of the machine meets them alike, and caches are as cold as within a network; lower
-    quartiles are kept. Equal layers are measured once. What was measured is written to `path`, for
+    disturbance of the machine meets them alike; lower quartiles are kept. Equal layers are measured
+    once. What was measured is written to `path`, for
     large models in parts: a call that was stopped goes on from there.
 
     Args:
@@ -211,12 +211,12 @@ def _inputs(piece: Fused, cutter: Cutter) -> list[Any]:
 def _nanoseconds(files: Sequence[Path], threads: int, runs: int) -> dict[Path, float]:
     """The time of each file.
 
-    Entering the runtime is part of it (a microsecond): about what an operation loses within a
-    network, where it finds its data and code in colder caches.
+    Warm, for within a network an operation finds what the one before it has just written. Entering
+    the runtime is part of it (a microsecond): about what it loses there to colder caches.
     """
     if not files:
         return {}
     ready = {str(f): loaded(str(f), threads) for f in files}
     timed_runs(ready, _WARM_UP)
-    found = timed_runs(ready, runs)
+    found = timed_runs(ready, runs, warm=True)
     return {f: 1e6 * float(np.percentile(found[str(f)], _QUARTILE)) for f in files}
