@@ -257,7 +257,7 @@ table that `keras_polar.latency_table` measured on the same machine ({device}, {
 thread, **other work running**), channels picked at random, float32, images of 32 x 32 pixels.
 *Removed* is the share of the dense network's time (lower quartiles of {runs} runs in turns) that is
 gone, *off* how far the time that is left is from the predicted. Dense time, as the sum of the
-operations measured alone and as measured as a whole: {dense}.
+operations timed one by one and timed as a whole: {dense}.
 
 | network | asked | round_to | predicted removed | removed | off |
 |---|--:|--:|--:|--:|--:|
