@@ -11,7 +11,14 @@ from keras_polar._version import __version__
 from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
 from keras_polar.gated import GatedModel
-from keras_polar.litert import benchmark_tflite, export_tflite, quantize_aware, run_tflite
+from keras_polar.latency import LatencyTable
+from keras_polar.litert import (
+    benchmark_tflite,
+    export_tflite,
+    latency_table,
+    quantize_aware,
+    run_tflite,
+)
 from keras_polar.registry import register
 from keras_polar.report import cost, inspect
 from keras_polar.rules import Rule
@@ -19,6 +26,7 @@ from keras_polar.schedule import Schedule
 
 __all__ = [
     "GatedModel",
+    "LatencyTable",
     "Rule",
     "Schedule",
     "__version__",
@@ -29,6 +37,7 @@ __all__ = [
     "cost",
     "export_tflite",
     "inspect",
+    "latency_table",
     "plots",
     "quantize_aware",
     "register",

@@ -1,5 +1,6 @@
 """Puts gates into a model: one call before `fit`."""
 
+import os
 import re
 import warnings
 from collections import ChainMap, defaultdict
@@ -16,9 +17,11 @@ from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused
 from keras_polar.groups import is_gated
 from keras_polar.inner import InnerMask, pack
+from keras_polar.latency import LatencyTable
+from keras_polar.litert.table import latency_table as measure_latency
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
-from keras_polar.rules import Site, read
+from keras_polar.rules import Site, Term, read
 from keras_polar.rules.base import inner_vector, line
 from keras_polar.schedule import Schedule
 from keras_polar.targets import Target, blocks_of, budget_of, targets
@@ -41,6 +44,7 @@ def apply(
     max_sparsity: float | Mapping[str, float] | None = None,
     schedule: Schedule | None = None,
     compact: bool = True,
+    latency_table: LatencyTable | str | os.PathLike | None = None,
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -51,7 +55,8 @@ def apply(
         model: a functional or built Sequential Keras model, fresh or trained. It is not changed.
         sparsity: share of the cost to be removed, in (0, 1).
         measure: what `sparsity` is a share of: "weights" (`model.count_params()`), "macs"
-            (multiply-accumulates per sample) or "units" (channels and neurons).
+            (multiply-accumulates per sample), "units" (channels and neurons) or "latency" (time
+            of one inference with LiteRT, by a table of measured operations).
         gate: "dynamic" (decides per sample while training, the paper's) or "static" (one logit
             per unit). Units that are read inside the layer that makes them (attention heads, the
             hidden units of an LSTM) always have static gates: they are masked on the weights,
@@ -74,14 +79,19 @@ def apply(
             optimizer cut along with it, so that the rest of the run costs less (TensorFlow
             only; other backends train the masked network). The gated model is up to date after
             every epoch.
+        latency_table: for `measure="latency"`: a `keras_polar.LatencyTable` of the device, or the
+            path of one. None measures on this machine what the user's cache does not hold yet
+            (TensorFlow only; minutes for a large model), with `keras_polar.latency_table`.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
 
     Raises:
+        FileNotFoundError: there is no table of latencies at that path.
         TypeError: the model is not functional, or an argument has the wrong type.
         ValueError: an argument is out of range or not known, the model has gates already, nothing
-            in it can be pruned, or `sparsity` cannot be reached; says what can.
+            in it can be pruned, `sparsity` cannot be reached (says what can), or the table of
+            latencies lacks a layer.
 
     Example:
 
@@ -105,6 +115,7 @@ def apply(
             f"{_why_nothing(coupling, kinds)}. See keras_polar.inspect(model)."
         )
     _check_sizes(coupling, model, measure)
+    timed = _timed(model, measure, latency_table)
     budget = budget_of(
         coupling,
         blocks,
@@ -113,6 +124,7 @@ def apply(
         min_units=min_units,
         max_sparsity=max_sparsity,
         round_to=round_to,
+        timed=timed,
     )
     found = targets(coupling, blocks, budget.floors)
     training = {
@@ -191,11 +203,31 @@ def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     return "; ".join(why) or "It has no layer whose units could go"
 
 
+def _timed(model: Any, measure: str, table: Any) -> list[tuple[int, Term]]:
+    """The cost terms of the measure "latency", none for others."""
+    if measure != "latency":
+        if table is not None:
+            raise ValueError(
+                f"apply: latency_table is for measure='latency'; received measure={measure!r}."
+            )
+        return []
+    if table is None:
+        table = measure_latency(model)
+    elif isinstance(table, (str, os.PathLike)):
+        table = LatencyTable.load(table)
+    if not isinstance(table, LatencyTable):
+        raise TypeError(
+            "apply: expected latency_table as a keras_polar.LatencyTable, the path of one or None, "
+            f"received {table!r}."
+        )
+    return table.terms(couple(read(model)))
+
+
 def _check_sizes(coupling: Coupling, model: Any, measure: str) -> None:
-    if measure == "macs" and not sizes_known(coupling):
+    if measure in ("macs", "latency") and not sizes_known(coupling):
         raise ValueError(
-            f"apply: measure='macs' needs known sizes, but tensors of model {model.name!r} have "
-            "unknown ones. Build it on `keras.Input` with all sizes, or use measure='weights'."
+            f"apply: measure={measure!r} needs known sizes, but tensors of model {model.name!r} "
+            "have unknown ones. Build it on `keras.Input` with all sizes, or use measure='weights'."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a network costs in weights, multiply-accumulates and units, for any mask, in closed form.
+"""What a network costs in weights, multiply-accumulates, units or time, for any mask.
 
 Within a group all units cost the same, so that the cost depends on the number of open units per
 group alone: a polynomial (bilinear for convolutions and Dense layers), exact for whole numbers
@@ -21,7 +21,15 @@ from keras_polar.rules import Rule, Site, Term
 from keras_polar.rules.base import weight_terms
 from keras_polar.units import Ids
 
-MEASURES = ("weights", "macs", "units")
+COUNTED = ("weights", "macs", "units")
+MEASURES = (*COUNTED, "latency")
+# Kernels compute so many output channels at a time; what is left over can take as long as all.
+BLOCK = 16
+
+
+def in_blocks(count: int) -> int:
+    """The count rounded up to whole blocks of channels."""
+    return -(-count // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Polynomial:
 
     Attributes:
         coefficients: one whole number per product.
-        factors: the variables of each product, padded with -1 for "times one".
+        factors: the variables of each product, padded with -1 for "times one". With n variables,
+            n + i is variable i rounded up to whole blocks of channels.
     """
 
     coefficients: tuple[int, ...]
@@ -39,12 +48,13 @@ class Polynomial:
     def __call__(self, counts: Any) -> Any:
         """The exact value (int) for whole counts, one per group."""
         # int64 is exact up to 9e18; the largest networks take 1e13 multiply-accumulates.
-        known = np.array([1, *map(int, counts)], np.int64)
+        whole = [int(n) for n in counts]
+        known = np.array([1, *whole, *map(in_blocks, whole)], np.int64)
         return int(known[self._index].prod(axis=-1) @ self._scale)
 
     @cached_property
     def _index(self) -> np.ndarray:
-        """Places in (1, *counts), int32 of shape (products, factors)."""
+        """Places in (1, *counts, *counts in blocks), int32 of shape (products, factors)."""
         width = len(self.factors[0]) if self.factors else 1  # nothing costs anything
         return np.asarray(self.factors, "int32").reshape(-1, width) + 1
 
@@ -58,7 +68,10 @@ class Polynomial:
         Args:
             counts: tensor of shape (groups,), open units per group, fractions allowed.
         """
-        known = ops.concatenate([ops.ones((1,), counts.dtype), counts])
+        # Blocks are a staircase; its gradient is taken for that of a slope.
+        steps = ops.ceil(counts / BLOCK) * BLOCK
+        steps = counts + ops.stop_gradient(steps - counts)
+        known = ops.concatenate([ops.ones((1,), counts.dtype), counts, steps])
         products = ops.prod(ops.take(known, self._index, axis=0), axis=-1)
         return ops.sum(products * (self._scale / scale).astype("float32"))
 
@@ -71,17 +84,27 @@ class Polynomial:
         return cls(tuple(config["coefficients"]), factors)
 
 
-def polynomial(coupling: Coupling, measure: str, blocks: Sequence[Block] = ()) -> Polynomial:
+def polynomial(
+    coupling: Coupling,
+    measure: str,
+    blocks: Sequence[Block] = (),
+    timed: Sequence[tuple[int, Term]] = (),
+) -> Polynomial:
     """The cost of a coupled graph in one of `MEASURES`, as a function of open counts.
 
     Its variables are the open units of each group, then 1 or 0 for each of `blocks`.
+
+    Args:
+        timed: the cost terms of "latency" (picoseconds), which cannot be counted, with their calls.
     """
     total: Counter = Counter()
     inside = _blocks_of_calls(coupling, blocks)
-    for call, term in terms(coupling):
+    for call, term in timed if measure == "latency" else terms(coupling):
         coefficient = getattr(term, measure)
         if coefficient:
             forms = [_linear(coupling, f) for f in term.factors]
+            for i in term.blocks:
+                forms[i] = _form_in_blocks(forms[i], len(coupling.groups) + len(blocks))
             _add_product(total, coefficient, [*forms, *({b: 1} for b in inside[call])])
     width = max([1, *map(len, total)])
     padded = [(*key, *[-1] * (width - len(key))) for key in total]
@@ -92,9 +115,14 @@ def _blocks_of_calls(coupling: Coupling, blocks: Sequence[Block]) -> dict[int, l
     """Call -> the variables of the blocks that it is in; several where blocks are nested."""
     inside: dict[int, list[int]] = defaultdict(list)
     for variable, block in enumerate(blocks, len(coupling.groups)):
-        for call in block.calls:
+        for call in (*block.calls, *_sum_of_two(coupling, block)):
             inside[call].append(variable)
     return inside
+
+
+def _sum_of_two(coupling: Coupling, block: Block) -> tuple[int, ...]:
+    """The sum that a branch ends in, if it goes with the branch."""
+    return (block.merge,) if len(coupling.graph.calls[block.merge].inputs) == 2 else ()
 
 
 def _linear(coupling: Coupling, vector: Ids) -> Counter:
@@ -102,6 +130,14 @@ def _linear(coupling: Coupling, vector: Ids) -> Counter:
     groups = np.where(vector >= 0, coupling.group_of[vector], -1)
     found = zip(*(x.tolist() for x in np.unique(groups, return_counts=True)), strict=True)
     return Counter({g: n if g < 0 else n // coupling.groups[g].units for g, n in found})
+
+
+def _form_in_blocks(form: Counter, variables: int) -> Counter:
+    """The same in whole blocks of channels, where that is a variable or a number."""
+    if list(form) == [-1]:
+        return Counter({-1: in_blocks(form[-1])})
+    is_one_group = list(form.values()) == [1]
+    return Counter({variables + i: 1 for i in form}) if is_one_group else form
 
 
 def _add_product(total: Counter, coefficient: int, forms: list[dict]) -> None:
@@ -188,7 +224,7 @@ def counted(coupling: Coupling) -> Cost:
     for site, rule in rules_of(coupling):
         rows.append(_row(site, site_terms(site, rule, id(site.op) not in seen)))
         seen.add(id(site.op))
-    totals = {m: sum(getattr(r, m) for r in rows) for m in MEASURES}
+    totals = {m: sum(getattr(r, m) for r in rows) for m in COUNTED}
     return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows))
 
 
@@ -205,4 +241,4 @@ def _row(site: Site, own: list[Term]) -> CostRow:
         return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
 
     shape = site.specs[site.call.outputs[0]].shape
-    return CostRow(site.name, type(site.op).__name__, shape, *map(total, MEASURES))
+    return CostRow(site.name, type(site.op).__name__, shape, *map(total, COUNTED))

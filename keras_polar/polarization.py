@@ -35,7 +35,7 @@ class Consensus(keras.layers.Layer):
 
     Args:
         sparsity: the requested share of the cost to be removed, in (0, 1).
-        measure: "weights", "macs" or "units".
+        measure: "weights", "macs", "units" or "latency".
         cost: config of the `Polynomial` that gives the cost for open counts per group.
         groups: number of units of each group, by its name, in the order of the polynomial.
         schedule: config of the `Schedule`.

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_polar.cost import MEASURES, Cost, counted, polynomial
+from keras_polar.cost import COUNTED, Cost, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
@@ -52,7 +52,7 @@ def cost_table(found: Cost) -> tuple:
     ]
     total = ("total", "", "", f"{found.weights:,}", f"{found.macs:,}", f"{found.units:,}")
     note = "" if found.sizes_known else "MACs per position: sizes of the input are not known"
-    return ["layer", "kind", "output", *MEASURES], [*rows, total], note
+    return ["layer", "kind", "output", *COUNTED], [*rows, total], note
 
 
 def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
@@ -189,9 +189,9 @@ def _costs(coupling: Coupling) -> tuple[dict[str, Counter], dict[str, int]]:
     """What each layer costs, all calls of a shared layer together, and the whole model."""
     costs: dict[str, Counter] = {}
     for row in counted(coupling).rows:
-        own = {m: getattr(row, m) for m in MEASURES}
+        own = {m: getattr(row, m) for m in COUNTED}
         costs.setdefault(row.name, Counter()).update(own)
-    return costs, {m: max(1, sum(r[m] for r in costs.values())) for m in MEASURES}
+    return costs, {m: max(1, sum(r[m] for r in costs.values())) for m in COUNTED}
 
 
 def _layer_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:

@@ -11,7 +11,7 @@ from keras_polar.blocks import Block, find_blocks
 from keras_polar.cost import polynomial
 from keras_polar.coupling import Coupling, Group, off_batch, sites_of
 from keras_polar.plan import Budget
-from keras_polar.rules import Site
+from keras_polar.rules import Site, Term
 from keras_polar.rules.base import inner_vector, line
 
 # Unless it is said otherwise, this part of the share that is to remain stays in every group.
@@ -110,14 +110,18 @@ def budget_of(
     min_units: int,
     max_sparsity: float | Mapping[str, float] | None,
     round_to: int | None,
+    timed: Sequence[tuple[int, Term]] = (),
 ) -> Budget:
     """What may remain.
+
+    Args:
+        timed: the cost terms of the measure "latency", with their calls.
 
     Raises:
         ValueError: the sparsity cannot be reached; says what can.
     """
     units = (*(g.units for g in coupling.groups), *(1 for _ in blocks))
-    cost = polynomial(coupling, measure, blocks)
+    cost = polynomial(coupling, measure, blocks, timed)
 
     def budget(wanted: Any, otherwise: float) -> Budget:
         floors = _floors(coupling, wanted, otherwise, min_units)

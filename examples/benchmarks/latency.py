@@ -2,12 +2,16 @@
 
 Four networks at half of their multiply-accumulates, with channels closed at random and untrained
 weights (neither matters for speed), in every precision that `export_tflite` knows and with kept
-channels rounded up to multiples of 1, 4, 8 and 16. All files of a network take turns, so that a
-disturbance of the machine meets them alike. Files are kept in build/latency and rows in
-docs/latency.jsonl; what is there is not made again.
+channels rounded up to multiples of 1, 4, 8 and 16, and as `apply` does by default. All files of a
+network take turns, so that a disturbance of the machine meets them alike. Files are kept in
+build/latency and rows in docs/latency.jsonl; what is there is not made again.
 
     make latency
     python examples/benchmarks/latency.py --only=ResNet --runs=50
+    python examples/benchmarks/latency.py --target
+
+The last prunes two networks for time, measure="latency", and compares the share of it that goes
+with what was asked for: rows in docs/latency_target.jsonl.
 """
 
 import json
@@ -28,10 +32,12 @@ SPARSITY = 0.5
 PRECISIONS = {"float32": None, "float16": "float16", "dynamic": "dynamic", "int8": "int8"}
 CALIBRATION = 16  # samples; speed does not depend on the ranges
 NAMES = ("ResNet-20", "VGG16-BN", "MobileNetV2", "EfficientNetB0")
+TARGETS = {"ResNet-20": "resnet20", "MobileNetV2 (32 x 32)": "mobilenet"}
 
 _ONLY = flags.DEFINE_string("only", "", "Regular expression: networks to measure.")
 _RUNS = flags.DEFINE_integer("runs", 500, "Timed runs of each file.", lower_bound=1)
 _ROUNDINGS = flags.DEFINE_multi_integer("round_to", [1, 4, 8, 16], "Roundings, 1 among them.")
+_TARGET = flags.DEFINE_bool("target", False, "Measure what pruning for time gains, no other row.")
 _FOLDER = flags.DEFINE_string("output_dir", str(ROOT / "docs"), "Where latency.md and .jsonl are.")
 _FILES = flags.DEFINE_string("files", str(ROOT / "build" / "latency"), "Where .tflite files go.")
 
@@ -55,14 +61,20 @@ def build(name):
 def halved(dense, round_to):
     """Half of the multiply-accumulates, whichever channels chance picks."""
     import keras_polar
+
+    options = {"measure": "macs", "gate": "static", "round_to": round_to}
+    return keras_polar.convert(settled(keras_polar.apply(dense, SPARSITY, **options)))
+
+
+def settled(gated, seed=0):
+    """The gated network with masks by chance that meet its target."""
     from keras_polar.plan import settle
 
-    gated = keras_polar.apply(dense, SPARSITY, measure="macs", gate="static", round_to=round_to)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     scores = [rng.random(group.units) for group in gated.groups]
     for group, mask in zip(gated.groups, settle(scores, gated.budget), strict=True):
         group.set_mask(mask)
-    return keras_polar.convert(gated)
+    return gated
 
 
 def measure(name, runs, folder):
@@ -77,8 +89,8 @@ def measure(name, runs, folder):
 
 
 def variants():
-    """Name -> rounding; None for the dense network."""
-    return {"dense": None} | {f"round_to={n}": n for n in _ROUNDINGS.value}
+    """Name -> rounding; 0 for the dense network, None for the default."""
+    return {"dense": 0} | {f"round_to={n}": n for n in _ROUNDINGS.value} | {"default": None}
 
 
 def exported(name, variant, round_to, folder):
@@ -87,7 +99,7 @@ def exported(name, variant, round_to, folder):
     if not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
         dense = build(name)
-        model = dense if round_to is None else halved(dense, round_to)
+        model = dense if round_to == 0 else halved(dense, round_to)
         note.write_text(json.dumps(export(model, note.with_suffix(""))), encoding="utf-8")
     return json.loads(note.read_text(encoding="utf-8"))
 
@@ -162,9 +174,11 @@ def write_tables(folder):
         return
     text = INTRODUCTION.replace("\\\n", "").format(**next(iter(rows.values())))
     text += "".join(main_line(n, p, r) for n, r in rows.items() for p in PRECISIONS)
-    columns = " | ".join(str(n) for n in _ROUNDINGS.value)
-    text += ROUNDING.format(columns=columns, rules="|".join("--:" for _ in _ROUNDINGS.value))
+    columns = [v.removeprefix("round_to=") for v in variants() if v != "dense"]
+    text += ROUNDING.format(columns=" | ".join(columns), rules="|".join("--:" for _ in columns))
     text += "".join(rounding_line(n, p, r) for n, r in rows.items() for p in PRECISIONS)
+    found = read_rows(folder / "latency_target.jsonl").values()
+    text += target_tables(list(found)) if found else ""
     (folder / "latency.md").write_text(text, encoding="utf-8")
 
 
@@ -189,9 +203,82 @@ def main_line(name, precision, row):
 
 
 def rounding_line(name, precision, row):
-    found = [ratios(row, f"round_to={n}", precision) for n in _ROUNDINGS.value]
-    cells = [f"{speed / macs:.2f} ({macs:.2f})" for speed, macs in found]
+    cells = [rounding_cell(row, v, precision) for v in variants() if v != "dense"]
     return f"| {name} | {precision} | {' | '.join(cells)} |\n"
+
+
+def rounding_cell(row, variant, precision):
+    if variant not in row["files"]:
+        return "-"
+    speed, macs = ratios(row, variant, precision)
+    return f"{speed / macs:.2f} ({macs:.2f})"
+
+
+# --- pruned for time -------------------------------------------------------------------------
+
+
+def measure_target(name, runs, folder):
+    """Predicted and measured shares of time removed, and predicted and measured dense times."""
+    import models
+
+    import keras_polar
+
+    dense = models.build(TARGETS[name], (32, 32, 3), 10)
+    table = keras_polar.latency_table(dense, runs=runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, predicted = [str(folder / f"{TARGETS[name]}-dense.tflite")], []
+    keras_polar.export_tflite(dense, paths[0])
+    for sparsity, round_to, seed in TARGET_CASES:
+        options = {"gate": "static", "round_to": round_to, "latency_table": table}
+        gated = settled(keras_polar.apply(dense, sparsity, measure="latency", **options), seed)
+        predicted.append(gated.sparsity)
+        paths.append(str(folder / f"{TARGETS[name]}-latency-{len(paths)}.tflite"))
+        keras_polar.export_tflite(keras_polar.convert(gated), paths[-1])
+    found = keras_polar.benchmark_tflite(paths, runs=runs)
+    whole, *lower = (found[path].lower for path in paths)
+    return {
+        "device": table.device,
+        "runtime": table.runtime,
+        "runs": runs,
+        "dense_ms": [gated.budget.full_cost / 1e9, whole],
+        "cases": [
+            [*case, p, 1 - t / whole]
+            for case, p, t in zip(TARGET_CASES, predicted, lower, strict=True)
+        ],
+    }
+
+
+TARGET_CASES = [(s, r, seed) for s, r in ((0.3, None), (0.5, None), (0.5, 16)) for seed in (0, 1)]
+TARGET = """
+## Pruned for time
+
+`python examples/benchmarks/latency.py --target`: `apply(model, s, measure="latency")` with the
+table that `keras_polar.latency_table` measured on the same machine ({device}, {runtime}, one
+thread, **other work running**), channels picked at random, float32, images of 32 x 32 pixels.
+*Removed* is the share of the dense network's time (lower quartiles of {runs} runs in turns) that is
+gone, *off* how far the time that is left is from the predicted. Dense time, as the sum of the
+operations timed one by one and timed as a whole: {dense}.
+
+| network | asked | round_to | predicted removed | removed | off |
+|---|--:|--:|--:|--:|--:|
+"""
+
+
+def target_tables(rows):
+    dense = (f"{r['name']} {r['dense_ms'][0]:.2f} and {r['dense_ms'][1]:.2f} ms" for r in rows)
+    text = TARGET.format(**rows[0] | {"dense": ", ".join(dense)})
+    return text + "".join(target_line(row["name"], *case) for row in rows for case in row["cases"])
+
+
+def target_line(name, asked, round_to, seed, predicted, removed):
+    off = (1 - removed) / (1 - predicted) - 1
+    shares = f"{predicted:.1%} | {removed:.1%} | {off:+.1%}"
+    return f"| {name} | {asked:.0%} | {round_to or 'default'} | {shares} |\n"
+
+
+def is_missing(name, rows):
+    """Whether a row is to be made: there is none, or it lacks a variant."""
+    return name not in rows or (not _TARGET.value and not set(variants()) <= {*rows[name]["files"]})
 
 
 def main(argv):
@@ -200,9 +287,12 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     folder = Path(_FOLDER.value)
     path = folder / "latency.jsonl"
-    todo = [n for n in NAMES if n not in read_rows(path) and re.search(_ONLY.value, n)]
+    make, names = measure, NAMES
+    if _TARGET.value:
+        path, make, names = folder / "latency_target.jsonl", measure_target, TARGETS
+    todo = [n for n in names if is_missing(n, read_rows(path)) and re.search(_ONLY.value, n)]
     for name in track(todo, "latency"):
-        add_row(path, {"name": name, **measure(name, _RUNS.value, Path(_FILES.value))})
+        add_row(path, {"name": name, **make(name, _RUNS.value, Path(_FILES.value))})
         write_tables(folder)
     write_tables(folder)
 

@@ -9,6 +9,7 @@ from keras_polar.litert.export import export_tflite
 from keras_polar.litert.qat import quantize_aware
 from keras_polar.litert.report import ExportReport, TensorInfo
 from keras_polar.litert.run import run_tflite
+from keras_polar.litert.table import latency_table
 
 __all__ = [
     "ExportReport",
@@ -16,6 +17,7 @@ __all__ = [
     "TensorInfo",
     "benchmark_tflite",
     "export_tflite",
+    "latency_table",
     "quantize_aware",
     "run_tflite",
 ]

@@ -78,8 +78,8 @@ def benchmark_tflite(
     check_positive(runs=runs, warmup=warmup)
     interpreters = {name: loaded(name, threads) for name in _path_names(paths)}
     peaks = {name: _peak_bytes(name, ready, threads) for name, ready in interpreters.items()}
-    _timed_runs(interpreters, warmup)
-    times = _timed_runs(interpreters, runs)
+    timed_runs(interpreters, warmup)
+    times = timed_runs(interpreters, runs)
     return {name: _latency(values, peaks[name]) for name, values in times.items()}
 
 
@@ -104,13 +104,21 @@ def loaded(path: str, threads: int) -> Any:
     return ready
 
 
-def _timed_runs(interpreters: Mapping[str, Any], runs: int) -> dict[str, list[float]]:
-    """Milliseconds of each run; who goes first changes from round to round."""
+def timed_runs(
+    interpreters: Mapping[str, Any], runs: int, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of each run; who goes first changes from round to round.
+
+    Args:
+        warm: each is run once more just before it is timed, so that caches hold its data.
+    """
     names = list(interpreters)
     times: dict[str, list[float]] = {name: [] for name in interpreters}
     for turn in range(runs):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            if warm:
+                interpreters[name].invoke()
             start = time.perf_counter()
             interpreters[name].invoke()
             times[name].append(1000 * (time.perf_counter() - start))

@@ -51,12 +51,16 @@ class Term:
         weights: number of weights per combination of units.
         macs: multiply-accumulates per sample and combination of units.
         units: 1 for the units a layer produces.
+        latency: picoseconds per sample and combination of units.
+        blocks: positions of factors that count in whole blocks of channels (cost.BLOCK).
     """
 
     factors: tuple[Ids, ...]
     weights: int = 0
     macs: int = 0
     units: int = 0
+    latency: int = 0
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,13 @@ def sizes(shape: Iterable) -> tuple:
 
 
 class Rule:
-    """How one kind of operation behaves under pruning. The base class pins everything."""
+    """How one kind of operation behaves under pruning. The base class pins everything.
+
+    Attributes:
+        fuses: whether a runtime computes it along with the operation before it, in no time.
+    """
+
+    fuses = False
 
     def flow(self, site: Site) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""

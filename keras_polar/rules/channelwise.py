@@ -35,6 +35,8 @@ class SpatialRule(Rule):
 class BatchNormRule(Rule):
     """One scale, offset, mean and variance per channel, or per position."""
 
+    fuses = True
+
     def flow(self, site: Site) -> list[Ids]:
         axis = site.op.axis if isinstance(site.op.axis, int) else site.op.axis[0]
         _follow_or_fix(site, axis)
@@ -119,6 +121,8 @@ class UnitNormRule(Rule):
 
 class BatchNormOpRule(Rule):
     """`ops.batch_normalization` with constant statistics, which are cut with the units."""
+
+    fuses = True
 
     def flow(self, site: Site) -> list[Ids]:
         if len(site.inputs) > 1 or not isinstance(site.op.axis, int):

@@ -16,6 +16,8 @@ from keras_polar.units import Ids, nobody, varies
 class ElementwiseRule(Rule):
     """One tensor in, ids unchanged."""
 
+    fuses = True
+
     def flow(self, site: Site) -> list[Ids]:
         return [np.broadcast_to(site.inputs[0], site.output_shapes[0])]
 
@@ -166,6 +168,8 @@ class SoftmaxRule(Rule):
 
 class PReLURule(Rule):
     """One slope per element, but for `shared_axes`: cut with the units."""
+
+    fuses = True
 
     def flow(self, site: Site) -> list[Ids]:
         (ids,) = site.inputs
