@@ -7,9 +7,14 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_JAX := $(VENV)/.installed-jax
+INSTALLED_TORCH := $(VENV)/.installed-torch
 INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
+# What runs on every backend of Keras.
+ANYWHERE := $(addprefix tests/test_,backends.py gradients.py fit_variants.py distribute.py)
+# PyPI's build for Linux brings CUDA along; another one: `make test-torch TORCH=torch==2.13.0+cpu`.
+TORCH ?= torch
 
 # TensorFlow's start-up notes hide what the commands below have to say.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -17,7 +22,7 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax coverage-matrix scaling latency docs lint format clean
+.PHONY: help setup demo test test-all test-jax test-torch coverage-matrix scaling latency docs lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +43,10 @@ $(INSTALLED_JAX): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[jax]'
 	@touch $@
 
+$(INSTALLED_TORCH): $(INSTALLED)
+	$(RUN) -m pip install --quiet $(TORCH) --editable '.[torch]'
+	@touch $@
+
 $(INSTALLED_HUB): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[hub]'
 	@touch $@
@@ -52,11 +61,14 @@ demo: $(INSTALLED) ## train, prune, convert and export a small model; about a mi
 test: $(INSTALLED) ## the quick tests
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax ## every test: KerasHub's models, QAT and JAX included
+test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax test-torch ## every test: KerasHub's models, QAT, JAX and PyTorch included
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
-	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" tests/test_backends.py tests/test_fit_variants.py
+	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE)
+
+test-torch: $(INSTALLED_TORCH)
+	KERAS_BACKEND=torch $(RUN) -m pytest -m "not slow" $(ANYWHERE)
 
 coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub: docs/coverage.md; hours
 	$(RUN) -m pip install --quiet --editable '.[hub]'

@@ -68,6 +68,7 @@ setup(
         "plots": PLOTS,
         "qat": ["tensorflow-model-optimization", "tf_keras"],
         "test": TEST,
+        "torch": ["torch"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

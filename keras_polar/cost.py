@@ -73,7 +73,7 @@ class Polynomial:
         steps = counts + ops.stop_gradient(steps - counts)
         known = ops.concatenate([ops.ones((1,), counts.dtype), counts, steps])
         products = ops.prod(ops.take(known, self._index, axis=0), axis=-1)
-        return ops.sum(products * (self._scale / scale).astype("float32"))
+        return ops.sum(products * ops.convert_to_tensor(self._scale / scale, "float32"))
 
     def get_config(self) -> dict:
         return {"coefficients": self.coefficients, "factors": self.factors}

@@ -45,7 +45,20 @@ def duplicate(layer: Any, name: str) -> Any:
             "gives an equal layer."
         ) from error
     vars(new)["name"] = name
+    _name_variables(layer, new)
     return new
+
+
+def _name_variables(layer: Any, new: Any) -> None:
+    """Gives the variables the paths of a layer that was built under the new name.
+
+    By its path Keras on PyTorch finds a variable whose gradient of the last step is to be cleared.
+    """
+    for old, own in zip(layer.variables, new.variables, strict=True):
+        own._path = f"{new.name}/{old.path.removeprefix(f'{layer.name}/')}"
+    if keras.backend.backend() == "torch":  # its modules keep lists of their own
+        for part in new._flatten_layers():
+            part._track_variables()
 
 
 class _Writer(pickle.Pickler):

@@ -23,7 +23,7 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     Returns:
         A scalar in [0, 1/4].
     """
-    return ops.sum(weights * open_rates * (1 - open_rates))
+    return ops.sum(ops.convert_to_tensor(weights) * open_rates * (1 - open_rates))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
