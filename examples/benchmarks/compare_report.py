@@ -53,7 +53,7 @@ def page(runs):
     """The whole document; pictures are named, not drawn."""
     text = INTRODUCTION + _methods(runs)
     for network, own in _grouped(runs, comparison.TRAINING):
-        text += f"\n## {_title(network)}\n\n![Accuracy]({_picture(network)})\n"
+        text += f"\n## {_title(network)}\n\n![Accuracy against what is kept]({_picture(network)})\n"
         pruned = [r for r in own if r["method"] != "dense"]
         for target, _ in _grouped(pruned, (*comparison.TARGET, *comparison.OPTIONS)):
             text += _section(own, network | target)
@@ -107,7 +107,8 @@ def _title(network):
 
 def _picture(network):
     width = f"_w{network['width']}" if network["width"] else ""
-    return f"images/compare_{network['model']}{width}_{network['image_size']}px.png"
+    size = f"{network['image_size']}px_{network['train_images']}"
+    return f"images/compare_{network['model']}{width}_{size}.png"
 
 
 def draw(runs, title):
