@@ -29,7 +29,7 @@ from keras_polar.rules.base import sizes
 
 _WARM_UP = 5  # runs before the clock is read
 _AT_ONCE = 2**27  # bytes of files that take turns; the runtime holds as much again
-_QUARTILE = 25  # of the times: what disturbs only ever adds time
+_PERCENTILE = 5  # of the times: what disturbs only ever adds time
 
 
 def latency_table(
@@ -40,9 +40,9 @@ def latency_table(
     Each layer, together with the batch normalization and activation that the runtime folds into
     it, is written as LiteRT files of its own, at full width and at a little more than half, half
     and a quarter of its input and output units (multiples of 8). All files take turns, so that a
-    disturbance of the machine meets them alike; lower quartiles are kept. Equal layers are measured
-    once. What was measured is written to `path`, for
-    large models in parts: a call that was stopped goes on from there.
+    disturbance of the machine meets them alike, and the fifth percentile of each one's times is
+    kept: disturbances only add time. Equal layers are measured once. What was measured is written
+    to `path`, for large models in parts: a call that was stopped goes on from there.
 
     Args:
         model: a functional or built Sequential Keras model whose sizes are known; not changed.
@@ -219,4 +219,4 @@ def _nanoseconds(files: Sequence[Path], threads: int, runs: int) -> dict[Path, f
     ready = {str(f): loaded(str(f), threads) for f in files}
     timed_runs(ready, _WARM_UP)
     found = timed_runs(ready, runs, warm=True)
-    return {f: 1e6 * float(np.percentile(found[str(f)], _QUARTILE)) for f in files}
+    return {f: 1e6 * float(np.percentile(found[str(f)], _PERCENTILE)) for f in files}
