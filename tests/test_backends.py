@@ -39,7 +39,9 @@ def test_units_inside_a_layer(gate):
     z = layers.Embedding(20, 8, mask_zero=True)(tokens)
     z = layers.Add()([z, layers.MultiHeadAttention(4, 6, dropout=0.1, name="attention")(z, z)])
     z = layers.LSTM(8, dropout=0.1, name="lstm")(z)
-    gated = keras_polar.apply(keras.Model(tokens, layers.Dense(2)(z)), 0.4, gate=gate)
+    gated = keras_polar.apply(
+        keras.Model(tokens, layers.Dense(2)(z)), 0.4, gate=gate, compact=False
+    )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     gated.compile(keras.optimizers.Adam(1e-2), loss)
     before = keras.ops.convert_to_numpy(keras.ops.copy(gated.get_layer("lstm").variables[1]))

@@ -43,8 +43,13 @@ class Seen(keras.callbacks.Callback):
             self.open = self.steps[-1]
 
 
+def halfway(steps=None):
+    """A schedule that settles after half of the run."""
+    return keras_polar.Schedule(settle=0.5, steps=steps)
+
+
 def trained(*args, network=network, optimizer=None, schedule=None, compiled=(), **options):
-    gated = keras_polar.apply(network(), 0.5, schedule=schedule)
+    gated = keras_polar.apply(network(), 0.5, schedule=schedule or halfway())
     options = {"epochs": EPOCHS, "verbose": 0, **options}
     gated.compile(
         optimizer or keras.optimizers.Adam(0.01), LOSS, **{"jit_compile": False, **dict(compiled)}
@@ -149,7 +154,7 @@ def test_validation_of_the_epoch_in_which_it_settles_sees_the_settled_network():
         def on_test_end(self, logs=None):
             found.append(self.model.settled)
 
-    gated = keras_polar.apply(network(), 0.5)
+    gated = keras_polar.apply(network(), 0.5, schedule=halfway())
     gated.compile("sgd", LOSS, jit_compile=False)
     gated.fit(x, y, epochs=4, validation_data=(x, y), verbose=0, callbacks=[Validated()])
     assert found == [False, True, True, True]
@@ -170,7 +175,7 @@ def test_a_second_fit_trains_the_settled_network():
 
 def test_two_fits_can_share_one_schedule():
     x, y = data()
-    gated, seen, _ = trained(x, y, epochs=1, schedule=keras_polar.Schedule(steps=32))
+    gated, seen, _ = trained(x, y, epochs=1, schedule=halfway(32))
     assert not gated.settled
     assert seen.open == 10  # of 16
     again = Seen()
@@ -186,7 +191,7 @@ def test_initial_epoch_of_a_fresh_model_shortens_the_run():
 def test_initial_epoch_of_a_loaded_model_goes_on_with_the_schedule(tmp_path):
     x, y = data()
     save = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
-    gated = keras_polar.apply(network(), 0.5)
+    gated = keras_polar.apply(network(), 0.5, schedule=halfway())
     gated.compile("sgd", LOSS, jit_compile=False)
     gated.fit(x, y, epochs=4, verbose=0, callbacks=[save])
     loaded = keras.models.load_model(tmp_path / "1.keras")
@@ -218,7 +223,7 @@ def test_data_of_unknown_length_resumed_before_it_settles(tmp_path):
 
 def test_train_on_batch_follows_a_schedule_of_known_length():
     x, y = data()
-    gated = keras_polar.apply(network(), 0.5, schedule=keras_polar.Schedule(steps=2 * STEPS))
+    gated = keras_polar.apply(network(), 0.5, schedule=halfway(2 * STEPS))
     gated.compile(keras.optimizers.Adam(0.01), LOSS, jit_compile=False)
     settled = []
     for x, y in generator(2):

@@ -62,7 +62,8 @@ def test_hard_step():
 def test_consensus(target):
     inputs = keras.Input((3,))
     x = layers.Dense(5, name="b")(layers.Dense(4, name="a")(inputs))
-    gated = keras_polar.apply(keras.Model(inputs, layers.Dense(2)(x)), target)
+    schedule = keras_polar.Schedule(warmup=0.1, ramp=0.35, settle=0.5, polarization=4, rate=10)
+    gated = keras_polar.apply(keras.Model(inputs, layers.Dense(2)(x)), target, schedule=schedule)
     layer = gated.consensus
     for variable, value in ((layer.step, 20), (layer.steps, 100), (layer.multiplier, 0.3)):
         variable.assign(value)
