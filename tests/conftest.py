@@ -1,12 +1,16 @@
 import keras
 import pytest
 
+# Before the backend starts: two devices for the tests of distributed training.
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-    # Before TensorFlow starts: two logical devices for the tests of tf.distribute.
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+elif keras.backend.backend() == "jax":
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
 
 
 @pytest.fixture(autouse=True)
