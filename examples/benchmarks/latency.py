@@ -264,12 +264,11 @@ TARGET = """
 ## Pruned for time
 
 `python examples/benchmarks/latency.py --target`: `apply(model, s, measure="latency")` with the
-table that `keras_polar.latency_table` measured on the same machine ({device}, {runtime},
-one thread, **other work running**), channels picked at random, float32, images of 32 x 32 pixels.
+table that `keras_polar.latency_table` measured on the same machine ({device}, {runtime}, one
+thread, **other work running**), channels picked at random, float32, images of 32 x 32 pixels.
 *Removed* is the share of the dense network's time (fifth percentiles of {runs} runs in turns: most
 runs were interrupted) that is gone, *off* how far the time that is left is from the predicted.
-Dense time, as the sum of the operations timed one by one and timed as a whole:
-{dense}.
+Dense time, as the sum of the operations timed one by one and timed as a whole: {dense}.
 
 | network | asked | round_to | predicted removed | removed | off |
 |---|--:|--:|--:|--:|--:|
@@ -279,9 +278,7 @@ Dense time, as the sum of the operations timed one by one and timed as a whole:
 def target_tables(rows):
     dense = (f"{r['name']} {r['dense_ms'][0]:.2f} and {r['dense_ms'][1]:.2f} ms" for r in rows)
     text = TARGET.format(**rows[0] | {"dense": ", ".join(dense)})
-    text += "".join(target_line(row["name"], *case) for row in rows for case in row["cases"])
-    notes = dict.fromkeys(row["note"] for row in rows if "note" in row)
-    return text + "".join(f"\n{note}\n" for note in notes)
+    return text + "".join(target_line(row["name"], *case) for row in rows for case in row["cases"])
 
 
 def target_line(name, asked, round_to, seed, predicted, removed):
