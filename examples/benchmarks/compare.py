@@ -4,7 +4,8 @@
     python examples/benchmarks/compare.py --table     # what has been run, as a table and a picture
 
 Every run leaves a JSON file in --results_dir and is not repeated, so that an interrupted comparison
-goes on where it stopped. Test images are only looked at after the last epoch and choose nothing.
+goes on where it stopped. Test images are only looked at after the last epoch. To choose a recipe,
+`--evaluate_on=held_out` looks at the last 10,000 training images instead, which no run trains on.
 
 Methods:
   dense      the whole network
@@ -60,6 +61,7 @@ from keras_polar.targets import budget_of
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
+HELD_OUT = 10_000  # training images
 SAMPLE = 512  # training images that a criterion may look at
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
@@ -79,8 +81,18 @@ _ROUND_TO = flags.DEFINE_integer(
     "round_to", None, "Our methods keep multiples; none: default.", lower_bound=1
 )
 _EPOCHS = flags.DEFINE_integer("epochs", 12, "Epochs of every method.", lower_bound=2)
+_MAX_SPARSITY = flags.DEFINE_float(
+    "max_sparsity",
+    None,
+    "Share of a group that our methods close at most; none: default.",
+    0.0,
+    1.0,
+)
 _TRAIN_IMAGES = flags.DEFINE_integer("train_images", 12_800, "The first so many.", lower_bound=1)
 _TEST_IMAGES = flags.DEFINE_integer("test_images", 10_000, "The first so many.", lower_bound=1)
+_EVALUATE_ON = flags.DEFINE_enum(
+    "evaluate_on", "test", ("test", "held_out"), "Images that accuracy is measured on."
+)
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", 32, "Pixels a side, 32, 16 or 8: smaller images are means of the larger ones."
 )
@@ -100,9 +112,11 @@ class Setting:
     measure: str
     schedule: str
     round_to: int | None
+    max_sparsity: float | None
     epochs: int
     train_images: int
     test_images: int
+    evaluate_on: str
     image_size: int
     batch_size: int
     learning_rate: float
@@ -212,8 +226,8 @@ def _cost(model, measure):
 
 def gated(trainer, setting, **options):
     full = setting.build()
-    own = {"measure": setting.measure, "round_to": setting.round_to, "schedule": setting.course}
-    model = keras_polar.apply(full, setting.sparsity, **own, **options)
+    own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
+    model = keras_polar.apply(full, setting.sparsity, schedule=setting.course, **own, **options)
     small = keras_polar.convert(trainer(model), verify=True)
     if options.get("compact", True):
         settle = setting.course.settle  # from then on the small network trains
@@ -447,6 +461,8 @@ def result_path(folder, method, setting, seed):
     if method in OURS:
         what += f"_{setting.schedule}" if setting.schedule else ""
         what += f"_round{setting.round_to}" if setting.round_to else ""
+        what += f"_max{round(100 * setting.max_sparsity)}" if setting.max_sparsity else ""
+    what += "_held_out" if setting.evaluate_on == "held_out" else ""
     return Path(folder) / f"{run}_{method}{what}_s{seed}.json"
 
 
@@ -476,6 +492,20 @@ def _shrunk(array, side):
     return squares.mean((2, 4)).round().astype("uint8")
 
 
+def load(setting):
+    """Images and labels to train on, and others to evaluate on."""
+    train, test = cifar10.load_cifar10(_DATA_DIR.value)
+    if setting.evaluate_on == "held_out":
+        train, test = (
+            [x[part] for x in train] for part in (slice(-HELD_OUT), slice(-HELD_OUT, None))
+        )
+    shrink = functools.partial(_shrunk, side=setting.image_size)
+    return (
+        tuple(shrink(x[: setting.train_images]) for x in train),
+        tuple(shrink(x[: setting.test_images]) for x in test),
+    )
+
+
 def setting_from_flags():
     """The setting that the flags ask for."""
     fields = [f.name for f in dataclasses.fields(Setting)]
@@ -488,13 +518,7 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     setting = setting_from_flags()
     if not _TABLE.value:
-        train, test = cifar10.load_cifar10(_DATA_DIR.value)
-        shrink = functools.partial(_shrunk, side=setting.image_size)
-        data = (
-            tuple(shrink(x[: setting.train_images]) for x in train),
-            tuple(shrink(x[: setting.test_images]) for x in test),
-        )
-        run_all(setting, data)
+        run_all(setting, load(setting))
     title = f"{setting.model}, {setting.sparsity:.0%} of the {setting.measure} removed"
     runs = comparison.load(_RESULTS.value)
     rows = comparison.table_rows(runs, METHODS, dataclasses.asdict(setting), OURS)

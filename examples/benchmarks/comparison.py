@@ -17,9 +17,18 @@ COLUMNS = (
     "latency",
 )
 # What the network and its training are, and what is removed.
-TRAINING = ("model", "width", "image_size", "train_images", "epochs", "batch_size", "learning_rate")
+TRAINING = (
+    "model",
+    "width",
+    "image_size",
+    "train_images",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "evaluate_on",
+)
 TARGET = ("measure", "sparsity")
-OPTIONS = ("schedule", "round_to")  # of our methods alone
+OPTIONS = ("schedule", "round_to", "max_sparsity")  # of our methods alone
 
 
 def load(folder):
