@@ -75,7 +75,9 @@ _SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Seeds of weights, data order and a
 _SPARSITY = flags.DEFINE_float("sparsity", 0.5, "Share to remove.", 0.0, 1.0)
 _MEASURE = flags.DEFINE_enum("measure", "weights", ("weights", "macs"), "What is removed.")
 _SCHEDULE = flags.DEFINE_string(
-    "schedule", "", "Warm-up, ramp and settle of our methods, as in 0.1,0.35,0.5; empty: default."
+    "schedule",
+    "",
+    "Of our methods: warmup,ramp,settle,polarization,rate, as in 0.1,0.35,0.5; empty: default.",
 )
 _ROUND_TO = flags.DEFINE_integer(
     "round_to", None, "Our methods keep multiples; none: default.", lower_bound=1
@@ -126,7 +128,8 @@ class Setting:
     def course(self) -> keras_polar.Schedule:
         """The schedule of our methods."""
         given = map(float, filter(None, self.schedule.split(",")))
-        return keras_polar.Schedule(**dict(zip(("warmup", "ramp", "settle"), given, strict=False)))
+        names = ("warmup", "ramp", "settle", "polarization", "rate")
+        return keras_polar.Schedule(**dict(zip(names, given, strict=False)))
 
     @property
     def epochs_until_cut(self) -> int:
