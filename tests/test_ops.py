@@ -304,6 +304,13 @@ ON_SAMPLES = {
     "roll_of_positions": (lambda x: ops.roll(x, 2, axis=1), True),
     "roll_of_samples": (lambda x: ops.roll(x, 2, axis=0), False),
     "roll_of_all": (lambda x: ops.roll(x, 2), False),
+    "twice_along_units": (lambda x: ops.concatenate([x, x], -1), True),
+    "twice_as_many_samples": (lambda x: layers.Concatenate(axis=0)([x, x]), False),
+    "stack_of_positions": (lambda x: ops.stack([x[:, 0], x[:, 1]], 1), True),
+    "half_of_the_samples": (lambda x: ops.split(x, 2, axis=0)[0], False),
+    "first_samples": (lambda x: x[:2, :], False),
+    "picked_samples": (lambda x: ops.take(x, [0, 1], axis=0), False),
+    "sums_over_samples": (lambda x: ops.cumsum(x, axis=-3), False),
     "positions_as_samples": (lambda x: ops.reshape(x, (-1, 8)), False),
 }
 

@@ -284,7 +284,9 @@ class Rule:
 
     def keeps_batch(self, site: Site) -> bool:
         """Whether sample i of the output comes from sample i of the input."""
-        return True
+        axes = getattr(site.op, "axis", None)
+        axes = axes if isinstance(axes, (tuple, list)) else [axes]
+        return not any(isinstance(a, int) and a % site.inputs[0].ndim == 0 for a in axes)
 
     def summands(self, call: Call) -> tuple[int, ...]:
         """Positions of inputs that could be left out of a sum, with the others as they are."""

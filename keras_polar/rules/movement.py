@@ -135,6 +135,9 @@ class StackRule(Rule):
             return site.pin_all("stacks along the batch axis, or constants")
         return [concatenate([np.expand_dims(x, axis) for x in site.inputs], axis, shape)]
 
+    def keeps_batch(self, site: Site) -> bool:
+        return site.op.axis % len(site.output_shapes[0]) != 0
+
 
 def concatenate(arrays: list[Ids], axis: int, shape: tuple) -> Ids:
     """`np.concatenate` that leaves axes on which nothing varies as views."""
@@ -261,6 +264,10 @@ class GetItemRule(Rule):
                 self._part(site, ids, axis, part)
         out = ids[tuple(_on_unknown(p, ids, a) for p, a in zip(key, _axes_of(key), strict=True))]
         return [np.broadcast_to(out, site.output_shapes[0])]
+
+    def keeps_batch(self, site: Site) -> bool:
+        key = _full_key(self._key(site), site.inputs[0].ndim)
+        return key is not None and key[0] == slice(None)
 
     def _key(self, site: Site) -> Any:
         return site.call.kwargs.get("key", (*site.call.args, None)[1])
