@@ -1,5 +1,6 @@
 """From a plan of what stays to a physically smaller model: gated -> small, and direct surgery."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -211,16 +212,32 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
         TypeError: `gated` has no gates.
         ValueError: the certificate does not hold (says by how much), or the inputs do not fit.
 
+    Warns:
+        UserWarning: the gates are not settled, and what their consensus removes by now is more
+            than a point off the requested sparsity.
+
     Example:
 
         >>> small = keras_polar.convert(gated, verify=True)
         >>> small.save("small.keras")
     """
     require_gated(gated, "convert")
+    _warn_of_early_conversion(gated)
     small, cutter = small_twin(gated)
     if verify is not None and verify is not False:
         check_certificate(gated, small, verify, cutter.first_difference)
     return small
+
+
+def _warn_of_early_conversion(gated: Any) -> None:
+    wanted, found = gated.consensus.sparsity, gated.sparsity
+    if not gated.settled and abs(found - wanted) > 0.01:
+        warnings.warn(
+            f"convert({gated.name!r}): the gates are not settled, and their consensus removes "
+            f"{found:.1%} of the {gated.consensus.measure} by now instead of {wanted:.1%}. Let "
+            "`fit` reach the settle step of the schedule, or call gated.settle() first.",
+            stacklevel=3,
+        )
 
 
 def small_twin(gated: Any) -> tuple[keras.Model, "Cutter"]:
