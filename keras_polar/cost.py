@@ -75,6 +75,16 @@ class Polynomial:
         products = ops.prod(ops.take(known, self._index, axis=0), axis=-1)
         return ops.sum(products * ops.convert_to_tensor(self._scale / scale, "float32"))
 
+    def slopes(self, counts: Sequence[int]) -> np.ndarray:
+        """What one more unit of each group costs, float64; blocks of channels count as slopes."""
+        whole = [int(n) for n in counts]
+        known = np.array([1, *whole, *map(in_blocks, whole)], "float64")
+        products = known[self._index].prod(axis=-1) * self._scale
+        is_variable = self._index > 0
+        owners = (self._index[is_variable] - 1) % len(whole)
+        shares = np.broadcast_to(products[:, None], self._index.shape)[is_variable]
+        return np.bincount(owners, shares, len(whole)) / np.maximum(whole, 1)
+
     def get_config(self) -> dict:
         return {"coefficients": self.coefficients, "factors": self.factors}
 

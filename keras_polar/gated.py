@@ -16,7 +16,7 @@ from keras_polar.distribute import require_supported
 from keras_polar.gates import PACKAGE, Gate
 from keras_polar.graph import to_numpy
 from keras_polar.groups import GateGroup
-from keras_polar.plan import Budget, settle
+from keras_polar.plan import Budget, ranking, settle
 from keras_polar.polarization import Consensus
 
 
@@ -69,8 +69,9 @@ class GatedModel(keras.Model):
     def settle(self) -> None:
         """Fixes the consensus at the requested sparsity; `fit` does it on schedule.
 
-        Units are ranked over all groups by how open their gates have been. Groups whose mask was
-        set by hand keep it. Does nothing once all groups are settled.
+        Units are ranked by how open their gates have been, and by what they cost (see
+        `keras_polar.plan.ranking`). Groups whose mask was set by hand keep it. Does nothing once
+        all groups are settled.
 
         Raises:
             FloatingPointError: trained values are not finite, so that there is no consensus.
@@ -79,11 +80,21 @@ class GatedModel(keras.Model):
             return
         self.require_finite("before the gates were settled")
         groups = self.groups
-        masks = settle([_wanted(g) for g in groups], self.budget)
+        masks = settle(self._wanted(), self.budget)
         for group, mask in zip(groups, masks, strict=True):
             if not group.settled:
                 group.set_mask(mask)
         self.consensus.settled.assign(1.0)
+
+    def _wanted(self) -> list[np.ndarray]:
+        """For `plan.settle`; infinite where masks were set by hand."""
+        groups = self.groups
+        scores = [g.open_rates + to_numpy(g._gate.scores) for g in groups]
+        free = ranking(scores, [g.open_rates < 0.5 for g in groups], self.budget)
+        return [
+            np.where(g.mask, np.inf, -np.inf) if g.settled else wanted
+            for g, wanted in zip(groups, free, strict=True)
+        ]
 
     def require_finite(self, when: str) -> None:
         """Raises a FloatingPointError that names the layers whose trained values are not finite."""
@@ -172,12 +183,6 @@ class GatedModel(keras.Model):
         if self.stand_in is None:
             return super().trainable_weights
         return self.stand_in.model.trainable_weights
-
-
-def _wanted(group: GateGroup) -> np.ndarray:
-    if group.settled:
-        return np.where(group.mask, np.inf, -np.inf)
-    return group.open_rates + to_numpy(group._gate.scores)
 
 
 class FollowSchedule(keras.callbacks.Callback):

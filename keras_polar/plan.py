@@ -1,6 +1,6 @@
 """From gates to masks: which units stay when the consensus is settled. Pure NumPy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,48 @@ class Budget:
     def reachable(self) -> float:
         """The largest sparsity that leaves every group its minimum."""
         return self.achieved(self.rounded(np.zeros(len(self.units), int)))
+
+
+def ranking(
+    scores: Sequence[np.ndarray], is_closed: Sequence[np.ndarray], budget: Budget
+) -> list[np.ndarray]:
+    """How much each unit is wanted, over all groups: the scores that `settle` takes.
+
+    Gates compare units within a group; between groups their scores say more about widths and
+    learning rates than about use. So a group gives by what its units cost: the least
+    `sum_g N_g^2 / n_g` (each group suffers from keeping n_g of N_g units, wide groups more) for a
+    given cost `sum_g c_g n_g` has `n_g / N_g` in proportion to `1 / sqrt(c_g)`, the optimal
+    allocation of Neyman (1934). A unit at place p of its group, from 0 for the worst to 1, thus
+    goes in the order of `(1 - p) sqrt(c_g)`, and no group can vanish. Branches, units of their own,
+    are compared with one another and give like the median group. What the gates have closed by
+    themselves goes before all that they left open.
+
+    Args:
+        scores: for every group how open its gates are, floats of shape (units,).
+        is_closed: for every group bools of shape (units,).
+        budget: what the units cost.
+    """
+    is_branch = (np.asarray(budget.units) == 1) & (np.asarray(budget.floors) == 0)
+    prices = np.sqrt(budget.cost.slopes(budget.units))
+    prices[is_branch] = 1.0 if is_branch.all() else np.median(prices[~is_branch])
+    places = [_places(s) for s in scores]
+    branches = np.flatnonzero(is_branch)
+    for i, place in zip(branches, _places(_flat(scores[i] for i in branches)), strict=True):
+        places[i] = place[None]
+    first = 2 * prices.max(initial=0.0)
+    return [
+        -(1 - place) * price - first * closed
+        for place, price, closed in zip(places, prices, is_closed, strict=True)
+    ]
+
+
+def _flat(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0), *arrays])
+
+
+def _places(scores: np.ndarray) -> np.ndarray:
+    """From 0 for the lowest score to 1 for the highest, both excluded."""
+    return (np.argsort(np.argsort(scores, kind="stable")) + 0.5) / max(len(scores), 1)
 
 
 def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:

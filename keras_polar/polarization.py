@@ -16,6 +16,10 @@ from keras_polar.schedule import Schedule
 def polarization_loss(open_rates: Any, weights: Any) -> Any:
     """`sum_u w_u r_u (1 - r_u)`: zero exactly when all samples agree about every unit.
 
+    Units about which they agree get no gradient. The formula's own, `w_u (1 - 2 r_u)`, would be
+    largest there: it would push open units ever further open, and since `w_u` is smaller in wide
+    groups, decide by the width of a group which units go.
+
     Args:
         open_rates: `r_u`, the mean over the batch of each unit's binary gate; shape (units,).
         weights: `w_u`, with a sum of 1; shape (units,).
@@ -23,7 +27,9 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     Returns:
         A scalar in [0, 1/4].
     """
-    return ops.sum(ops.convert_to_tensor(weights) * open_rates * (1 - open_rates))
+    disagreement = open_rates * (1 - open_rates)
+    agreed = ops.stop_gradient(disagreement) <= 0
+    return ops.sum(ops.convert_to_tensor(weights) * ops.where(agreed, 0.0, disagreement))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

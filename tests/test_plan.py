@@ -8,7 +8,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.cost import Polynomial
-from keras_polar.plan import Budget, settle
+from keras_polar.plan import Budget, ranking, settle
 
 CHAIN = Polynomial((3, 1, 5), ((0, -1), (0, 1), (1, -1)))  # 3a + ab + 5b
 
@@ -65,6 +65,56 @@ def test_a_step_that_overshoots_is_passed_over():
     assert kept(scores, budget(0.3, (1, 50), (0, 1), cost)) == [1, 20]
     assert kept(scores, budget(0.5, (1, 50), (0, 1), cost)) == [0, 50]
     assert kept(scores, budget(0.6, (1, 50), (0, 1), cost)) == [0, 40]
+
+
+# --- what every group gives ---------------------------------------------------------------------
+
+
+def test_slopes_are_what_the_last_unit_costs():
+    squares = Polynomial((3, 2, 7), ((0, 0), (0, 1), (-1, -1)))  # 3aa + 2ab + 7
+    assert squares.slopes((10, 4)).tolist() == [2 * 3 * 10 + 2 * 4, 2 * 10]
+    assert CHAIN.slopes((40, 60)).tolist() == [
+        CHAIN((40, 60)) - CHAIN((39, 60)),
+        CHAIN((40, 60)) - CHAIN((40, 59)),
+    ]
+
+
+def open_gates(*units):
+    """Scores in [0, 1) and gates of which none is closed."""
+    rng = np.random.default_rng(2)
+    return [rng.random(n) for n in units], [np.zeros(n, bool) for n in units]
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+def test_groups_keep_shares_by_the_root_of_what_a_unit_costs(sparsity):
+    priced = Polynomial((4, 1), ((0,), (1,)))
+    found = budget(sparsity, (1000, 1000), (1, 1), priced)
+    scores, is_closed = open_gates(1000, 1000)
+    masks = settle(ranking([10 * scores[0], scores[1] - 3], is_closed, found), found)
+    dear, cheap = (mask.mean() for mask in masks)
+    assert cheap == pytest.approx(min(1, 2 * dear), abs=0.005)
+    for mask, own in zip(masks, scores, strict=True):
+        assert mask.all() or own[mask].min() > own[~mask].max()
+
+
+def test_what_the_gates_have_closed_goes_first():
+    scores, is_closed = open_gates(40, 60)
+    is_closed[1][scores[1] < 0.5] = True
+    ranked = ranking(scores, is_closed, budget(0.5))
+    assert ranked[1][is_closed[1]].max() < min(
+        r[~c].min() for r, c in zip(ranked, is_closed, strict=True)
+    )
+
+
+def test_branches_are_compared_with_one_another():
+    cost = Polynomial((1, 900, 100), ((0,), (1,), (2,)))
+    scores, is_closed = open_gates(60, 1, 1)
+    found = budget(0.1, (60, 1, 1), (1, 0, 0), cost)
+    _, first, second = ranking([scores[0], np.ones(1), np.zeros(1)], is_closed, found)
+    assert first == -0.25
+    assert second == -0.75
+    only = budget(0.1, (1, 1), (0, 0), Polynomial((900, 100), ((0,), (1,))))
+    assert np.concatenate(ranking([np.ones(1), np.zeros(1)], is_closed[1:], only)).argmin() == 1
 
 
 # --- options of apply -------------------------------------------------------------------------

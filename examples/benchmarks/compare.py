@@ -17,6 +17,7 @@ Methods:
   masked     as static, but the whole network trains to the end (compact=False)
   random     units chosen by lot are cut when our gates settle, uniformly over the groups
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
+  l1_shares  as l1, but every group gives what it gives in keras_polar
   three_stage   trained to the end, cut as l1, fine-tuned for half as many epochs at a tenth of the
              learning rate: what one pass saves
   slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
@@ -55,7 +56,7 @@ import reporting
 import keras_polar
 from keras_polar.coupling import couple
 from keras_polar.graph import to_numpy
-from keras_polar.plan import settle
+from keras_polar.plan import ranking, settle
 from keras_polar.rules import read
 from keras_polar.targets import budget_of
 
@@ -254,17 +255,18 @@ def magnitude_pruned(trainer, setting):
     )
 
 
-def cut_once(trainer, setting, *, scores, everywhere_alike=True, penalty=None):
+def cut_once(trainer, setting, *, scores, shares="even", penalty=None):
     """Dense until our gates would settle, then the units with the lowest scores go for good.
 
     Args:
         scores: (model, layer name, trainer) -> one number per unit.
-        everywhere_alike: the same share out of every group; otherwise scores compete over groups.
+        shares: "even", the same out of every group; "ours", those of keras_polar; "free", scores
+            compete over groups.
         penalty: on the scales of BatchNorm, until then.
     """
     then = setting.epochs_until_cut
     model = trainer(setting.build(), last=then, penalty=penalty)
-    model = _cut(model, setting.sparsity, trainer, scores, everywhere_alike)
+    model = _cut(model, setting.sparsity, trainer, scores, shares)
     return trainer(model, first=then)
 
 
@@ -285,12 +287,15 @@ def cut_gradually(trainer, setting, *, scores):
     return trainer(model, first=then)
 
 
-def _cut(model, sparsity, trainer, scores, everywhere_alike=True):
+def _cut(model, sparsity, trainer, scores, shares="even"):
     coupling = couple(read(model))
     ranked = [_group_scores(model, coupling, g, scores, trainer) for g in coupling.groups]
-    if everywhere_alike:
+    budget = _budget(coupling, sparsity, trainer.setting.measure)
+    if shares == "even":
         ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]
-    masks = settle(ranked, _budget(coupling, sparsity, trainer.setting.measure))
+    elif shares == "ours":
+        ranked = ranking(ranked, [np.zeros(len(r), bool) for r in ranked], budget)
+    masks = settle(ranked, budget)
     goes = {g.layers[0]: g.members[~mask] for g, mask in zip(coupling.groups, masks, strict=True)}
     return keras_polar.remove(model, goes)
 
@@ -397,17 +402,18 @@ METHODS: dict[str, Callable] = {
     "masked": functools.partial(gated, gate="static", compact=False),
     "random": functools.partial(cut_once, scores=by_lot),
     "l1": functools.partial(cut_once, scores=l1_norm),
+    "l1_shares": functools.partial(cut_once, scores=l1_norm, shares="ours"),
     "three_stage": three_stage,
     "slimming": functools.partial(
-        cut_once, scores=batch_norm_scale, everywhere_alike=False, penalty=l1_penalty
+        cut_once, scores=batch_norm_scale, shares="free", penalty=l1_penalty
     ),
     "polarized_slimming": functools.partial(
-        cut_once, scores=batch_norm_scale, everywhere_alike=False, penalty=polarization_penalty
+        cut_once, scores=batch_norm_scale, shares="free", penalty=polarization_penalty
     ),
     "density": functools.partial(cut_once, scores=density),
     "gradual": functools.partial(cut_gradually, scores=l1_norm),
     "relevance": functools.partial(cut_once, scores=relevance),
-    "group_norm": functools.partial(cut_once, scores=group_norm, everywhere_alike=False),
+    "group_norm": functools.partial(cut_once, scores=group_norm, shares="free"),
     "magnitude": magnitude_pruned,
 }
 
