@@ -10,6 +10,7 @@ import numpy as np
 from keras_polar.cost import Polynomial
 
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
+MANY = 500  # groups; among so many the ranking alone comes close enough
 # Kernels compute eight channels at a time, or four: what is left over takes as long as all of them.
 ROUNDINGS = (8, 4, 2, 1)
 MISS = 0.005  # what the sparsity may be off for the sake of a rounding
@@ -73,8 +74,9 @@ def ranking(
     learning rates than about use. So a group gives by what its units cost: the least
     `sum_g N_g^2 / n_g` (each group suffers from keeping n_g of N_g units, wide groups more) for a
     given cost `sum_g c_g n_g` has `n_g / N_g` in proportion to `1 / sqrt(c_g)`, the optimal
-    allocation of Neyman (1934). A unit at place p of its group, from 0 for the worst to 1, thus
-    goes in the order of `(1 - p) sqrt(c_g)`, and no group can vanish. Branches, units of their own,
+    allocation of Neyman (1934); a group that m layers use suffers m times, so that c_g is the cost
+    per use. A unit at place p of its group, from 0 for the worst to 1, thus goes in the order of
+    `(1 - p) sqrt(c_g)`, and no group can vanish. Branches, units of their own,
     are compared with one another and give like the median group. What the gates have closed by
     themselves goes before all that they left open.
 
@@ -84,10 +86,10 @@ def ranking(
         budget: what the units cost.
     """
     is_branch = (np.asarray(budget.units) == 1) & (np.asarray(budget.floors) == 0)
-    prices = np.sqrt(budget.cost.slopes(budget.units))
+    prices = np.sqrt(budget.cost.prices(budget.units))
     prices[is_branch] = 1.0 if is_branch.all() else np.median(prices[~is_branch])
     places = [_places(s) for s in scores]
-    branches = np.flatnonzero(is_branch)
+    branches = np.flatnonzero(is_branch).tolist()
     for i, place in zip(branches, _places(_flat(scores[i] for i in branches)), strict=True):
         places[i] = place[None]
     first = 2 * prices.max(initial=0.0)
@@ -146,7 +148,28 @@ def _kept_counts(scores: Sequence[np.ndarray], budget: Budget) -> np.ndarray:
         closed -= budget.achieved(around[1]) > budget.sparsity
         later = order[closed:]
         order = np.concatenate([order[:closed], later[later != later[0]]]) if len(later) else order
-    return best
+    is_free = np.array([bool(np.isfinite(s).all()) for s in scores])
+    return _nearer(best, budget, is_free)
+
+
+def _nearer(counts: np.ndarray, budget: Budget, is_free: np.ndarray) -> np.ndarray:
+    """Counts with a step more or less in one or two groups, if that comes closer to the budget.
+
+    Steps of several units at once seldom add up to it in the order of the ranking alone.
+    """
+    if budget.distance(counts) <= CLOSE or is_free.sum() > MANY:
+        return counts
+    steps = np.diag(np.broadcast_to(np.asarray(budget.round_to or 1), counts.shape))[is_free]
+    moves = np.stack([0 * counts, *steps, *-steps])
+    alone = np.array([budget.achieved(budget.rounded(counts + move)) for move in moves])
+    both = alone[:, None] + alone - alone[0]  # almost: costs are no sums
+    pairs = np.argsort(np.abs(both - budget.sparsity), axis=None)[:8]
+    near = [budget.rounded(counts + moves[i] + moves[j]) for i, j in _pairs(pairs, len(moves))]
+    return min([counts, *near], key=budget.distance)
+
+
+def _pairs(places: np.ndarray, size: int) -> np.ndarray:
+    return np.stack(np.unravel_index(places, (size, size)), axis=1)
 
 
 def _first_to_meet(order: np.ndarray, low: int, budget: Budget) -> int:

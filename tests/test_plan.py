@@ -70,13 +70,14 @@ def test_a_step_that_overshoots_is_passed_over():
 # --- what every group gives ---------------------------------------------------------------------
 
 
-def test_slopes_are_what_the_last_unit_costs():
-    squares = Polynomial((3, 2, 7), ((0, 0), (0, 1), (-1, -1)))  # 3aa + 2ab + 7
-    assert squares.slopes((10, 4)).tolist() == [2 * 3 * 10 + 2 * 4, 2 * 10]
-    assert CHAIN.slopes((40, 60)).tolist() == [
-        CHAIN((40, 60)) - CHAIN((39, 60)),
-        CHAIN((40, 60)) - CHAIN((40, 59)),
-    ]
+def test_prices_are_costs_per_use():
+    # Two layers between a and b, with a kernel of 3 times 2 for each pair, and a bias for a.
+    assert Polynomial((6, 1), ((0, 1), (0, -1))).prices((10, 40)) == pytest.approx(
+        [240, 60], rel=0.01
+    )
+    # A stream that three pairs of layers use is as dear as what one pair uses.
+    stream = Polynomial((6, 6, 6), ((0, 1), (0, 2), (0, 3)))
+    assert stream.prices((8, 8, 8, 8)).tolist() == [48] * 4
 
 
 def open_gates(*units):
