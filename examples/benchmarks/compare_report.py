@@ -46,6 +46,9 @@ not zero. *training TMACs*: 10^12 multiply-accumulates spent on the whole traini
 counted as two forward passes. *latency*: of the float32 .tflite file on one thread, over the dense
 one's, measured in turns.
 
+Rows of `static` and `masked` are from before the cost of a unit, and not scores compared over all
+groups, decided how much each group gives.
+
 The methods:
 
 """
