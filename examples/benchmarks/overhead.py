@@ -47,16 +47,25 @@ def compiled(model):
     return model
 
 
-def contenders(name):
+def under_pressure(name):
     """The dense model and one with each kind of gate, under full pressure from the first step."""
-    dense = models.build(name, IMAGE_SHAPE, CLASSES, weight_decay=2e-4)
+    dense = _dense(name)
     schedule = keras_polar.Schedule(warmup=0.0, ramp=0.0, settle=1.0, steps=1_000_000)
     gated = {
         gate: keras_polar.apply(dense, 0.5, gate=gate, schedule=schedule)
         for gate in ("static", "dynamic")
     }
-    models_of = {name: compiled(model) for name, model in {"dense": dense, **gated}.items()}
-    return models_of | {f"compacted, {m}": compacted(dense, m) for m in ("weights", "macs")}
+    return {name: compiled(model) for name, model in {"dense": dense, **gated}.items()}
+
+
+def contenders(name):
+    """The models under pressure and what `fit` goes on with once their gates are settled."""
+    small = {f"compacted, {m}": compacted(_dense(name), m) for m in ("weights", "macs")}
+    return under_pressure(name) | small
+
+
+def _dense(name):
+    return models.build(name, IMAGE_SHAPE, CLASSES, weight_decay=2e-4)
 
 
 def compacted(dense, measure):
@@ -70,6 +79,13 @@ def compacted(dense, measure):
     gated.settle()
     Compaction(compiled(gated)).enter()
     return gated
+
+
+def random_batch(size):
+    """Images, shape (size, 32, 32, 3), and labels, shape (size,)."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((size, *IMAGE_SHAPE)).astype("float32")
+    return images, rng.integers(0, CLASSES, size)
 
 
 def timed_step(model, batch):
@@ -113,9 +129,7 @@ def main(argv):
     """Entry point of absl."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((_BATCH_SIZE.value, *IMAGE_SHAPE)).astype("float32")
-    batch = images, rng.integers(0, CLASSES, _BATCH_SIZE.value)
+    batch = random_batch(_BATCH_SIZE.value)
     ratios = summary(step_times(contenders(_MODEL.value), batch, _ROUNDS.value))
     rows = [(name, *(f"{q:.3f} x" for q in (r[1], r[0], r[2]))) for name, r in ratios.items()]
     title = f"Training step, {_MODEL.value}, batch {_BATCH_SIZE.value}: gated / dense"
