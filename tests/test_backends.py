@@ -130,3 +130,12 @@ def test_other_backends_are_told_how_to_export(tmp_path):
         with pytest.raises(ValueError, match=remedy):
             gone()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_widths_of_keys_and_values_go_together_where_the_backend_wants_them_equal(dropout):
+    inputs = keras.Input((6, 8))
+    x = layers.MultiHeadAttention(4, 6, dropout=dropout, name="attention")(inputs, inputs)
+    names = [g.name for g in keras_polar.apply(keras.Model(inputs, layers.Dense(3)(x))).groups]
+    is_tied = keras.backend.backend() == "jax" and not dropout
+    assert ("attention.value" in names) is not is_tied

@@ -21,7 +21,9 @@ def network(synchronised):
     for i, width in enumerate((8, 12)):
         x = layers.Conv2D(width, 3, padding="same", name=f"conv{i}")(x)
         if synchronised:
-            x = layers.BatchNormalization(synchronized=True, name=f"bn{i}")(x)
+            # On JAX the statistics are the global batch's anyway, and Keras refuses the argument.
+            on_tensorflow = BACKEND == "tensorflow"
+            x = layers.BatchNormalization(synchronized=on_tensorflow, name=f"bn{i}")(x)
         x = layers.Activation("tanh")(x)  # smooth: no kink that round-off could flip
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(10, name="logits")(x))

@@ -1,10 +1,11 @@
 """What pruning gains where a model runs: docs/latency.md.
 
-Four networks at half of their multiply-accumulates, with channels closed at random and untrained
-weights (neither matters for speed), in every precision that `export_tflite` knows and with kept
-channels rounded up to multiples of 1, 4, 8 and 16, and as `apply` does by default. All files of a
-network take turns, so that a disturbance of the machine meets them alike. Files are kept in
-build/latency and rows in docs/latency.jsonl; what is there is not made again.
+Four networks at half of their multiply-accumulates, with the widths that `apply` settles on
+(within a layer chance picks the channels) and untrained weights, in every precision that
+`export_tflite` knows and with kept channels rounded up to multiples of 1, 4, 8 and 16, and as
+`apply` does by default. All files of a network take turns, so that a disturbance of the machine
+meets them alike. Files are kept in build/latency and rows in docs/latency.jsonl; what is there is
+not made again.
 
     make latency
     python examples/benchmarks/latency.py --only=ResNet --runs=50
@@ -59,7 +60,7 @@ def build(name):
 
 
 def halved(dense, round_to):
-    """Half of the multiply-accumulates, whichever channels chance picks."""
+    """Half of the multiply-accumulates: widths as `apply` has them, channels as chance has it."""
     import keras_polar
 
     options = {"measure": "macs", "gate": "static", "round_to": round_to}
@@ -67,13 +68,14 @@ def halved(dense, round_to):
 
 
 def settled(gated, seed=0):
-    """The gated network with masks by chance that meet its target."""
-    from keras_polar.plan import settle
+    """The gated network, settled as `fit` would, on channels that chance ranks."""
+    from keras_polar.gates import Gate
 
     rng = np.random.default_rng(seed)
-    scores = [rng.random(group.units) for group in gated.groups]
-    for group, mask in zip(gated.groups, settle(scores, gated.budget), strict=True):
-        group.set_mask(mask)
+    for layer in gated.layers:
+        if isinstance(layer, Gate):
+            layer.scores.assign(rng.random(layer.units))
+    gated.settle()
     return gated
 
 
@@ -141,8 +143,9 @@ Written by `make latency` with tensorflow {tensorflow}: one inference (batch of 
 CPU kernels on one thread, on 2 cores **with other work running**: times are medians of {runs} runs
 in which all files of a network took turns; only ratios within a network mean much. ResNet-20 and
 VGG16 with batch normalization at 32 x 32 pixels, MobileNetV2 and EfficientNetB0 at 96 x 96. Half of
-the multiply-accumulates (MACs) are cut (`apply(model, 0.5, measure="macs")`), channels picked at
-random, weights untrained. Peak is what a process grows by while it loads and runs the file.
+the multiply-accumulates (MACs) are cut (`apply(model, 0.5, measure="macs")`); within a layer chance
+picks the channels, and weights are untrained. Peak is what a process grows by while it loads and
+runs the file.
 
 ## Dense and pruned, `round_to=1`
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import keras
 import numpy as np
 from keras import layers
 
@@ -126,13 +127,22 @@ def _has_mask_per_head(site: Site, mask: Any, query: int) -> bool:
     return is_full and shape[heads] != 1
 
 
+def _needs_equal_widths(op: Any) -> bool:
+    """Whether `keras.ops.dot_product_attention` computes the layer, which on JAX wants that."""
+    fused = keras.backend.backend() == "jax" and not op._dropout and len(op._attention_axes) == 1
+    return fused and op.key_dim == op.value_dim
+
+
 class MultiHeadAttentionRule(MultiHeadRule):
-    """Heads, key width and value width go independently of each other."""
+    """Heads, key width and value width go independently; on JAX the two widths go together."""
 
     def make_heads(self, site: Site) -> None:
         site.set_axis("kv", site.produce_inside("q", site.op.num_heads))
-        site.produce_inside("key", site.op.key_dim)
-        site.produce_inside("value", site.op.value_dim)
+        key = site.produce_inside("key", site.op.key_dim)
+        value = site.produce_inside("value", site.op.value_dim)
+        if _needs_equal_widths(site.op):
+            why = f"JAX computes {site.name!r} with keys and values that are equally wide"
+            site.units.tie(key, value, why)
 
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
         count = {n: kept.count(site.axes[n]) for n in ("q", "key", "value", "out")}
