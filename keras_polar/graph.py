@@ -95,6 +95,29 @@ def functional(model: Any) -> Any:
     return model if is_plain else None
 
 
+def core_of(model: Any) -> Any:
+    """The functional core of a Functional or built Sequential model; TypeError for others."""
+    core_model = functional(model)
+    if core_model is None:
+        raise TypeError(_not_functional(model))
+    return core_model
+
+
+def _not_functional(model: Any) -> str:
+    what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
+    if isinstance(model, keras.Sequential):
+        return (
+            f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
+            "first layer, or call `model.build(input_shape)`."
+        )
+    if isinstance(model, keras.Model):
+        return (
+            f"{what} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make it "
+            "functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+        )
+    return f"{what}. Pass a `keras.Model` built from `keras.Input` tensors."
+
+
 def _nothing(op: Any) -> bool:
     return False
 
@@ -258,9 +281,7 @@ def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
     Raises:
         TypeError: `model` is not a functional or built Sequential model.
     """
-    core_model = functional(model)
-    if core_model is None:
-        raise TypeError(_not_functional(model))
+    core_model = core_of(model)
     tracer = _Tracer(opens)
     refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
     outputs = tracer.run(core_model, refs, "", None)
@@ -280,21 +301,6 @@ def alive(graph: Graph) -> Graph:
             wanted.update(call.inputs)
             live.append(call)
     return replace(graph, calls=tuple(reversed(live)))
-
-
-def _not_functional(model: Any) -> str:
-    what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
-    if isinstance(model, keras.Sequential):
-        return (
-            f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
-            "first layer, or call `model.build(input_shape)`."
-        )
-    if isinstance(model, keras.Model):
-        return (
-            f"{what} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make it "
-            "functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
-        )
-    return f"{what}. Pass a `keras.Model` built from `keras.Input` tensors."
 
 
 def _ordered_nodes(core_model: Any) -> Iterator:

@@ -201,19 +201,18 @@ def _subclassed():
 
 
 @pytest.mark.parametrize(
-    ("make_model", "error", "words"),
+    ("make_model", "words"),
     [
-        (lambda: "net.keras", TypeError, ["keras.Model", "str", "load_model"]),
+        (lambda: "net.keras", ["keras.Model", "str", "load_model"]),
         (
             lambda: keras.Sequential([layers.Dense(2)], name="bare"),
-            ValueError,
-            ["built", "bare", "keras.Input"],
+            ["no input shape", "bare", "keras.Input"],
         ),
-        (_subclassed, ValueError, ["functional", "Sub", "sub", "keras.Input"]),
+        (_subclassed, ["functional", "Sub", "sub", "keras.Input"]),
     ],
 )
-def test_wrong_model_is_refused(tmp_path, make_model, error, words):
-    with pytest.raises(error) as caught:
+def test_wrong_model_is_refused(tmp_path, make_model, words):
+    with pytest.raises(TypeError) as caught:
         export_tflite(make_model(), tmp_path / "net.tflite")
     assert all(word in str(caught.value) for word in words)
     assert _left_behind(tmp_path) == []

@@ -308,6 +308,8 @@ ON_SAMPLES = {
     "twice_as_many_samples": (lambda x: layers.Concatenate(axis=0)([x, x]), False),
     "stack_of_positions": (lambda x: ops.stack([x[:, 0], x[:, 1]], 1), True),
     "half_of_the_samples": (lambda x: ops.split(x, 2, axis=0)[0], False),
+    "padded_positions": (lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 0))), True),
+    "padded_batch": (lambda x: ops.pad(x, ((1, 0), (0, 0), (0, 0))), False),
     "first_samples": (lambda x: x[:2, :], False),
     "picked_samples": (lambda x: ops.take(x, [0, 1], axis=0), False),
     "sums_over_samples": (lambda x: ops.cumsum(x, axis=-3), False),

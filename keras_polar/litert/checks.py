@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_polar.convert import convert
 from keras_polar.gated import GatedModel
-from keras_polar.graph import functional, to_numpy
+from keras_polar.graph import to_numpy
 from keras_polar.litert.write import IO, QUANTIZE
 
 
@@ -84,23 +84,6 @@ def converted(model: Any) -> keras.Model:
             "A model saved on disk is read with `keras.models.load_model`."
         )
     return convert(model) if isinstance(model, GatedModel) else model
-
-
-def core_of(model: keras.Model) -> Any:
-    """The functional model that a model is."""
-    core = functional(model)
-    if core is not None:
-        return core
-    if isinstance(model, keras.Sequential):
-        raise ValueError(
-            f"Expected a built model; received Sequential {model.name!r} without an input shape. "
-            "Add `keras.Input(shape)` as its first layer, or call `model.build(input_shape)`."
-        )
-    raise ValueError(
-        f"Expected a functional or Sequential model; received {type(model).__name__} "
-        f"{model.name!r}, whose `call` is Python code. Make it functional: `x = keras.Input(shape);"
-        " model = keras.Model(x, <layers called on x>)`."
-    )
 
 
 def check_finite(core: Any) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import keras
 
+from keras_polar.graph import core_of
 from keras_polar.litert.checks import (
     check_finite,
     check_options,
     checked_path,
     converted,
-    core_of,
     draft_of,
 )
 from keras_polar.litert.compare import compare, signature
@@ -71,11 +71,11 @@ def export_tflite(
         Keras: differences, agreement of classifiers, accuracy where the data have labels.
 
     Raises:
-        TypeError: `model` is no Keras model, `path` no path, or the data have another dtype.
-        ValueError: the model is unbuilt or subclassed or has weights that are not finite, an
-            option is unknown, "int8" has no data, `path` does not end in `.tflite`, the data do
-            not fit the inputs, Keras does not run on TensorFlow, or the model holds something
-            LiteRT cannot do.
+        TypeError: `model` is not functional or not built, `path` is no path, or the data have
+            another dtype.
+        ValueError: the model has weights that are not finite, an option is unknown, "int8" has no
+            data, `path` does not end in `.tflite`, the data do not fit the inputs, Keras does not
+            run on TensorFlow, or the model holds something LiteRT cannot do.
         OSError: the folder of `path` does not exist or cannot be written to.
 
     Example:

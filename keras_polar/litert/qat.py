@@ -10,7 +10,8 @@ from typing import Any
 
 import keras
 
-from keras_polar.litert.checks import check_backend, check_finite, converted, core_of
+from keras_polar.graph import core_of
+from keras_polar.litert.checks import check_backend, check_finite, converted
 from keras_polar.litert.legacy import FLOAT_PATH, translated
 from keras_polar.litert.write import not_exportable, output_names, quiet, signature_names
 
@@ -37,7 +38,7 @@ def quantize_aware(model: keras.Model) -> Any:
 
     Raises:
         ImportError: the extra `qat` is not installed.
-        TypeError: `model` is no Keras model.
+        TypeError: `model` is not functional or not built.
         ValueError: the model holds something that cannot be translated or that
             tensorflow-model-optimization refuses; names the layer.
 

@@ -163,6 +163,9 @@ class PadRule(Rule):
         padded = np.pad(ids[keep], needed, constant_values=-1)
         return [np.broadcast_to(padded, site.output_shapes[0])]
 
+    def keeps_batch(self, site: Site) -> bool:
+        return not np.broadcast_to(np.asarray(site.op.pad_width), (site.inputs[0].ndim, 2))[0].any()
+
 
 class RollRule(Rule):
     """Moves positions in a circle; units themselves would be moved by a fixed number: pinned."""
