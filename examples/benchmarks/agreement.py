@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import latency
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 32, 1e-3
+EPOCHS, BATCH_SIZE = 8, 32
 CALIBRATION = 200  # training images
-# Of BatchNorm. The networks' own, 0.99 and 0.999, are for longer runs than these 500 steps.
+# Of BatchNorm. The networks' own, 0.99 and 0.999, are for longer runs than these 360 steps.
 BN_MOMENTUM = 0.9
 TEXT = """# Agreement
 
