@@ -139,7 +139,7 @@ def polarization(history: Mapping[str, Any]) -> Any:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     image = _histograms(above, rates)
     label = f"share of the {rates.shape[1]:,} units"
-    figure.colorbar(image, ax=above, label=label, format=_percent())
+    figure.colorbar(image, ax=above, label=label, format=_percent_of_any_size())
     above.set_title("Polarization of the gates over training")
     above.set_ylabel("open rate (share of samples)")
     # As the metric of `fit` has it: all groups weigh the same.
@@ -157,6 +157,13 @@ def _percent() -> Any:
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(1.0)
+
+
+def _percent_of_any_size() -> Any:
+    """For logarithmic scales, on which `PercentFormatter` rounds 0.1 % to 0 %."""
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda share, _: f"{100 * share:g}%")
 
 
 def _histograms(axis: Any, rates: np.ndarray) -> Any:

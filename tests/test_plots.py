@@ -36,6 +36,15 @@ def run(tmp_path_factory):
     return gated, rates.history, folder
 
 
+def test_shares_below_a_percent_are_labelled():
+    """One unit of 2,000 disagrees."""
+    rates = np.ones((2, 2000))
+    rates[1, 0] = 0.5
+    bar = drawn(plots.polarization({"a": rates})).axes[-1]
+    labels = {label.get_text() for label in bar.get_yticklabels()}
+    assert {"0.1%", "1%", "100%"} <= labels
+
+
 def test_open_rates_show_what_stays_below_the_line():
     figure = drawn(plots.open_rates(RATES))
     a, b = figure.axes[:2]
