@@ -112,7 +112,7 @@ def test_runs(path, tmp_path, monkeypatch):
     shown = kinds(notebook)
     nbclient.NotebookClient(
         notebook,
-        timeout=300,
+        timeout=900,  # per cell; on two busy cores one of MobileNet takes minutes
         resources={"metadata": {"path": str(tmp_path)}},
         extra_arguments=["--IPKernelApp.capture_fd_output=False"],
     ).execute()

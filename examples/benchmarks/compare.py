@@ -17,6 +17,8 @@ Methods:
   masked     as static, but the whole network trains to the end (compact=False)
   random     units chosen by lot are cut when our gates settle, uniformly over the groups
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
+  l1_longer  the same with more epochs: as many training MACs as keras_polar's
+  random_longer  random with as many epochs as that
   l1_shares  as l1, but every group gives what it gives in keras_polar
   three_stage   trained to the end, cut as l1, fine-tuned for half as many epochs at a tenth of the
              learning rate: what one pass saves
@@ -228,10 +230,14 @@ def _cost(model, measure):
     return getattr(keras_polar.cost(model), measure)
 
 
+def _with_gates(full, setting, **options):
+    own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
+    return keras_polar.apply(full, setting.sparsity, schedule=setting.course, **own, **options)
+
+
 def gated(trainer, setting, **options):
     full = setting.build()
-    own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
-    model = keras_polar.apply(full, setting.sparsity, schedule=setting.course, **own, **options)
+    model = _with_gates(full, setting, **options)
     small = keras_polar.convert(trainer(model), verify=True)
     if options.get("compact", True):
         settle = setting.course.settle  # from then on the small network trains
@@ -268,6 +274,19 @@ def cut_once(trainer, setting, *, scores, shares="even", penalty=None):
     model = trainer(setting.build(), last=then, penalty=penalty)
     model = _cut(model, setting.sparsity, trainer, scores, shares)
     return trainer(model, first=then)
+
+
+def cut_once_longer(trainer, setting, *, scores):
+    """`cut_once` with the epochs that keras_polar's training MACs are enough for."""
+    full = setting.build()
+    gates = _with_gates(full, setting, gate="static")
+    gates.settle()  # how much every group gives hardly depends on what is learned
+    ours, even = keras_polar.convert(gates), _cut(full, setting.sparsity, trainer, scores)
+    settle, whole = setting.course.settle, _macs(full)
+    spent = [settle + (1 - settle) * _macs(small) / whole for small in (ours, even)]
+    longer = dataclasses.replace(setting, epochs=round(setting.epochs * spent[0] / spent[1]))
+    trainer.setting = longer
+    return cut_once(trainer, longer, scores=scores)
 
 
 def three_stage(trainer, setting):
@@ -402,6 +421,8 @@ METHODS: dict[str, Callable] = {
     "masked": functools.partial(gated, gate="static", compact=False),
     "random": functools.partial(cut_once, scores=by_lot),
     "l1": functools.partial(cut_once, scores=l1_norm),
+    "l1_longer": functools.partial(cut_once_longer, scores=l1_norm),
+    "random_longer": functools.partial(cut_once_longer, scores=by_lot),
     "l1_shares": functools.partial(cut_once, scores=l1_norm, shares="ours"),
     "three_stage": three_stage,
     "slimming": functools.partial(
