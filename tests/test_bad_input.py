@@ -239,8 +239,8 @@ REGISTER = [
 
 EXPORT = [
     (export(lambda: "model.keras"), TypeError, "received str", "keras.models.load_model"),
-    (export(unbuilt), ValueError, "'unbuilt'", "keras.Input(shape)"),
-    (export(lambda: Subclassed(name="mine")), ValueError, "'mine'", "Make it functional"),
+    (export(unbuilt), TypeError, "'unbuilt'", "keras.Input(shape)"),
+    (export(lambda: Subclassed(name="mine")), TypeError, "'mine'", "Make it functional"),
     (export(model, "small.onnx"), ValueError, "'small.onnx'", "small.tflite"),
     (export(model, 3), TypeError, "received int", "pathlib.Path"),
     (export(model, "nowhere/small.tflite"), FileNotFoundError, "'nowhere'", "Create it first"),
