@@ -257,6 +257,7 @@ def converted(gated, options):
         return gated
     small = keras_polar.convert(gated, verify=True)
     compile_classifier(small, options.learning_rate)
+    small.optimizer.build(small.trainable_variables)  # saved as a whole, it loads without a warning
     return small
 
 

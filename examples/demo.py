@@ -111,6 +111,7 @@ def run(options):
 
     small = keras_polar.convert(gated, verify=test[0])
     compile_classifier(small)
+    small.optimizer.build(small.trainable_variables)  # saved as a whole, it loads without a warning
     files = [folder / "dense.tflite", folder / "small.tflite"]
     results = [measure(m, test, path) for m, path in zip((dense, small), files, strict=True)]
     latencies = keras_polar.benchmark_tflite(files, runs=LATENCY_RUNS)

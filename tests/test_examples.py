@@ -45,7 +45,8 @@ def test_cifar10_smoke(options, tmp_path):
 def test_overhead_benchmark(tmp_path):
     path = tmp_path / "overhead.json"
     run("benchmarks/overhead.py", "--batch_size=8", "--rounds=2", f"--output={path}")
-    assert set(json.loads(path.read_text())) == {"static", "dynamic"}
+    names = set(json.loads(path.read_text()))
+    assert {"static", "dynamic", "compacted, macs", "whole run, static, macs"} <= names
 
 
 @pytest.mark.slow
@@ -55,7 +56,8 @@ def test_latency_benchmark(tmp_path):
     row = json.loads((tmp_path / "latency.jsonl").read_text())
     for precision, entry in row["files"]["round_to=1"].items():
         assert entry["ms"] > 0
-        assert entry["bytes"] < 0.65 * row["files"]["dense"][precision]["bytes"]
+        # Early layers give most of the operations, and they have few weights.
+        assert entry["bytes"] < 0.8 * row["files"]["dense"][precision]["bytes"]
     assert row["macs"]["round_to=1"] / row["macs"]["dense"] == pytest.approx(0.5, abs=0.01)
     assert (tmp_path / "latency.md").read_text().count("| ResNet-20 |") == 8
 
