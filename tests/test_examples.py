@@ -45,8 +45,10 @@ def test_cifar10_smoke(options, tmp_path):
 def test_overhead_benchmark(tmp_path):
     path = tmp_path / "overhead.json"
     run("benchmarks/overhead.py", "--batch_size=8", "--rounds=2", f"--output={path}")
-    names = set(json.loads(path.read_text()))
-    assert {"static", "dynamic", "compacted, macs", "whole run, static, macs"} <= names
+    gates, measures = ("static", "dynamic"), ("weights", "macs")
+    names = {*gates} | {f"{kind}, {m}" for kind in ("compacted", "three stages") for m in measures}
+    names |= {f"whole run, {gate}, {m}" for gate in gates for m in measures}
+    assert set(json.loads(path.read_text())) == names
 
 
 @pytest.mark.slow

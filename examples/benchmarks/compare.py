@@ -235,13 +235,18 @@ def _with_gates(full, setting, **options):
     return keras_polar.apply(full, setting.sparsity, schedule=setting.course, **own, **options)
 
 
+def _spent(setting, small, full):
+    """Training MACs over the dense run's, if `small` trains from the settle step on."""
+    settle = setting.course.settle
+    return settle + (1 - settle) * _macs(small) / _macs(full)
+
+
 def gated(trainer, setting, **options):
     full = setting.build()
     model = _with_gates(full, setting, **options)
     small = keras_polar.convert(trainer(model), verify=True)
     if options.get("compact", True):
-        settle = setting.course.settle  # from then on the small network trains
-        trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
+        trainer.macs *= _spent(setting, small, full)
     return small
 
 
@@ -282,9 +287,8 @@ def cut_once_longer(trainer, setting, *, scores):
     gates = _with_gates(full, setting, gate="static")
     gates.settle()  # how much every group gives hardly depends on what is learned
     ours, even = keras_polar.convert(gates), _cut(full, setting.sparsity, trainer, scores)
-    settle, whole = setting.course.settle, _macs(full)
-    spent = [settle + (1 - settle) * _macs(small) / whole for small in (ours, even)]
-    longer = dataclasses.replace(setting, epochs=round(setting.epochs * spent[0] / spent[1]))
+    more = _spent(setting, ours, full) / _spent(setting, even, full)
+    longer = dataclasses.replace(setting, epochs=round(setting.epochs * more))
     trainer.setting = longer
     return cut_once(trainer, longer, scores=scores)
 

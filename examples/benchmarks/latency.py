@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from by_chance import settled
 from rich.progress import track
 from rows import add_row, read_rows
 
@@ -65,18 +66,6 @@ def halved(dense, round_to):
 
     options = {"measure": "macs", "gate": "static", "round_to": round_to}
     return keras_polar.convert(settled(keras_polar.apply(dense, SPARSITY, **options)))
-
-
-def settled(gated, seed=0):
-    """The gated network, settled as `fit` would, on channels that chance ranks."""
-    from keras_polar.gates import Gate
-
-    rng = np.random.default_rng(seed)
-    for layer in gated.layers:
-        if isinstance(layer, Gate):
-            layer.scores.assign(rng.random(layer.units))
-    gated.settle()
-    return gated
 
 
 def measure(name, runs, folder):

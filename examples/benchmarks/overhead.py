@@ -18,6 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from absl import app, flags
+from by_chance import settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +27,6 @@ import reporting
 
 import keras_polar
 from keras_polar.compaction import Compaction
-from keras_polar.gates import Gate
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 WARM_UP_ROUNDS = 3
@@ -49,7 +49,7 @@ def compiled(model):
 
 def under_pressure(name):
     """The dense model and one with each kind of gate, under full pressure from the first step."""
-    dense = _dense(name)
+    dense = models.build(name, IMAGE_SHAPE, CLASSES, weight_decay=2e-4)
     schedule = keras_polar.Schedule(warmup=0.0, ramp=0.0, settle=1.0, steps=1_000_000)
     gated = {
         gate: keras_polar.apply(dense, 0.5, gate=gate, schedule=schedule)
@@ -60,24 +60,15 @@ def under_pressure(name):
 
 def contenders(name):
     """The models under pressure and what `fit` goes on with once their gates are settled."""
-    small = {f"compacted, {m}": compacted(_dense(name), m) for m in ("weights", "macs")}
-    return under_pressure(name) | small
-
-
-def _dense(name):
-    return models.build(name, IMAGE_SHAPE, CLASSES, weight_decay=2e-4)
+    found = under_pressure(name)
+    return found | {f"compacted, {m}": compacted(found["dense"], m) for m in ("weights", "macs")}
 
 
 def compacted(dense, measure):
     """A settled gated model whose sub-network trains."""
     schedule = keras_polar.Schedule(steps=1_000_000)
     gated = keras_polar.apply(dense, 0.5, gate="static", measure=measure, schedule=schedule)
-    rng = np.random.default_rng(0)
-    for layer in gated.layers:
-        if isinstance(layer, Gate):
-            layer.scores.assign(rng.random(layer.units))
-    gated.settle()
-    Compaction(compiled(gated)).enter()
+    Compaction(compiled(settled(gated))).enter()
     return gated
 
 

@@ -154,7 +154,7 @@ class PadRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         (ids,), op = site.inputs, site.op
-        widths = np.broadcast_to(np.asarray(op.pad_width), (ids.ndim, 2))
+        widths = self._widths(site)
         units = {i for i in range(ids.ndim) if varies(ids, i)}
         if op.mode != "constant" and any(widths[i].any() for i in units):
             return site.pin_all("pads the units themselves")
@@ -164,7 +164,11 @@ class PadRule(Rule):
         return [np.broadcast_to(padded, site.output_shapes[0])]
 
     def keeps_batch(self, site: Site) -> bool:
-        return not np.broadcast_to(np.asarray(site.op.pad_width), (site.inputs[0].ndim, 2))[0].any()
+        return not self._widths(site)[0].any()
+
+    def _widths(self, site: Site) -> np.ndarray:
+        """Zeros before and after, for every axis."""
+        return np.broadcast_to(np.asarray(site.op.pad_width), (site.inputs[0].ndim, 2))
 
 
 class RollRule(Rule):
