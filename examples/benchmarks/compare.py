@@ -470,20 +470,26 @@ def result_of(method, setting, seed, data):
         "kept_macs": cost.macs / full.macs,
         "nonzero": magnitude.nonzero(model),
         "training_macs": trainer.macs,
-        **_as_file(setting.build(), model),
+        **_as_file(setting, model),
         "layers": {r.name: r.units for r in cost.rows if r.units},
     }
 
 
-def _as_file(full, model):
+def _as_file(setting, model):
     """Bytes of the float32 .tflite file, and its latency over that of the whole network's."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/full.tflite", f"{folder}/model.tflite"]
-        reports = [
-            keras_polar.export_tflite(*pair) for pair in zip((full, model), paths, strict=True)
-        ]
-        whole, own = (latency.median for latency in keras_polar.benchmark_tflite(paths).values())
-    return {"tflite_bytes": reports[1].bytes, "tflite_latency_ratio": own / whole}
+    folder = _folder_of_whole(setting).name
+    paths = [f"{folder}/{name}.tflite" for name in ("whole", "model")]
+    report = keras_polar.export_tflite(model, paths[1])
+    whole, own = (latency.median for latency in keras_polar.benchmark_tflite(paths).values())
+    return {"tflite_bytes": report.bytes, "tflite_latency_ratio": own / whole}
+
+
+@functools.cache
+def _folder_of_whole(setting):
+    """A folder with the whole network's file; exporting takes long enough to do it once."""
+    folder = tempfile.TemporaryDirectory()
+    keras_polar.export_tflite(setting.build(), f"{folder.name}/whole.tflite")
+    return folder
 
 
 def result_path(folder, method, setting, seed):
