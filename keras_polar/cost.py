@@ -75,23 +75,6 @@ class Polynomial:
         products = ops.prod(ops.take(known, self._index, axis=0), axis=-1)
         return ops.sum(products * ops.convert_to_tensor(self._scale / scale, "float32"))
 
-    def prices(self, counts: Sequence[int]) -> np.ndarray:
-        """What a unit of each group costs where it is used, float64 of shape (groups,).
-
-        A unit costs something in every product that its group is a factor of: the kernels that
-        make or read it. This is their mean, weighted by what they cost, so that biases hardly count
-        and a residual stream, which many layers use, is not dearer than what one layer uses.
-        """
-        whole = [int(n) for n in counts]
-        known = np.array([1, *whole, *map(in_blocks, whole)], "float64")
-        costs = known[self._index].prod(axis=-1) * self._scale
-        is_variable = self._index > 0
-        owners = (self._index[is_variable] - 1) % len(whole)
-        uses = np.broadcast_to(costs[:, None], self._index.shape)[is_variable]
-        total = np.bincount(owners, uses, len(whole))
-        squares = np.bincount(owners, uses**2, len(whole))
-        return squares / np.maximum(total, 1) / np.maximum(whole, 1)
-
     def get_config(self) -> dict:
         return {"coefficients": self.coefficients, "factors": self.factors}
 

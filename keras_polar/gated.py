@@ -32,6 +32,11 @@ class GatedModel(keras.Model):
 
     stand_in = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for gate in (layer for layer in self.layers if isinstance(layer, Gate)):
+            gate.pressure = self.consensus.pressure
+
     @property
     def groups(self) -> list[GateGroup]:
         """The groups of units with gates, in the order of the model."""
@@ -69,7 +74,7 @@ class GatedModel(keras.Model):
     def settle(self) -> None:
         """Fixes the consensus at the requested sparsity; `fit` does it on schedule.
 
-        Units are ranked by how open their gates have been, and by what they cost (see
+        Units are ranked by how open their gates have been, group by group (see
         `keras_polar.plan.ranking`). Groups whose mask was set by hand keep it. Does nothing once
         all groups are settled.
 

@@ -5,6 +5,7 @@ A static gate has one logit per unit; a dynamic gate decides per sample, from th
 input of the layer that makes the units (Zhi et al., arXiv 2302.10798; the formulas are ours).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -43,7 +44,8 @@ class Gate(keras.layers.Layer):
     """Decides about the units of one group; static: one logit per unit, whatever the input.
 
     In training it returns hard gates and keeps moving averages of how open each unit is; in
-    inference, and once settled, it returns the consensus of shape (1, units).
+    inference, and once settled, it returns the consensus of shape (1, units). In warm-up it learns
+    nothing, so that all units are open: what the loss says of units then is mostly noise.
 
     Args:
         units: number of units.
@@ -53,7 +55,13 @@ class Gate(keras.layers.Layer):
             for all in order. Empty for a branch, which is a single unit.
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
+
+    Attributes:
+        pressure: returns that of the schedule, 0 in warm-up to 1; the gated model sets it. None
+            stands for 1.
     """
+
+    pressure: Callable | None = None
 
     def __init__(
         self,
@@ -102,7 +110,7 @@ class Gate(keras.layers.Layer):
     def call(self, x: Any, training: bool = False) -> Any:
         if not training:
             return ops.cast(self.consensus()[None], self.compute_dtype)
-        logits = self.logits(x)
+        logits = self._pressed(self.logits(x))
         gates = self._with_floor(hard_step(logits))
         self._observe(gates, ops.sigmoid(logits))
         settled = ops.cast(self.settled, "float32")
@@ -113,6 +121,13 @@ class Gate(keras.layers.Layer):
         """The units that have been most open stay so for all samples: no group ever collapses."""
         floor = most_open(ops.convert_to_tensor(self.scores), self.min_units)
         return gates + ops.stop_gradient(ops.maximum(gates, floor) - gates)
+
+    def _pressed(self, logits: Any) -> Any:
+        """The same logits, with a gradient in proportion to the pressure."""
+        if self.pressure is None:
+            return logits
+        still = ops.stop_gradient(logits)
+        return still + self.pressure() * (logits - still)
 
     def consensus(self) -> Any:
         """0/1 per unit, float32 of shape (units,): what inference uses."""

@@ -71,14 +71,10 @@ def ranking(
     """How much each unit is wanted, over all groups: the scores that `settle` takes.
 
     Gates compare units within a group; between groups their scores say more about widths and
-    learning rates than about use. So a group gives by what its units cost: the least
-    `sum_g N_g^2 / n_g` (each group suffers from keeping n_g of N_g units, wide groups more) for a
-    given cost `sum_g c_g n_g` has `n_g / N_g` in proportion to `1 / sqrt(c_g)`, the optimal
-    allocation of Neyman (1934); a group that m layers use suffers m times, so that c_g is the cost
-    per use. A unit at place p of its group, from 0 for the worst to 1, thus goes in the order of
-    `(1 - p) sqrt(c_g)`, and no group can vanish. Branches, units of their own,
-    are compared with one another and give like the median group. What the gates have closed by
-    themselves goes before all that they left open.
+    learning rates than about use. So every group gives the same share, as if the network were
+    made narrower all over: the worst of its units go first, wherever they are, and no group can
+    vanish. Branches, units of their own, are compared with one another. What the gates have
+    closed by themselves goes before all that they left open.
 
     Args:
         scores: for every group how open its gates are, floats of shape (units,).
@@ -86,17 +82,11 @@ def ranking(
         budget: what the units cost.
     """
     is_branch = (np.asarray(budget.units) == 1) & (np.asarray(budget.floors) == 0)
-    prices = np.sqrt(budget.cost.prices(budget.units))
-    prices[is_branch] = 1.0 if is_branch.all() else np.median(prices[~is_branch])
     places = [_places(s) for s in scores]
     branches = np.flatnonzero(is_branch).tolist()
     for i, place in zip(branches, _places(_flat(scores[i] for i in branches)), strict=True):
         places[i] = place[None]
-    first = 2 * prices.max(initial=0.0)
-    return [
-        -(1 - place) * price - first * closed
-        for place, price, closed in zip(places, prices, is_closed, strict=True)
-    ]
+    return [place - closed for place, closed in zip(places, is_closed, strict=True)]
 
 
 def _flat(arrays: Iterable[np.ndarray]) -> np.ndarray:

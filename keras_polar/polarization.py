@@ -122,6 +122,10 @@ class Consensus(keras.layers.Layer):
         if training:
             self.step.assign(self.step + 1)
 
+    def pressure(self) -> Any:
+        """What the schedule says for the current step, a scalar in [0, 1]."""
+        return self.schedule.pressure(ops.convert_to_tensor(self.step), self.steps)
+
     def expected_sparsity(self, open_rates: Any) -> Any:
         """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""
         groups = np.repeat(np.arange(len(self.units)), self.units)
@@ -129,8 +133,7 @@ class Consensus(keras.layers.Layer):
         return 1 - self.cost.expected(counts, self.full_cost)
 
     def _press(self, sparsity: Any, disagreement: Any) -> None:
-        pressure = self.schedule.pressure(ops.convert_to_tensor(self.step), self.steps)
-        pressure = pressure * (1 - self.settled)
+        pressure = self.pressure() * (1 - self.settled)
         missing = pressure * self.sparsity - sparsity
         rate = self.schedule.rate / ops.maximum(self.steps, 1.0)
         grown = ops.maximum(self.multiplier + rate * ops.stop_gradient(missing), 0)

@@ -12,7 +12,7 @@ from keras import ops
 class Schedule:
     """The course of one training run, in fractions of its steps.
 
-    1. warm-up: all gates open, no pressure, until `warmup`;
+    1. warm-up: all gates open, they learn nothing, until `warmup`;
     2. pressure: the target grows from 0 to the requested sparsity until `ramp`, polarization with
        it, and stays there;
     3. settle: at `settle` the consensus is fixed to the requested sparsity;
@@ -39,8 +39,8 @@ class Schedule:
         >>> keras_polar.apply(model, 0.5, schedule=keras_polar.Schedule(settle=0.6))
     """
 
-    warmup: float = 0.1
-    ramp: float = 0.3
+    warmup: float = 0.2
+    ramp: float = 0.4
     settle: float = 0.4
     steps: int | None = None
     polarization: float = 4.0

@@ -96,7 +96,7 @@ def test_consensus(target):
 
 
 def one_hidden_layer(gate):
-    """Gates that have no pressure yet, and of which some are closed."""
+    """Gates of which some would close, and no losses that press them."""
     rng = np.random.default_rng(0)
     inputs = keras.Input((3,))
     hidden = layers.Dense(4, name="hidden")(inputs)
@@ -112,7 +112,7 @@ def one_hidden_layer(gate):
     return gated, layer
 
 
-def gradients_in_numpy(w, x, y):
+def gradients_in_numpy(w, x, y, pressure):
     """Of the mean squared error, by the path of each variable; and gates and their sigmoids."""
     centred = x - x.mean(axis=1, keepdims=True)
     seen = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5) / np.sqrt(3)
@@ -122,7 +122,7 @@ def gradients_in_numpy(w, x, y):
     masked = hidden * gates
     by_output = 2 * (masked @ w["head/kernel"] + w["head/bias"] - y) / y.size
     by_masked = by_output @ w["head/kernel"].T
-    by_logits = by_masked * hidden * slope(logits) * GAIN
+    by_logits = pressure * by_masked * hidden * slope(logits) * GAIN
     found = {
         "head/kernel": masked.T @ by_output,
         "head/bias": by_output.sum(axis=0),
@@ -134,17 +134,20 @@ def gradients_in_numpy(w, x, y):
     return {path: found[path] for path in w}, gates, sigmoid(logits)
 
 
+@pytest.mark.parametrize("pressure", [None, 0.25, 1.0])
 @pytest.mark.parametrize("gate", ["dynamic", "static"])
-def test_a_training_step(gate):
-    """With a rate of 1, SGD takes the gradients off the weights."""
+def test_a_training_step(gate, pressure):
+    """With a rate of 1, SGD takes the gradients off the weights; gates do not learn in warm-up."""
     gated, layer = one_hidden_layer(gate)
+    if pressure:
+        layer.pressure = lambda: pressure
     rng = np.random.default_rng(1)
     x, y = (rng.standard_normal((6, n)).astype("float32") for n in (3, 2))
     before = {v.path: to_numpy(v).astype("float64") for v in gated.trainable_variables}
     scores = to_numpy(layer.scores)
     gated.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=False)
     gated.train_on_batch(x, y)
-    wanted, gates, soft = gradients_in_numpy(before, x, y)
+    wanted, gates, soft = gradients_in_numpy(before, x, y, pressure or 0)
     assert 0 < gates.mean() < 1
     for variable in gated.trainable_variables:
         found = before[variable.path] - to_numpy(variable)

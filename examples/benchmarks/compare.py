@@ -15,11 +15,9 @@ Methods:
   static     keras_polar with one logit per unit
   both       keras_polar with static gates on channels and on residual branches
   masked     as static, but the whole network trains to the end (compact=False)
-  random     units chosen by lot are cut when our gates settle, uniformly over the groups
+  random     units chosen by lot are cut when our gates settle, the same share of every group, so
+             that it costs as much training as keras_polar
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
-  l1_longer  the same with more epochs: as many training MACs as keras_polar's
-  random_longer  random with as many epochs as that
-  l1_shares  as l1, but every group gives what it gives in keras_polar
   three_stage   trained to the end, cut as l1, fine-tuned for half as many epochs at a tenth of the
              learning rate: what one pass saves
   slimming   L1 on the scales of BatchNorm, smallest scales cut, over all groups (Liu et al., 2017)
@@ -58,7 +56,7 @@ import reporting
 import keras_polar
 from keras_polar.coupling import couple
 from keras_polar.graph import to_numpy
-from keras_polar.plan import ranking, settle
+from keras_polar.plan import settle
 from keras_polar.rules import read
 from keras_polar.targets import budget_of
 
@@ -230,23 +228,15 @@ def _cost(model, measure):
     return getattr(keras_polar.cost(model), measure)
 
 
-def _with_gates(full, setting, **options):
-    own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
-    return keras_polar.apply(full, setting.sparsity, schedule=setting.course, **own, **options)
-
-
-def _spent(setting, small, full):
-    """Training MACs over the dense run's, if `small` trains from the settle step on."""
-    settle = setting.course.settle
-    return settle + (1 - settle) * _macs(small) / _macs(full)
-
-
 def gated(trainer, setting, **options):
     full = setting.build()
-    model = _with_gates(full, setting, **options)
+    own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
+    own |= {"schedule": setting.course, **options}
+    model = keras_polar.apply(full, setting.sparsity, **own)
     small = keras_polar.convert(trainer(model), verify=True)
     if options.get("compact", True):
-        trainer.macs *= _spent(setting, small, full)
+        settle = setting.course.settle  # from then on the small network trains
+        trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
     return small
 
 
@@ -271,26 +261,13 @@ def cut_once(trainer, setting, *, scores, shares="even", penalty=None):
 
     Args:
         scores: (model, layer name, trainer) -> one number per unit.
-        shares: "even", the same out of every group; "ours", those of keras_polar; "free", scores
-            compete over groups.
+        shares: "even", the same out of every group; "free", scores compete over groups.
         penalty: on the scales of BatchNorm, until then.
     """
     then = setting.epochs_until_cut
     model = trainer(setting.build(), last=then, penalty=penalty)
     model = _cut(model, setting.sparsity, trainer, scores, shares)
     return trainer(model, first=then)
-
-
-def cut_once_longer(trainer, setting, *, scores):
-    """`cut_once` with the epochs that keras_polar's training MACs are enough for."""
-    full = setting.build()
-    gates = _with_gates(full, setting, gate="static")
-    gates.settle()  # how much every group gives hardly depends on what is learned
-    ours, even = keras_polar.convert(gates), _cut(full, setting.sparsity, trainer, scores)
-    more = _spent(setting, ours, full) / _spent(setting, even, full)
-    longer = dataclasses.replace(setting, epochs=round(setting.epochs * more))
-    trainer.setting = longer
-    return cut_once(trainer, longer, scores=scores)
 
 
 def three_stage(trainer, setting):
@@ -316,8 +293,6 @@ def _cut(model, sparsity, trainer, scores, shares="even"):
     budget = _budget(coupling, sparsity, trainer.setting.measure)
     if shares == "even":
         ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]
-    elif shares == "ours":
-        ranked = ranking(ranked, [np.zeros(len(r), bool) for r in ranked], budget)
     masks = settle(ranked, budget)
     goes = {g.layers[0]: g.members[~mask] for g, mask in zip(coupling.groups, masks, strict=True)}
     return keras_polar.remove(model, goes)
@@ -425,9 +400,6 @@ METHODS: dict[str, Callable] = {
     "masked": functools.partial(gated, gate="static", compact=False),
     "random": functools.partial(cut_once, scores=by_lot),
     "l1": functools.partial(cut_once, scores=l1_norm),
-    "l1_longer": functools.partial(cut_once_longer, scores=l1_norm),
-    "random_longer": functools.partial(cut_once_longer, scores=by_lot),
-    "l1_shares": functools.partial(cut_once, scores=l1_norm, shares="ours"),
     "three_stage": three_stage,
     "slimming": functools.partial(
         cut_once, scores=batch_norm_scale, shares="free", penalty=l1_penalty
