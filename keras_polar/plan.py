@@ -79,7 +79,7 @@ def ranking(
     Args:
         scores: for every group how open its gates are, floats of shape (units,).
         is_closed: for every group bools of shape (units,).
-        budget: what the units cost.
+        budget: whose units and floors tell branches from groups.
     """
     is_branch = (np.asarray(budget.units) == 1) & (np.asarray(budget.floors) == 0)
     places = [_places(s) for s in scores]

@@ -15,8 +15,7 @@ Methods:
   static     keras_polar with one logit per unit
   both       keras_polar with static gates on channels and on residual branches
   masked     as static, but the whole network trains to the end (compact=False)
-  random     units chosen by lot are cut when our gates settle, the same share of every group, so
-             that it costs as much training as keras_polar
+  random     units chosen by lot are cut when our gates settle, the same share of every group
   l1         the same, filters with the smallest L1 norm (Li et al., 2017)
   three_stage   trained to the end, cut as l1, fine-tuned for half as many epochs at a tenth of the
              learning rate: what one pass saves
@@ -215,13 +214,18 @@ def narrow_longer(trainer, setting):
 
 
 def _narrow(setting):
+    return setting.build(_narrow_width(setting))
+
+
+@functools.cache
+def _narrow_width(setting):
     """The width whose cost comes closest to what the pruned network may cost."""
     full = setting.build()
     widest = int(full.get_layer("stem" if "vgg" not in setting.model else "stage1_conv1").filters)
     wanted = (1 - setting.sparsity) * _cost(full, setting.measure)
     widths = range(1, widest + 1)
     costs = {w: _cost(setting.build(w), setting.measure) for w in widths}
-    return setting.build(min(widths, key=lambda w: abs(costs[w] - wanted)))
+    return min(widths, key=lambda w: abs(costs[w] - wanted))
 
 
 def _cost(model, measure):
