@@ -214,18 +214,13 @@ def narrow_longer(trainer, setting):
 
 
 def _narrow(setting):
-    return setting.build(_narrow_width(setting))
-
-
-@functools.cache
-def _narrow_width(setting):
     """The width whose cost comes closest to what the pruned network may cost."""
     full = setting.build()
     widest = int(full.get_layer("stem" if "vgg" not in setting.model else "stage1_conv1").filters)
     wanted = (1 - setting.sparsity) * _cost(full, setting.measure)
     widths = range(1, widest + 1)
     costs = {w: _cost(setting.build(w), setting.measure) for w in widths}
-    return min(widths, key=lambda w: abs(costs[w] - wanted))
+    return setting.build(min(widths, key=lambda w: abs(costs[w] - wanted)))
 
 
 def _cost(model, measure):
