@@ -58,8 +58,9 @@ $(INSTALLED_QAT): $(INSTALLED)
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
-test: $(INSTALLED) ## the quick tests
-	$(RUN) -m pytest -m "not slow"
+# A file stays in one process: its fixtures are made once. A process takes up to 3 GiB.
+test: $(INSTALLED) ## the quick tests, two files at a time
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax test-torch ## every test: KerasHub's models, QAT, JAX and PyTorch included
 	$(RUN) -m pytest

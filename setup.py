@@ -18,6 +18,7 @@ TEST = [
     "nbformat",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "scikit-learn",
     "tensorboard",

@@ -414,9 +414,6 @@ METHODS: dict[str, Callable] = {
 }
 
 
-OURS = ("dynamic", "static", "both", "masked")
-
-
 # --- runs --------------------------------------------------------------------------------------
 
 
@@ -469,7 +466,7 @@ def result_path(folder, method, setting, seed):
     size = f"w{setting.width}" if setting.width else ""
     pixels = "" if setting.image_size == 32 else f"_{setting.image_size}px"
     run = f"{setting.model}{size}{pixels}_n{setting.train_images}_e{setting.epochs}"
-    if method in OURS:
+    if method in comparison.OURS:
         what += f"_{setting.schedule}" if setting.schedule else ""
         what += f"_round{setting.round_to}" if setting.round_to else ""
         what += f"_max{round(100 * setting.max_sparsity)}" if setting.max_sparsity else ""
@@ -546,7 +543,7 @@ def main(argv):
         run_all(setting, load(setting))
     title = f"{setting.model}, {setting.sparsity:.0%} of the {setting.measure} removed"
     runs = comparison.load(_RESULTS.value)
-    rows = comparison.table_rows(runs, METHODS, dataclasses.asdict(setting), OURS)
+    rows = comparison.table_rows(runs, METHODS, dataclasses.asdict(setting))
     reporting.print_table(title, comparison.COLUMNS, rows)
 
 

@@ -4,7 +4,6 @@ python examples/benchmarks/compare_report.py
 """
 
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import comparison
 _FOLDER = flags.DEFINE_string(
     "output_dir", str(Path(__file__).resolve().parents[2] / "docs"), "Folder of the page."
 )
-AXES = {"kept_weights": "weights kept, %", "kept_macs": "multiply-accumulates (MACs) kept, %"}
+AXES = {"weights": "weights kept, %", "macs": "multiply-accumulates (MACs) kept, %"}
 # One colour and one marker per method, the same in every picture; black is the dense network.
 LOOKS = {
     method: {"color": colour, "marker": marker}
@@ -55,10 +54,10 @@ The methods:
 def page(runs):
     """The whole document; pictures are named, not drawn."""
     text = INTRODUCTION + _methods(runs)
-    for network, own in _grouped(runs, comparison.TRAINING):
+    for network, own in comparison.grouped(runs, comparison.TRAINING):
         text += f"\n## {_title(network)}\n\n![Accuracy against what is kept]({_picture(network)})\n"
         pruned = [r for r in own if r["method"] != "dense"]
-        for target, _ in _grouped(pruned, (*comparison.TARGET, *comparison.OPTIONS)):
+        for target, _ in comparison.grouped(pruned, comparison.TARGET):
             text += _section(own, network | target)
     return text
 
@@ -77,9 +76,8 @@ def _methods(runs):
 
 
 def _section(runs, setting):
-    rows = comparison.table_rows(runs, compare.METHODS, setting, compare.OURS)
-    options = [f"{k}={setting[k]}" for k in comparison.OPTIONS if setting[k]]
-    title = ", ".join([f"{setting['sparsity']:.0%} of the {setting['measure']} removed", *options])
+    rows = comparison.table_rows(runs, compare.METHODS, setting)
+    title = f"{setting['sparsity']:.0%} of the {setting['measure']} removed"
     lines = [comparison.COLUMNS, ["---", *["---:"] * (len(comparison.COLUMNS) - 1)], *rows]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"\n### {title}\n\n    {_command(setting)}\n\n{table}"
@@ -87,18 +85,8 @@ def _section(runs, setting):
 
 def _command(setting):
     named = ("model", "width", "image_size", "train_images", "epochs", "measure", "sparsity")
-    flag = {k: setting[k] for k in (*named, *comparison.OPTIONS) if setting[k] is not None}
-    given = " ".join(f"--{k}={v}" for k, v in flag.items() if v != "")
+    given = " ".join(f"--{k}={setting[k]}" for k in named if setting[k] is not None)
     return f"python examples/benchmarks/compare.py {given}"
-
-
-def _grouped(runs, keys):
-    """Pairs of what the runs of a group have in common, and the runs."""
-    found = defaultdict(list)
-    for run in runs:
-        found[tuple(run[k] for k in keys)].append(run)
-    pairs = sorted(found.items(), key=lambda pair: str(pair[0]))
-    return [(dict(zip(keys, values, strict=True)), own) for values, own in pairs]
 
 
 def _title(network):
@@ -119,27 +107,30 @@ def draw(runs, title):
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+    for panel, (measure, label) in zip(panels, AXES.items(), strict=True):
         for method in compare.METHODS:
-            own = [r for r in runs if r["method"] == method]
-            _draw_method(
-                panel, method, _grouped(own, (*comparison.TARGET, *comparison.OPTIONS)), key
-            )
+            _draw_method(panel, [r for r in runs if r["method"] == method], measure)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
+    drawn = [panel.get_legend_handles_labels() for panel in panels]
+    named = {name: handle for own in drawn for handle, name in zip(*own, strict=True)}
     figure.suptitle(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.legend(named.values(), named, loc="outside right center", frameon=False)
     return figure
 
 
-def _draw_method(panel, method, targets, key):
-    points = [
-        (100 * np.mean([r[key] for r in own]), *comparison.accuracy(own)) for _, own in targets
-    ]
-    if points:
-        x, y, error = zip(*points, strict=True)
-        panel.errorbar(x, y, error, label=method, ls="none", capsize=3, lw=1, **LOOKS[method])
+def _draw_method(panel, runs, measure):
+    """What was removed by this measure: a line per set of options, from target to target."""
+    own = [r for r in runs if r["measure"] == measure or r["method"] == "dense"]
+    for options, alike in comparison.grouped(own, comparison.OPTIONS):
+        points = sorted(
+            (100 * np.mean([r[f"kept_{measure}"] for r in some]), *comparison.accuracy(some))
+            for _, some in comparison.grouped(alike, ("sparsity",))
+        )
+        line = {"ls": ":" if any(options.values()) else "-", "lw": 1, "capsize": 3}
+        looks = line | LOOKS[alike[0]["method"]]
+        panel.errorbar(*zip(*points, strict=True), label=comparison.name(alike[0]), **looks)
 
 
 def main(argv):
@@ -148,7 +139,7 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     folder, runs = Path(_FOLDER.value), comparison.load(flags.FLAGS.results_dir)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for network, own in _grouped(runs, comparison.TRAINING):
+    for network, own in comparison.grouped(runs, comparison.TRAINING):
         draw(own, _title(network)).savefig(folder / _picture(network), dpi=120)
     (folder / "comparison.md").write_text(page(runs), encoding="utf-8")
 

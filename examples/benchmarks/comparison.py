@@ -1,6 +1,7 @@
 """What compare.py has left in JSON files, as rows of tables."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,31 +30,49 @@ TRAINING = (
 )
 TARGET = ("measure", "sparsity")
 OPTIONS = ("schedule", "round_to", "max_sparsity")  # of our methods alone
+OURS = ("dynamic", "static", "both", "masked")
 
 
 def load(folder):
-    """All results in a folder, as dicts."""
-    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))]
+    """All results in a folder, as dicts; only our methods have options."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))]
+    return [r if r["method"] in OURS else r | dict.fromkeys(OPTIONS) for r in found]
 
 
-def table_rows(runs, methods, setting, ours):
-    """One row per method of a setting, in the order of `methods`."""
-    by_method = {m: [r for r in runs if _belongs(r, m, setting, m in ours)] for m in methods}
-    return [_row(method, own) for method, own in by_method.items() if own]
+def table_rows(runs, methods, setting):
+    """Rows of a setting, in the order of `methods`: one per method and options of it."""
+    own = [r for r in runs if _belongs(r, setting)]
+    ordered = [[r for r in own if r["method"] == method] for method in methods]
+    return [_row(alike) for found in ordered for _, alike in grouped(found, OPTIONS)]
 
 
-def _belongs(run, method, setting, is_ours):
-    """Whether a run is one of a method in a setting, as far as the method depends on it."""
-    keys = [*TRAINING, *(TARGET if method != "dense" else ()), *(OPTIONS if is_ours else ())]
-    return run["method"] == method and all(run[k] == setting[k] for k in keys)
+def _belongs(run, setting):
+    """Whether a run is one of a setting; the dense network does not depend on the target."""
+    keys = TRAINING if run["method"] == "dense" else (*TRAINING, *TARGET)
+    return all(run[k] == setting[k] for k in keys)
 
 
-def _row(method, runs):
+def grouped(runs, keys):
+    """Pairs of what the runs of a group have in common, and the runs."""
+    found = defaultdict(list)
+    for run in runs:
+        found[tuple(run[k] for k in keys)].append(run)
+    pairs = sorted(found.items(), key=lambda pair: str(pair[0]))
+    return [(dict(zip(keys, values, strict=True)), own) for values, own in pairs]
+
+
+def name(run):
+    """The method, with its options."""
+    return ", ".join([run["method"], *(f"{k}={run[k]}" for k in OPTIONS if run[k])])
+
+
+def _row(runs):
     mean = {k: np.mean([r[k] for r in runs]) for k, v in runs[0].items() if type(v) in (int, float)}
     kept = [f"{100 * mean[k]:.1f} %" for k in ("kept_weights", "nonzero", "kept_macs")]
     effort, size = mean["training_macs"] / 1e12, mean["tflite_bytes"] / 1e3
     time = f"{mean['tflite_latency_ratio']:.2f} x"
-    return (method, spread(runs), str(len(runs)), *kept, f"{effort:.1f}", f"{size:.0f}", time)
+    accuracies, seeds = spread(runs), str(len(runs))
+    return (name(runs[0]), accuracies, seeds, *kept, f"{effort:.1f}", f"{size:.0f}", time)
 
 
 def spread(runs):
