@@ -58,7 +58,7 @@ $(INSTALLED_QAT): $(INSTALLED)
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
-# A file stays in one process: its fixtures are made once. A process takes up to 3 GiB.
+# A file stays in one process: its fixtures are made once.
 test: $(INSTALLED) ## the quick tests, two files at a time
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
