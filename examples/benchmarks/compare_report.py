@@ -122,7 +122,7 @@ def draw(runs, title):
 
 def _draw_method(panel, runs, measure):
     """What was removed by this measure: a line per set of options, from target to target."""
-    own = [r for r in runs if r["measure"] == measure or r["method"] == "dense"]
+    own = [r for r in runs if r["measure"] in (None, measure)]
     for options, alike in comparison.grouped(own, comparison.OPTIONS):
         points = sorted(
             (100 * np.mean([r[f"kept_{measure}"] for r in some]), *comparison.accuracy(some))

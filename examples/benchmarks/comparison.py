@@ -34,9 +34,15 @@ OURS = ("dynamic", "static", "both", "masked")
 
 
 def load(folder):
-    """All results in a folder, as dicts; only our methods have options."""
+    """All results in a folder, as dicts; None stands for what a method does not depend on."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))]
-    return [r if r["method"] in OURS else r | dict.fromkeys(OPTIONS) for r in found]
+    return [r | dict.fromkeys(_indifferent(r["method"])) for r in found]
+
+
+def _indifferent(method):
+    if method in OURS:
+        return ()
+    return (*TARGET, *OPTIONS) if method == "dense" else OPTIONS
 
 
 def table_rows(runs, methods, setting):
@@ -47,9 +53,9 @@ def table_rows(runs, methods, setting):
 
 
 def _belongs(run, setting):
-    """Whether a run is one of a setting; the dense network does not depend on the target."""
-    keys = TRAINING if run["method"] == "dense" else (*TRAINING, *TARGET)
-    return all(run[k] == setting[k] for k in keys)
+    """Whether a run is one of a setting, as far as its method depends on it."""
+    same = all(run[k] == setting[k] for k in TRAINING)
+    return same and all(run[k] in (None, setting[k]) for k in TARGET)
 
 
 def grouped(runs, keys):
