@@ -17,7 +17,12 @@ import comparison
 _FOLDER = flags.DEFINE_string(
     "output_dir", str(Path(__file__).resolve().parents[2] / "docs"), "Folder of the page."
 )
-AXES = {"weights": "weights kept, %", "macs": "multiply-accumulates (MACs) kept, %"}
+# What was removed in the runs of a panel, what is read off them, and its name.
+PANELS = (
+    ("weights", "kept_weights", "weights kept, %"),
+    ("macs", "kept_macs", "multiply-accumulates (MACs) kept, %"),
+    ("macs", "tflite_latency_ratio", "latency where MACs were removed, % of dense"),
+)
 # One colour and one marker per method, the same in every picture; black is the dense network.
 LOOKS = {
     method: {"color": colour, "marker": marker}
@@ -103,13 +108,14 @@ def _picture(network):
 
 
 def draw(runs, title):
-    """Accuracy against what is kept, a panel per measure; bars are standard deviations."""
+    """Accuracy against what is kept, and against time; bars are standard deviations."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for panel, (measure, label) in zip(panels, AXES.items(), strict=True):
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
+    for panel, (measure, key, label) in zip(panels, PANELS, strict=True):
+        own = [r for r in runs if r["measure"] in (None, measure)]
         for method in compare.METHODS:
-            _draw_method(panel, [r for r in runs if r["method"] == method], measure)
+            _draw_method(panel, [r for r in own if r["method"] == method], key)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
@@ -120,16 +126,15 @@ def draw(runs, title):
     return figure
 
 
-def _draw_method(panel, runs, measure):
-    """What was removed by this measure: a line per set of options, from target to target."""
-    own = [r for r in runs if r["measure"] in (None, measure)]
-    for options, alike in comparison.grouped(own, comparison.OPTIONS):
+def _draw_method(panel, runs, key):
+    """A line per set of options, from target to target."""
+    for options, alike in comparison.grouped(runs, comparison.OPTIONS):
         points = sorted(
-            (100 * np.mean([r[f"kept_{measure}"] for r in some]), *comparison.accuracy(some))
+            (100 * np.mean([r[key] for r in some]), *comparison.accuracy(some))
             for _, some in comparison.grouped(alike, ("sparsity",))
         )
-        line = {"ls": ":" if any(options.values()) else "-", "lw": 1, "capsize": 3}
-        looks = line | LOOKS[alike[0]["method"]]
+        other = {"ls": ":", "mfc": "none"} if any(options.values()) else {}
+        looks = LOOKS[alike[0]["method"]] | {"lw": 1, "capsize": 3} | other
         panel.errorbar(*zip(*points, strict=True), label=comparison.name(alike[0]), **looks)
 
 
