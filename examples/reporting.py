@@ -4,6 +4,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+FILE_WIDTH = 200  # characters of a table that goes to a file
 # Measurement -> its row's label and its format; the rows come in this order.
 ROWS = {
     "accuracy": ("test accuracy", "{:.2%}"),
@@ -47,7 +48,10 @@ def print_table(title, columns, rows, caption=None):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH  # no reason to cut columns short
+    console.print(table)
 
 
 def certificate(gated, small, images):
