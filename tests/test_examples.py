@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_polar import export_tflite
+from keras_polar import Schedule, export_tflite
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -49,6 +49,35 @@ def test_overhead_benchmark(tmp_path):
     names = {*gates} | {f"{kind}, {m}" for kind in ("compacted", "three stages") for m in measures}
     names |= {f"whole run, {gate}, {m}" for gate in gates for m in measures}
     assert set(json.loads(path.read_text())) == names
+
+
+COMPARED = {
+    *("dense", "narrow", "narrow_longer", "dynamic", "static", "both", "masked", "random", "l1"),
+    *("three_stage", "slimming", "polarized_slimming", "density", "gradual", "relevance"),
+    "group_norm",
+}
+
+
+@pytest.mark.slow
+def test_comparison(tmp_path):
+    small = "--model=resnet8", "--image_size=8", "--epochs=4", "--batch_size=64", "--round_to=1"
+    few = "--train_images=256", "--test_images=100", "--seeds=0", "--measure=macs"
+    arguments = f"--methods={','.join(sorted(COMPARED))}", f"--results_dir={tmp_path}"
+    run("benchmarks/compare.py", "--fake_data", *small, *few, *arguments)
+    results = {r["method"]: r for r in map(json.loads, map(Path.read_text, tmp_path.iterdir()))}
+    assert set(results) == COMPARED
+    dense = results.pop("dense")
+    assert dense["kept_weights"] == dense["kept_macs"] == 1
+    for method in ("narrow", "narrow_longer"):  # there is not a width for every target
+        assert results.pop(method)["kept_macs"] == pytest.approx(0.5, abs=0.1)
+    kept = {method: r["kept_macs"] for method, r in results.items()}
+    assert kept == {method: pytest.approx(0.5, abs=0.01) for method in kept}
+    # Whole until the gates settle; three stages cost more than one.
+    settle, effort = Schedule().settle, {m: r["training_macs"] for m, r in results.items()}
+    for method in ("static", "dynamic", "both"):
+        share = settle + (1 - settle) * results[method]["kept_macs"]
+        assert effort[method] == pytest.approx(share * dense["training_macs"])
+    assert effort["masked"] == dense["training_macs"] < effort["three_stage"]
 
 
 @pytest.mark.slow
