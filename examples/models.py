@@ -88,9 +88,7 @@ def mobilenet(input_shape, classes, width=32, *, weight_decay=0.0):
 
 
 BUILDERS = {
-    "resnet8": functools.partial(resnet, 8),
-    "resnet20": functools.partial(resnet, 20),
-    "resnet56": functools.partial(resnet, 56),
+    **{f"resnet{depth}": functools.partial(resnet, depth) for depth in range(8, 57, 6)},
     "vgg16": vgg16,
     "mobilenet": mobilenet,
 }

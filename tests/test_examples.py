@@ -52,9 +52,9 @@ def test_overhead_benchmark(tmp_path):
 
 
 COMPARED = {
-    *("dense", "narrow", "narrow_longer", "dynamic", "static", "both", "masked", "random", "l1"),
-    *("three_stage", "slimming", "polarized_slimming", "density", "gradual", "relevance"),
-    "group_norm",
+    *("dense", "narrow", "narrow_longer", "shallow", "dynamic", "static", "both", "masked"),
+    *("random", "l1", "three_stage", "slimming", "polarized_slimming", "density", "gradual"),
+    *("relevance", "group_norm"),
 }
 
 
@@ -68,8 +68,12 @@ def test_comparison(tmp_path):
     assert set(results) == COMPARED
     dense = results.pop("dense")
     assert dense["kept_weights"] == dense["kept_macs"] == 1
-    for method in ("narrow", "narrow_longer"):  # there is not a width for every target
-        assert results.pop(method)["kept_macs"] == pytest.approx(0.5, abs=0.1)
+    assert results.pop("shallow")["kept_macs"] == 1  # no ResNet is shallower
+    narrow, longer = results.pop("narrow"), results.pop("narrow_longer")
+    assert narrow["kept_macs"] == longer["kept_macs"]
+    assert longer["kept_macs"] == pytest.approx(0.5, abs=0.1)  # no width for every target
+    # Whole epochs of one, whole epochs until the cut of the other.
+    assert longer["training_macs"] == pytest.approx(results["l1"]["training_macs"], rel=0.15)
     kept = {method: r["kept_macs"] for method, r in results.items()}
     assert kept == {method: pytest.approx(0.5, abs=0.01) for method in kept}
     # Whole until the gates settle; three stages cost more than one.

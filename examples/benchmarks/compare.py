@@ -10,7 +10,9 @@ goes on where it stopped. Test images are only looked at after the last epoch. T
 Methods:
   dense      the whole network
   narrow     a uniformly narrower network of the same cost, from scratch: the one to beat
-  narrow_longer  the same with more epochs: as many training MACs as the dense run
+  narrow_longer  the same with more epochs: as many training MACs as a run that is cut when our
+             gates settle
+  shallow    a ResNet of full width and fewer blocks, as close to the same cost as depths go
   dynamic    keras_polar with gates that look at each sample
   static     keras_polar with one logit per unit
   both       keras_polar with static gates on channels and on residual branches
@@ -213,18 +215,30 @@ def narrow(trainer, setting):
 
 
 def narrow_longer(trainer, setting):
-    model = _narrow(setting)
-    return trainer(model, epochs=round(setting.epochs * _macs(setting.build()) / _macs(model)))
+    model, settle = _narrow(setting), setting.course.settle
+    spent = settle + (1 - settle) * (1 - setting.sparsity)  # of the dense network's training
+    share = _macs(model) / _macs(setting.build())
+    return trainer(model, epochs=round(setting.epochs * spent / share))
 
 
 def _narrow(setting):
     """The width whose cost comes closest to what the pruned network may cost."""
-    full = setting.build()
-    widest = int(full.get_layer("stem" if "vgg" not in setting.model else "stage1_conv1").filters)
-    wanted = (1 - setting.sparsity) * _cost(full, setting.measure)
-    widths = range(1, widest + 1)
-    costs = {w: _cost(setting.build(w), setting.measure) for w in widths}
-    return setting.build(min(widths, key=lambda w: abs(costs[w] - wanted)))
+    stem = setting.build().get_layer("stem" if "vgg" not in setting.model else "stage1_conv1")
+    return _closest(setting, map(setting.build, range(1, int(stem.filters) + 1)))
+
+
+def shallow(trainer, setting):
+    if not setting.model.startswith("resnet"):
+        raise app.UsageError(f"shallow: depths of ResNets are known, received {setting.model}.")
+    depths = (name for name in models.BUILDERS if name.startswith("resnet"))
+    settings = (dataclasses.replace(setting, model=name) for name in depths)
+    return trainer(_closest(setting, (own.build() for own in settings)))
+
+
+def _closest(setting, networks):
+    """The one whose cost comes closest to what the pruned network may cost."""
+    wanted = (1 - setting.sparsity) * _cost(setting.build(), setting.measure)
+    return min(networks, key=lambda model: abs(_cost(model, setting.measure) - wanted))
 
 
 def _cost(model, measure):
@@ -397,6 +411,7 @@ METHODS: dict[str, Callable] = {
     "dense": dense,
     "narrow": narrow,
     "narrow_longer": narrow_longer,
+    "shallow": shallow,
     "dynamic": functools.partial(gated, gate="dynamic"),
     "static": functools.partial(gated, gate="static"),
     "both": functools.partial(gated, gate="static", granularity=("channels", "blocks")),
@@ -499,10 +514,10 @@ def run_all(setting, data):
 
 
 def _trained_before(method, setting, seed):
-    """The run of the same narrow network for another target, as one for this target."""
-    if method != "narrow":
+    """The run of the same narrow network for another measure, as one for this measure."""
+    if method not in ("narrow", "narrow_longer"):
         return None
-    own, free = dataclasses.asdict(setting), (*comparison.TARGET, *comparison.OPTIONS)
+    own, free = dataclasses.asdict(setting), ("measure", *comparison.OPTIONS)
     same = {k: v for k, v in own.items() if k not in free}
     same |= {"method": method, "seed": seed, "weights": _cost(_narrow(setting), "weights")}
     found = (r for r in comparison.load(_RESULTS.value) if same.items() <= r.items())
