@@ -48,8 +48,8 @@ optimiser (SGD, Nesterov momentum 0.9, cosine decay), epochs and seeds. *weights
 left of the dense network's weights and multiply-accumulates. *not zero*: share of the weights that
 are left and not zero. *training TMACs*: 10^12 multiply-accumulates spent on the whole training, a
 backward pass counted as two forward passes. *latency*: of the float32 .tflite file on one thread,
-over the dense one's, measured in turns. The runs of keras_polar with 3,200 images are older than
-its present warm-up and shares.
+over the dense one's, measured in turns. The runs of keras_polar with 3,200 images and 12 epochs are
+older than its present warm-up and shares.
 
 The methods:
 
@@ -103,8 +103,8 @@ def _title(network):
 
 def _picture(network):
     width = f"_w{network['width']}" if network["width"] else ""
-    size = f"{network['image_size']}px_{network['train_images']}"
-    return f"images/compare_{network['model']}{width}_{size}.png"
+    run = f"{network['image_size']}px_{network['train_images']}_e{network['epochs']}"
+    return f"images/compare_{network['model']}{width}_{run}.png"
 
 
 def draw(runs, title):
