@@ -111,8 +111,10 @@ def draw(runs, title):
     """Accuracy against what is kept, and against time; bars are standard deviations."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
-    for panel, (measure, key, label) in zip(panels, PANELS, strict=True):
+    shown = [panel for panel in PANELS if any(r["measure"] == panel[0] for r in runs)]
+    figure = plt.figure(figsize=(2.5 + 4 * len(shown), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, (measure, key, label) in zip(panels, shown, strict=True):
         own = [r for r in runs if r["measure"] in (None, measure)]
         for method in compare.METHODS:
             _draw_method(panel, [r for r in own if r["method"] == method], key)
