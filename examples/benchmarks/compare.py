@@ -145,6 +145,11 @@ class Setting:
     def steps_per_epoch(self) -> int:
         return -(-self.train_images // self.batch_size)
 
+    def effort(self, kept):
+        """Training MACs over the dense run's, if a share `kept` of the MACs trains once settled."""
+        settle = self.course.settle
+        return settle + (1 - settle) * kept
+
     def build(self, width=None):
         """The dense network, or one of another width."""
         return models.build(
@@ -215,14 +220,14 @@ def narrow(trainer, setting):
 
 
 def narrow_longer(trainer, setting):
-    model, settle = _narrow(setting), setting.course.settle
-    spent = settle + (1 - settle) * (1 - setting.sparsity)  # of the dense network's training
+    model = _narrow(setting)
     share = _macs(model) / _macs(setting.build())
-    return trainer(model, epochs=round(setting.epochs * spent / share))
+    effort = setting.effort(1 - setting.sparsity)
+    return trainer(model, epochs=round(setting.epochs * effort / share))
 
 
 def _narrow(setting):
-    """The width whose cost comes closest to what the pruned network may cost."""
+    """A uniformly narrower network, as close to the wanted cost as widths go."""
     stem = setting.build().get_layer("stem" if "vgg" not in setting.model else "stage1_conv1")
     return _closest(setting, map(setting.build, range(1, int(stem.filters) + 1)))
 
@@ -252,8 +257,7 @@ def gated(trainer, setting, **options):
     model = keras_polar.apply(full, setting.sparsity, **own)
     small = keras_polar.convert(trainer(model), verify=True)
     if options.get("compact", True):
-        settle = setting.course.settle  # from then on the small network trains
-        trainer.macs *= settle + (1 - settle) * _macs(small) / _macs(full)
+        trainer.macs *= setting.effort(_macs(small) / _macs(full))
     return small
 
 
