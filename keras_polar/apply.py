@@ -14,7 +14,7 @@ from keras_polar.cost import MEASURES, sizes_known
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel
 from keras_polar.gates import DynamicGate, Gate, Mask
-from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused
+from keras_polar.graph import Call, clone, copy_weights, fill, rebuild, unused, warn_of_ties
 from keras_polar.groups import is_gated
 from keras_polar.inner import InnerMask, pack
 from keras_polar.latency import LatencyTable
@@ -108,6 +108,7 @@ def apply(
             "prune further, `convert` first and apply to the result."
         )
     coupling = couple(read(model), ignore if "channels" in kinds else "*")
+    warn_of_ties(coupling.graph, "apply")
     blocks = blocks_of(coupling, ignore) if "blocks" in kinds else ()
     if not coupling.groups and not blocks:
         raise ValueError(

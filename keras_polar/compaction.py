@@ -16,6 +16,9 @@ import numpy as np
 from keras_polar.convert import Piece, small_twin
 from keras_polar.graph import to_numpy
 
+# The steps that Keras compiles once and keeps in these attributes of a model.
+_FUNCTIONS = ("train_function", "test_function", "predict_function")
+
 
 class CannotCompact(Exception):
     """Says why the whole network has to go on training."""
@@ -37,8 +40,12 @@ class Compaction:
 
     def __init__(self, gated: Any) -> None:
         self.gated, self.masks, self.sparsity = gated, _masks(gated), gated.sparsity
+        self.functions: list = [None] * len(_FUNCTIONS)
         with gated.distribute_strategy.scope():
-            self.model, cutter = small_twin(gated)
+            try:
+                self.model, cutter = small_twin(gated)
+            except (TypeError, ValueError) as error:
+                raise CannotCompact(f"its smaller one cannot be made: {error}") from error
             _refuse_scaled(cutter.pieces)
             self.whole = gated.optimizer
             if not self.whole.built:
@@ -58,12 +65,21 @@ class Compaction:
         for piece in self.pieces:
             piece.part.assign(piece.cut(to_numpy(piece.whole)))
         self.gated.optimizer, self.gated.stand_in = self.part, self
+        self._swap_functions()
 
     def leave(self) -> None:
         """The gated model takes over, from where the sub-network is."""
         for piece in self.pieces:
             piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
         self.gated.optimizer, self.gated.stand_in = self.whole, None
+        self._swap_functions()
+
+    def _swap_functions(self) -> None:
+        """Each of the two has compiled steps of its own."""
+        others = [getattr(self.gated, name) for name in _FUNCTIONS]
+        for name, function in zip(_FUNCTIONS, self.functions, strict=True):
+            setattr(self.gated, name, function)
+        self.functions = others
 
 
 def _masks(gated: Any) -> list[np.ndarray]:
@@ -142,9 +158,9 @@ def _built(optimizer: Any, variables: list) -> list[tuple[Any, int | None]]:
 
 
 def _recording(make: Callable, owners: dict[int, int]) -> Callable:
-    def recorded(reference: Any, *args: Any, **kwargs: Any) -> Any:
-        slot = make(reference, *args, **kwargs)
-        owners[id(slot)] = id(reference)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        slot = make(*args, **kwargs)
+        owners[id(slot)] = id(args[0] if args else kwargs["reference_variable"])
         return slot
 
     return recorded

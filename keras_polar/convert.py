@@ -20,6 +20,7 @@ from keras_polar.graph import (
     to_numpy,
     unused,
     variable_at,
+    warn_of_ties,
 )
 from keras_polar.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
@@ -317,6 +318,7 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
             "close units of the gated model with `gated.groups[i].set_mask(mask)`."
         )
     coupling = couple(read(model))
+    warn_of_ties(coupling.graph, "remove")
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
     for name, indices in units.items():

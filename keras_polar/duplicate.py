@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
 # What a layer's attributes may refer to without owning it.
@@ -22,6 +23,7 @@ _SHARED = (
     keras.initializers.Initializer,
     keras.regularizers.Regularizer,
     keras.constraints.Constraint,
+    DynamicBackend,
 )
 
 
@@ -100,7 +102,7 @@ def _state(x: Any) -> dict:
 
 
 def _copied(variable: Any) -> Any:
-    return keras.Variable(
+    new = keras.Variable(
         keras.ops.convert_to_tensor(variable),
         dtype=variable.dtype,
         trainable=variable.trainable,
@@ -108,6 +110,8 @@ def _copied(variable: Any) -> Any:
         aggregation=variable.aggregation,
         name=variable.name,
     )
+    new.regularizer, new.constraint = variable.regularizer, variable.constraint
+    return new
 
 
 def _blank(kind: type) -> Any:

@@ -75,20 +75,17 @@ class GatedModel(keras.Model):
         """Fixes the consensus at the requested sparsity; `fit` does it on schedule.
 
         Units are ranked by how open their gates have been, group by group (see
-        `keras_polar.plan.ranking`). Groups whose mask was set by hand keep it. Does nothing once
-        all groups are settled.
+        `keras_polar.plan.ranking`). Groups whose mask was set by hand keep it.
 
         Raises:
             FloatingPointError: trained values are not finite, so that there is no consensus.
         """
-        if self.settled:
-            return
-        self.require_finite("before the gates were settled")
-        groups = self.groups
-        masks = settle(self._wanted(), self.budget)
-        for group, mask in zip(groups, masks, strict=True):
-            if not group.settled:
-                group.set_mask(mask)
+        if not self.settled:
+            self.require_finite("before the gates were settled")
+            masks = settle(self._wanted(), self.budget)
+            for group, mask in zip(self.groups, masks, strict=True):
+                if not group.settled:
+                    group.set_mask(mask)
         self.consensus.settled.assign(1.0)
 
     def _wanted(self) -> list[np.ndarray]:
@@ -208,6 +205,8 @@ class FollowSchedule(keras.callbacks.Callback):
         # Not when training begins: BackupAndRestore loads its state only then.
         self.before = self._steps_done()
         self.settled = self.model.settled
+        if self.settled:
+            self.model.settle()  # all masks may have been set by hand: that ends the pressure
         self._announce(self.total or self._planned(epoch))
         self._compact()
 
@@ -275,7 +274,6 @@ class FollowSchedule(keras.callbacks.Callback):
                 self.is_in_vain = True
                 warnings.warn(f"fit goes on with the whole network: {error}.", stacklevel=2)
                 return
-            self._forget_functions()
         self.compaction.enter()
         self.model.make_train_function()
 
@@ -284,13 +282,7 @@ class FollowSchedule(keras.callbacks.Callback):
         if self.compaction is not None:
             if self.model.stand_in is not None:
                 self.model.stand_in.leave()
-            self._forget_functions()
             self.compaction = None
-
-    def _forget_functions(self) -> None:
-        """Keras compiles its steps once; they have to see who trains now."""
-        model = self.model
-        model.train_function = model.test_function = model.predict_function = None
 
     def _add_to(self, logs: Any) -> None:
         """Puts into the epoch's logs what the metrics of the consensus cannot say."""

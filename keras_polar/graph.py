@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +90,7 @@ class Graph:
 
 def functional(model: Any) -> Any:
     """The functional core of a Functional or Sequential model; None for anything else."""
-    if isinstance(model, keras.Sequential):
+    if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
         return model._functional if model.built else None
     is_plain = isinstance(model, Functional) and type(model).call is Functional.call
     return model if is_plain else None
@@ -105,7 +106,7 @@ def core_of(model: Any) -> Any:
 
 def _not_functional(model: Any) -> str:
     what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
-    if isinstance(model, keras.Sequential):
+    if isinstance(model, keras.Sequential) and not model.built:
         return (
             f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
             "first layer, or call `model.build(input_shape)`."
@@ -288,6 +289,7 @@ def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)
+    names |= _output_names(core_model.output_names, refs_in(outputs), tracer.calls, names)
     calls = [replace(call, name=names[id(call.op)]) for call in tracer.calls]
     # What only feeds an unused output of a nested model is not part of the function.
     return alive(Graph(model.name, inputs, outputs, layers, tuple(calls), tuple(tracer.specs)))
@@ -343,6 +345,18 @@ def _flat_names(taken: list[str], calls: list[Call]) -> dict[int, str]:
     return names
 
 
+def _output_names(wanted: list, outputs: tuple, calls: list[Call], names: dict) -> dict[int, str]:
+    """Names for the last layers of nested models: losses and metrics are given by outputs' names."""
+    if len(wanted) == 1 or len(set(wanted)) < len(wanted):
+        return {}
+    makers: dict[int, list] = {id(c.op): [] for c in calls}
+    for call in calls:
+        makers[id(call.op)] += call.outputs
+    only = {made[0]: op for op, made in makers.items() if len(made) == 1}
+    pairs = zip(wanted, outputs, strict=True)
+    return {only[i]: n for n, i in pairs if i in only and n not in names.values()}
+
+
 def _unused(call: Call, used: set) -> str:
     return call.op.name if call.op.name not in used else unused(call.path.replace("/", "_"), used)
 
@@ -351,6 +365,26 @@ def unused(name: str, used: set) -> str:
     """The name, numbered if it is used already."""
     numbered = (f"{name}_{i}" for i in itertools.count(1))
     return name if name not in used else next(n for n in numbered if n not in used)
+
+
+def warn_of_ties(graph: Graph, caller: str) -> None:
+    """Warns of trained variables that several operations use: a new model has one for each."""
+    users: dict[int, dict] = {}
+    paths: dict[int, str] = {}
+    for call in graph.calls:
+        given = [x for x in tree.flatten((call.args, call.kwargs)) if isinstance(x, keras.Variable)]
+        for variable in [*getattr(call.op, "trainable_variables", ()), *given]:
+            paths[id(variable)] = variable.path
+            users.setdefault(id(variable), {})[id(call.op)] = call.name
+    for variable, found in users.items():
+        if len(found) > 1:
+            warnings.warn(
+                f"{caller}: variable {paths[variable]!r} of model {graph.name!r} is used by "
+                f"{', '.join(map(repr, found.values()))}, which do not share it in the new model. "
+                "Call one and the same layer several times instead (for tied embeddings "
+                "keras.layers.ReversibleEmbedding).",
+                stacklevel=3,
+            )
 
 
 # --- rewriting -------------------------------------------------------------------------------
@@ -457,7 +491,9 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         with contextlib.suppress(TypeError):
             return duplicate(op, name)
     try:
-        return _from_config(op, {**op.get_config(), "name": name, **changes})
+        config = _config_of(op)
+        arrays = _without_arrays(op, config) if changes else {}
+        return _from_config(op, {**config, **arrays, "name": name, **changes})
     except Exception as error:
         if not op.weights and not changes:
             return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
@@ -467,6 +503,31 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
         ) from error
+
+
+def _config_of(op: Any) -> dict:
+    """The config of a layer; a TypeError where one made from it would lose what it is."""
+    if hasattr(op, "load_assets"):
+        raise TypeError("its vocabulary is not part of it")
+    with warnings.catch_warnings():  # what Keras says of lambdas is for those who save
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        config = op.get_config()
+    init = type(op).__init__
+    if init.__module__.partition(".")[0] != "keras":  # stock layers know what they leave out
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        parameters = [*inspect.signature(init).parameters.values()][1:]
+        missing = [p.name for p in parameters if p.kind in named and p.name not in config]
+        lost = [n for n in missing if n in vars(op)]
+        if lost:
+            raise TypeError(f"`get_config` lacks {', '.join(lost)}")
+    return config
+
+
+def _without_arrays(op: Any, config: dict) -> dict:
+    """Zeros instead of initializers that only fit the whole layer; its weights are copied anyway."""
+    found = {k: getattr(op, k, None) for k in config if k.endswith("_initializer")}
+    constant = keras.initializers.Constant
+    return {k: "zeros" for k, x in found.items() if isinstance(x, constant) and np.ndim(x.value)}
 
 
 def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) -> tuple[Any, dict]:
@@ -509,6 +570,8 @@ def _from_config(op: Any, config: dict) -> Any:
     try:
         return type(op).from_config(config)
     except (TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError):
+            return type(op).from_config(config | _live(op, config))
         parameters = inspect.signature(type(op).__init__).parameters
         base = {"name", "trainable", "dtype"}
         known = {k: v for k, v in config.items() if k in parameters or k in base}
@@ -516,6 +579,20 @@ def _from_config(op: Any, config: dict) -> Any:
         if known.keys() == config.keys() or new.get_config() != config:
             raise
         return new
+
+
+def _live(op: Any, config: dict) -> dict:
+    """The objects behind those keys of a config that stand for functions, initializers and such.
+
+    A user's own, not registered with Keras, cannot be read back from a config.
+    """
+    kinds = (
+        keras.initializers.Initializer,
+        keras.regularizers.Regularizer,
+        keras.constraints.Constraint,
+    )
+    found = {k: getattr(op, k, None) for k, v in config.items() if isinstance(v, (dict, str))}
+    return {k: x for k, x in found.items() if isinstance(x, kinds) or inspect.isfunction(x)}
 
 
 def _renamed(op: Any, name: str) -> Any:
@@ -565,6 +642,9 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
+    for old, new in pairs:
+        if new.trainable != old.trainable:  # frozen one by one
+            new.trainable = old.trainable
     return pairs
 
 

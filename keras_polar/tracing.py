@@ -133,13 +133,13 @@ def _with_sizes(reason: str, args: tuple, kwargs: dict) -> str:
     return f"unknown size: build the model on inputs with fixed sizes; {reason}"
 
 
-def function_steps(function: Callable) -> list[Step]:
-    """The operations of a function of one tensor, tried on a tensor of rank 3.
+def function_steps(function: Callable, units: int) -> list[Step]:
+    """The operations of a function of one tensor, tried on a tensor of rank 3 with so many units.
 
     Raises:
         CannotOpen: it does not run on symbolic tensors.
     """
-    x = keras.Input((3, 5))
+    x = keras.Input((3, units))
     watch = Watch(x._keras_history.operation, lambda op: False, {}, lambda op: False)
     try:
         with Reads(watch):

@@ -346,11 +346,16 @@ def add(rule: Rule, *classes: type) -> None:
 
 def rule_for(op: Any) -> Rule:
     """The rule of an operation; the one that pins everything if there is none."""
-    if getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False):
+    if any(map(_has_other_weights, op._flatten_layers() if has_parts(op) else [op])):
         return UNKNOWN
     is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
     otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see traced.py
     return _REGISTRY.get(type(op), otherwise)
+
+
+def _has_other_weights(op: Any) -> bool:
+    """Whether a layer has been quantized, or has adapters of low rank."""
+    return bool(getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False))
 
 
 def is_unknown(op: Any) -> bool:

@@ -5,12 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import KerasTensor, layers, tree
+from keras import KerasTensor, activations, layers, tree
 
 from keras_polar.graph import Call, Ref, op_class, refs_in, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for
+from keras_polar.rules.base import Kept, Rule, Site, add, find, line, rule_for
 from keras_polar.tracing import CannotOpen, Step, function_steps
 from keras_polar.units import Ids, nobody, varies
+
+ELEMENTWISE_ACTIVATIONS = frozenset(
+    getattr(activations, name)
+    for name in (
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear "
+        "log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus "
+        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
+    ).split()
+)
 
 
 class ElementwiseRule(Rule):
@@ -20,6 +29,28 @@ class ElementwiseRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         return [np.broadcast_to(site.inputs[0], site.output_shapes[0])]
+
+
+class ActivationRule(ElementwiseRule):
+    """Any function: element-wise, or it may mix the units."""
+
+    def flow(self, site: Site) -> list[Ids]:
+        why = why_mixing(site.op.activation)
+        return site.pin_all(why) if why else super().flow(site)
+
+
+class DropoutRule(ElementwiseRule):
+    """The shape of its noise may name the number of units."""
+
+    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+        ids, shape = site.outputs[0], getattr(site.op, "noise_shape", None)
+        if shape is None:
+            return {}
+        sizes = [
+            len(kept.where(line(ids, axis))) if n == ids.shape[axis] and varies(ids, axis) else n
+            for axis, n in enumerate(shape)
+        ]
+        return {"noise_shape": tuple(sizes)}
 
 
 class ClipRule(ElementwiseRule):
@@ -109,14 +140,39 @@ def cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
     return array
 
 
+def why_mixing(activation: Any) -> str:
+    """Why the units before a layer's activation (None, function or layer) stay; "" if they need not."""
+    if activation is None or is_elementwise(activation):
+        return ""
+    name = getattr(activation, "__name__", type(activation).__name__)
+    return f"activation {name!r} is not known to act element by element"
+
+
+def is_elementwise(activation: Any) -> bool:
+    """Whether an activation (function or layer) is known to act on each element alone."""
+    if isinstance(activation, layers.Activation):
+        return is_elementwise(activation.activation)
+    if isinstance(activation, layers.Layer):
+        return isinstance(find(type(activation)), ElementwiseRule)
+    return activation in ELEMENTWISE_ACTIVATIONS or acts_elementwise(activation)
+
+
 @functools.lru_cache(maxsize=256)
 def acts_elementwise(function: Callable) -> bool:
-    """Whether a function of one tensor consists of element-wise operations and scalars."""
+    """Whether a function of one tensor consists of element-wise operations and scalars.
+
+    The scalars have to be the same for any number of units.
+    """
     try:
-        steps = function_steps(function)
+        runs = [function_steps(function, units) for units in (5, 7)]
     except CannotOpen:
         return False
-    return all(_is_elementwise(step) for step in steps)
+    return _scalars(runs[0]) == _scalars(runs[1]) and all(map(_is_elementwise, runs[0]))
+
+
+def _scalars(steps: list[Step]) -> list:
+    flat = tree.flatten([(step.args, step.kwargs) for step in steps])
+    return [x for x in flat if isinstance(x, (int, float))]
 
 
 def _is_elementwise(step: Step) -> bool:
@@ -200,19 +256,18 @@ _MERGE = (
     "Where BinaryCrossentropy"
 ).split()
 
+add(ActivationRule(), layers.Activation)
+add(DropoutRule(), layers.Dropout, layers.AlphaDropout)
 add(
     ElementwiseRule(),
-    layers.Activation,
     layers.ReLU,
     layers.LeakyReLU,
     layers.ELU,
-    layers.Dropout,
     layers.SpatialDropout1D,
     layers.SpatialDropout2D,
     layers.SpatialDropout3D,
     layers.GaussianDropout,
     layers.GaussianNoise,
-    layers.AlphaDropout,
     layers.ActivityRegularization,
     layers.Identity,
     *map(op_class, _UNARY),

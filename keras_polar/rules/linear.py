@@ -5,21 +5,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import activations, layers
+from keras import layers
 
 from keras_polar.graph import Ref, op_class, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, Term, add, find
-from keras_polar.rules.elementwise import ElementwiseRule, acts_elementwise
+from keras_polar.rules.base import Kept, Rule, Site, Term, add
+from keras_polar.rules.elementwise import why_mixing
 from keras_polar.units import Ids, along, nobody
-
-ELEMENTWISE_ACTIVATIONS = frozenset(
-    getattr(activations, name)
-    for name in (
-        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear "
-        "log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus "
-        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
-    ).split()
-)
 
 
 def channel_axis(op: Any) -> int:
@@ -28,19 +19,11 @@ def channel_axis(op: Any) -> int:
     return 1 if found == "channels_first" else -1
 
 
-def is_elementwise(activation: Any) -> bool:
-    """Whether an activation (function or layer) is known to act on each element alone."""
-    if isinstance(activation, layers.Layer):
-        return isinstance(find(type(activation)), ElementwiseRule)
-    return activation in ELEMENTWISE_ACTIVATIONS or acts_elementwise(activation)
-
-
 def activated(site: Site, ids: Ids) -> list[Ids]:
     """The ids after the layer's own activation; pinned if that might mix channels."""
-    activation = getattr(site.op, "activation", None)
-    if activation is not None and not is_elementwise(activation):
-        name = getattr(activation, "__name__", type(activation).__name__)
-        site.pin(ids, f"activation {name!r} is not known to act element by element")
+    why = why_mixing(getattr(site.op, "activation", None))
+    if why:
+        site.pin(ids, why)
     return [ids]
 
 

@@ -13,7 +13,7 @@ from keras import layers, tree
 
 from keras_polar.graph import ConvLSTMCell, variable_at
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
-from keras_polar.rules.linear import is_elementwise
+from keras_polar.rules.elementwise import is_elementwise
 from keras_polar.units import along
 
 # Cell -> how many gates stand side by side in the last axis of its weights.
