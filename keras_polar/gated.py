@@ -223,9 +223,16 @@ class FollowSchedule(keras.callbacks.Callback):
         done = self._steps_done()
         # First of all callbacks, so that none saves a broken state over a good one.
         self.model.require_finite(f"in epoch {epoch + 1} (steps {self.before + 1} to {done})")
-        if not self.total:
+        is_news = not self.total
+        if is_news:
             self._announce(done + (done - self.before) * (self._epochs - epoch - 1))
-        self._settle_if_due(done)
+        if self._settle_if_due(done) and is_news:
+            warnings.warn(
+                "fit did not know how many steps there are before the first epoch was over: the "
+                "gates are settled without having been pressed. Give `fit` steps_per_epoch, or "
+                "`apply` schedule=keras_polar.Schedule(steps=n).",
+                stacklevel=2,
+            )
         self._add_to(logs)
 
     def on_train_end(self, logs: Any = None) -> None:

@@ -346,7 +346,7 @@ def _flat_names(taken: list[str], calls: list[Call]) -> dict[int, str]:
 
 
 def _output_names(wanted: list, outputs: tuple, calls: list[Call], names: dict) -> dict[int, str]:
-    """Names for the last layers of nested models: losses and metrics are given by outputs' names."""
+    """Names for the last layers of nested models: by outputs' names losses are given."""
     if len(wanted) == 1 or len(set(wanted)) < len(wanted):
         return {}
     makers: dict[int, list] = {id(c.op): [] for c in calls}
@@ -524,7 +524,7 @@ def _config_of(op: Any) -> dict:
 
 
 def _without_arrays(op: Any, config: dict) -> dict:
-    """Zeros instead of initializers that only fit the whole layer; its weights are copied anyway."""
+    """Zeros instead of initializers that only fit the whole layer: weights are copied."""
     found = {k: getattr(op, k, None) for k in config if k.endswith("_initializer")}
     constant = keras.initializers.Constant
     return {k: "zeros" for k, x in found.items() if isinstance(x, constant) and np.ndim(x.value)}
@@ -642,6 +642,9 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
+        if isinstance(new, keras.layers.RNN) and new.stateful:  # not among its variables
+            for state, value in zip(new.states, tree.flatten(old.states), strict=True):
+                state.assign(value)
     for old, new in pairs:
         if new.trainable != old.trainable:  # frozen one by one
             new.trainable = old.trainable

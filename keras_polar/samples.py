@@ -16,6 +16,9 @@ def random_inputs(model: Any, batch: int = 5, seed: int = 0) -> Any:
 
     Floats are standard normal, integers 0 or 1; unknown sizes become 32. The batch is odd: Keras
     on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels.
+
+    Raises:
+        ValueError: the model takes strings.
     """
     rng = np.random.default_rng(seed)
 
@@ -24,6 +27,10 @@ def random_inputs(model: Any, batch: int = 5, seed: int = 0) -> Any:
         dtype = keras.backend.standardize_dtype(x.dtype)
         if "float" in dtype:
             return rng.standard_normal(shape).astype("float32")
+        if dtype == "string":
+            raise ValueError(
+                f"Input {x.name!r} takes strings, of which there are no random ones: pass inputs."
+            )
         return rng.integers(0, 2, shape).astype(dtype)
 
     # A Sequential model has no `input` of its own before it is called.

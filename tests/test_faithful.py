@@ -162,6 +162,18 @@ def test_single_frozen_variable_stays_frozen():
         assert "frozen/bias" not in [v.path for v in other.trainable_variables]
 
 
+def test_state_of_a_recurrent_layer_goes_along():
+    inputs = keras.Input(batch_shape=(4, 5, 6))
+    x = layers.GRU(8, stateful=True)(layers.Dense(8, "relu")(inputs))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(8, "relu")(x)))
+    x = RNG.standard_normal((4, 5, 6)).astype("float32")
+    model(x)
+    gated = keras_polar.apply(model, 0.3)
+    assert difference(model, gated, x) < 1e-5
+    gated.settle()
+    keras_polar.convert(gated, verify=x)
+
+
 class Tied(layers.Layer):
     def __init__(self, table=None, **kwargs):
         super().__init__(**kwargs)
@@ -215,6 +227,10 @@ def test_adapted_vocabulary_stays():
     gated = keras_polar.apply(model, 0.3)
     np.testing.assert_allclose(gated(tf.constant(words)), model(tf.constant(words)), atol=1e-6)
     assert keras_polar.remove(model, {"d": [0]})(tf.constant(words)).shape == (4, 2)
+    gated.settle()
+    keras_polar.convert(gated, verify=tf.constant(words))
+    with pytest.raises(ValueError, match="strings"):
+        keras_polar.convert(gated, verify=True)
 
 
 def test_pipeline_of_augmentations():
@@ -242,6 +258,19 @@ def test_masks_set_by_hand_end_the_pressure():
     gated.compile(keras.optimizers.SGD(0.0), "mse")
     history = gated.fit(X, Y, epochs=5, batch_size=4, verbose=0, validation_data=(X, Y)).history
     np.testing.assert_allclose(history["loss"], history["val_loss"], rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="data of tf.data")
+def test_gates_that_were_never_pressed_are_said():
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4).filter(lambda x, y: True)
+    gated = keras_polar.apply(mlp(), 0.4)
+    gated.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="without having been pressed"):
+        gated.fit(data, epochs=1, shuffle=False, verbose=0)
+    assert gated.settled
 
 
 def test_muon_goes_on_with_the_smaller_network():

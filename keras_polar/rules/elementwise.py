@@ -141,7 +141,7 @@ def cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
 
 
 def why_mixing(activation: Any) -> str:
-    """Why the units before a layer's activation (None, function or layer) stay; "" if they need not."""
+    """Why the units before an activation (None, function or layer) stay; "" if they need not."""
     if activation is None or is_elementwise(activation):
         return ""
     name = getattr(activation, "__name__", type(activation).__name__)
