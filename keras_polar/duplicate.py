@@ -11,8 +11,15 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
+# What a layer is configured with, besides numbers, names and functions.
+SETTINGS = (
+    keras.initializers.Initializer,
+    keras.regularizers.Regularizer,
+    keras.constraints.Constraint,
+)
 # What a layer's attributes may refer to without owning it.
 _SHARED = (
+    *SETTINGS,
     type,
     types.ModuleType,
     types.FunctionType,
@@ -20,9 +27,6 @@ _SHARED = (
     types.MethodType,
     keras.KerasTensor,
     keras.DTypePolicy,
-    keras.initializers.Initializer,
-    keras.regularizers.Regularizer,
-    keras.constraints.Constraint,
     DynamicBackend,
 )
 

@@ -286,10 +286,9 @@ class FollowSchedule(keras.callbacks.Callback):
 
     def finish(self) -> None:
         """The gated model stands for itself again."""
-        if self.compaction is not None:
-            if self.model.stand_in is not None:
-                self.model.stand_in.leave()
-            self.compaction = None
+        if self.model.stand_in is not None:
+            self.model.stand_in.leave()
+        self.compaction = None
 
     def _add_to(self, logs: Any) -> None:
         """Puts into the epoch's logs what the metrics of the consensus cannot say."""

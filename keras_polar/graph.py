@@ -26,7 +26,7 @@ from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
-from keras_polar.duplicate import duplicate
+from keras_polar.duplicate import SETTINGS, duplicate
 from keras_polar.merging import Opened, with_attributes
 from keras_polar.opening import open_layer, run_functional
 from keras_polar.tracing import CannotOpen, Step, exact_shapes
@@ -369,17 +369,16 @@ def unused(name: str, used: set) -> str:
 
 def warn_of_ties(graph: Graph, caller: str) -> None:
     """Warns of trained variables that several operations use: a new model has one for each."""
-    users: dict[int, dict] = {}
-    paths: dict[int, str] = {}
+    users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
         given = [x for x in tree.flatten((call.args, call.kwargs)) if isinstance(x, keras.Variable)]
         for variable in [*getattr(call.op, "trainable_variables", ()), *given]:
-            paths[id(variable)] = variable.path
-            users.setdefault(id(variable), {})[id(call.op)] = call.name
-    for variable, found in users.items():
+            _, found = users.setdefault(id(variable), (variable.path, {}))
+            found[id(call.op)] = call.name
+    for path, found in users.values():
         if len(found) > 1:
             warnings.warn(
-                f"{caller}: variable {paths[variable]!r} of model {graph.name!r} is used by "
+                f"{caller}: variable {path!r} of model {graph.name!r} is used by "
                 f"{', '.join(map(repr, found.values()))}, which do not share it in the new model. "
                 "Call one and the same layer several times instead (for tied embeddings "
                 "keras.layers.ReversibleEmbedding).",
@@ -515,7 +514,7 @@ def _config_of(op: Any) -> dict:
     init = type(op).__init__
     if init.__module__.partition(".")[0] != "keras":  # stock layers know what they leave out
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = [*inspect.signature(init).parameters.values()][1:]
+        parameters = inspect.signature(init).parameters.values()
         missing = [p.name for p in parameters if p.kind in named and p.name not in config]
         lost = [n for n in missing if n in vars(op)]
         if lost:
@@ -586,13 +585,8 @@ def _live(op: Any, config: dict) -> dict:
 
     A user's own, not registered with Keras, cannot be read back from a config.
     """
-    kinds = (
-        keras.initializers.Initializer,
-        keras.regularizers.Regularizer,
-        keras.constraints.Constraint,
-    )
     found = {k: getattr(op, k, None) for k, v in config.items() if isinstance(v, (dict, str))}
-    return {k: x for k, x in found.items() if isinstance(x, kinds) or inspect.isfunction(x)}
+    return {k: x for k, x in found.items() if isinstance(x, SETTINGS) or inspect.isfunction(x)}
 
 
 def _renamed(op: Any, name: str) -> Any:

@@ -346,11 +346,13 @@ def add(rule: Rule, *classes: type) -> None:
 
 def rule_for(op: Any) -> Rule:
     """The rule of an operation; the one that pins everything if there is none."""
-    if any(map(_has_other_weights, op._flatten_layers() if has_parts(op) else [op])):
-        return UNKNOWN
     is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
     otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see traced.py
-    return _REGISTRY.get(type(op), otherwise)
+    rule = _REGISTRY.get(type(op), otherwise)
+    if rule is UNKNOWN:
+        return rule
+    parts = op._flatten_layers() if has_parts(op) else [op]
+    return UNKNOWN if any(map(_has_other_weights, parts)) else rule
 
 
 def _has_other_weights(op: Any) -> bool:

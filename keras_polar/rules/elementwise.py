@@ -43,13 +43,10 @@ class DropoutRule(ElementwiseRule):
     """The shape of its noise may name the number of units."""
 
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
-        ids, shape = site.outputs[0], getattr(site.op, "noise_shape", None)
+        ids, shape = site.outputs[0], site.op.noise_shape
         if shape is None:
             return {}
-        sizes = [
-            len(kept.where(line(ids, axis))) if n == ids.shape[axis] and varies(ids, axis) else n
-            for axis, n in enumerate(shape)
-        ]
+        sizes = [kept.size(ids, i) if n == ids.shape[i] else n for i, n in enumerate(shape)]
         return {"noise_shape": tuple(sizes)}
 
 

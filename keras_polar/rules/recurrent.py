@@ -13,7 +13,7 @@ from keras import layers, tree
 
 from keras_polar.graph import ConvLSTMCell, variable_at
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
-from keras_polar.rules.elementwise import is_elementwise
+from keras_polar.rules.elementwise import why_mixing
 from keras_polar.units import along
 
 # Cell -> how many gates stand side by side in the last axis of its weights.
@@ -77,12 +77,11 @@ class RecurrentRule(Rule):
         if op.stateful:
             return "keeps its state from batch to batch"
         functions = [
-            f for c in cells for f in (c.activation, getattr(c, "recurrent_activation", 0))
+            f for c in cells for f in (c.activation, getattr(c, "recurrent_activation", None))
         ]
-        unknown = [f for f in functions if f and not is_elementwise(f)]
-        if unknown:
-            name = getattr(unknown[0], "__name__", type(unknown[0]).__name__)
-            return f"activation {name!r} is not known to act element by element"
+        mixing = next(filter(None, map(why_mixing, functions)), "")
+        if mixing:
+            return mixing
         if len({units_of(cell) for cell in cells}) > 1:
             return "has a different width in each direction"
         return ""
