@@ -7,6 +7,7 @@ The data are downloaded on first use; `--data_dir` points to a folder where they
 `--smoke` ends in under two minutes on two cores and shows that everything works, no more.
 """
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -15,10 +16,12 @@ import keras
 import models
 import numpy as np
 import reporting
-import tensorflow as tf
 from absl import app, flags, logging
 
 import keras_polar
+
+with contextlib.suppress(ImportError):  # benchmarks on JAX have their own pipeline
+    import tensorflow as tf
 
 CLASSES = 10
 IMAGE_SHAPE = (32, 32, 3)

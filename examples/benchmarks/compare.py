@@ -7,6 +7,11 @@ Every run leaves a JSON file in --results_dir and is not repeated, so that an in
 goes on where it stopped. Test images are only looked at after the last epoch. To choose a recipe,
 `--evaluate_on=held_out` looks at the last 10,000 training images instead, which no run trains on.
 
+With KERAS_BACKEND=jax, each epoch is one compiled program, which keeps a GPU busy (on_device.py).
+TensorFlow is not needed then, if `packed.py` has made a file of the data: `--packed=FILE`.
+Networks may be measured as files elsewhere: `--models_dir=FOLDER` saves them, and on a machine with
+TensorFlow the same command adds what the results lack.
+
 Methods:
   dense      the whole network
   narrow     a uniformly narrower network of the same cost, from scratch: the one to beat
@@ -32,6 +37,7 @@ Methods:
              the extra qat)
 """
 
+import bisect
 import dataclasses
 import functools
 import json
@@ -43,7 +49,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,6 +57,7 @@ import cifar10
 import comparison
 import magnitude
 import models
+import packed
 import reporting
 
 import keras_polar
@@ -66,7 +72,13 @@ POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
 HELD_OUT = 10_000  # training images
 SAMPLE = 512  # training images that a criterion may look at
 
+ON_JAX = keras.backend.backend() == "jax"
+if ON_JAX:
+    import on_device
+
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
+_PACKED = flags.DEFINE_string("packed", None, "File that packed.py made, instead of the folder.")
+_MODELS = flags.DEFINE_string("models_dir", None, "Folder for trained networks; none: not kept.")
 _RESULTS = flags.DEFINE_string(
     "results_dir", str(Path(__file__).parent / "results"), "Folder of the JSON files."
 )
@@ -179,9 +191,9 @@ class Trainer:
 
     def __init__(self, setting, data, seed):
         self.setting, self.macs, self.rng = setting, 0, np.random.default_rng(seed)
-        images, labels = (x[:SAMPLE] for x in data)
-        self.sample = cifar10.normalise(images), labels
-        self.data = cifar10.training_pipeline(*data, batch_size=setting.batch_size, seed=seed)
+        self.sample = [x[:SAMPLE] for x in data]
+        make = on_device.Examples if ON_JAX else cifar10.training_pipeline
+        self.data = make(*data, batch_size=setting.batch_size, seed=seed)
 
     def __call__(self, model, first=0, last=None, epochs=None, penalty=None, gain=1.0):
         """Fits `model` from epoch `first` to before `last`, of `epochs` that the rate decays in.
@@ -200,7 +212,10 @@ class Trainer:
         # A backward pass costs about two forward ones. Counted first: once branches are closed,
         # the cost of a gated model is without them.
         self.macs += 3 * _macs(model) * setting.train_images * (last - first)
-        model.fit(self.data, epochs=last, initial_epoch=first, verbose=2)
+        if ON_JAX:
+            on_device.fit(model, self.data, first, last)
+        else:
+            model.fit(self.data, epochs=last, initial_epoch=first, verbose=2)
         return model
 
 
@@ -228,22 +243,33 @@ def narrow_longer(trainer, setting):
 
 def _narrow(setting):
     """A uniformly narrower network, as close to the wanted cost as widths go."""
+    return setting.build(_narrow_width(setting))
+
+
+@functools.cache
+def _narrow_width(setting):
     stem = setting.build().get_layer("stem" if "vgg" not in setting.model else "stage1_conv1")
-    return _closest(setting, map(setting.build, range(1, int(stem.filters) + 1)))
+    wanted, costs = _wanted(setting), {}
+
+    def cost(width):
+        costs[width] = _cost(setting.build(width), setting.measure)
+        return costs[width]
+
+    bisect.bisect_left(range(1, int(stem.filters) + 1), wanted, key=cost)
+    return min(costs, key=lambda width: abs(costs[width] - wanted))
+
+
+def _wanted(setting):
+    return (1 - setting.sparsity) * _cost(setting.build(), setting.measure)
 
 
 def shallow(trainer, setting):
     if not setting.model.startswith("resnet"):
         raise app.UsageError(f"shallow: depths of ResNets are known, received {setting.model}.")
     depths = (name for name in models.BUILDERS if name.startswith("resnet"))
-    settings = (dataclasses.replace(setting, model=name) for name in depths)
-    return trainer(_closest(setting, (own.build() for own in settings)))
-
-
-def _closest(setting, networks):
-    """The one whose cost comes closest to what the pruned network may cost."""
-    wanted = (1 - setting.sparsity) * _cost(setting.build(), setting.measure)
-    return min(networks, key=lambda model: abs(_cost(model, setting.measure) - wanted))
+    networks = (dataclasses.replace(setting, model=name).build() for name in depths)
+    wanted = _wanted(setting)
+    return trainer(min(networks, key=lambda net: abs(_cost(net, setting.measure) - wanted)))
 
 
 def _cost(model, measure):
@@ -255,10 +281,20 @@ def gated(trainer, setting, **options):
     own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
     own |= {"schedule": setting.course, **options}
     model = keras_polar.apply(full, setting.sparsity, **own)
+    if ON_JAX:
+        return _in_two_parts(trainer, setting, model)
     small = keras_polar.convert(trainer(model), verify=True)
     if options.get("compact", True):
         trainer.macs *= setting.effort(_macs(small) / _macs(full))
     return small
+
+
+def _in_two_parts(trainer, setting, model):
+    """What `fit` does in one on TensorFlow, up to the optimiser's momentum at the settle step."""
+    then = setting.epochs_until_cut
+    model.consensus.steps.assign(setting.epochs * setting.steps_per_epoch)
+    trainer(model, last=then).settle()
+    return trainer(keras_polar.convert(model, verify=True), first=then)
 
 
 def magnitude_pruned(trainer, setting):
@@ -363,11 +399,13 @@ def relevance(model, layer, trainer):
 
     For networks of ReLU that is layer-wise relevance propagation (LRP-0).
     """
+    import tensorflow as tf
+
     images, labels = trainer.sample
     units = model.get_layer(f"{layer}_bn").output
     probe = keras.Model(model.inputs, [units, model.output])
     with tf.GradientTape() as tape:
-        found, logits = probe(images)
+        found, logits = probe(cifar10.normalise(images))
         wanted = tf.reduce_sum(tf.gather(logits, labels, batch_dims=1))
     shares = tf.reduce_sum(found * tape.gradient(wanted, found), axis=(1, 2))
     return tf.reduce_mean(tf.abs(shares), axis=0).numpy()
@@ -447,23 +485,29 @@ def result_of(method, setting, seed, data):
     full = keras_polar.cost(setting.build())
     trainer = Trainer(setting, train, seed)
     model = METHODS[method](trainer, setting)
-    cifar10.compile_classifier(model, 0.0)
-    batches = cifar10.evaluation_pipeline(*test, batch_size=500)
     cost = keras_polar.cost(model)
     return {
         "method": method,
         "seed": seed,
+        "backend": keras.backend.backend(),
         **dataclasses.asdict(setting),
-        "accuracy": cifar10.accuracy(model, batches),
+        "accuracy": _accuracy(model, *test),
         "weights": cost.weights,
         "macs": cost.macs,
         "kept_weights": cost.weights / full.weights,
         "kept_macs": cost.macs / full.macs,
         "nonzero": magnitude.nonzero(model),
         "training_macs": trainer.macs,
-        **_as_file(setting, model),
+        **({} if ON_JAX else _as_file(setting, model)),
         "layers": {r.name: r.units for r in cost.rows if r.units},
-    }
+    }, model
+
+
+def _accuracy(model, images, labels):
+    if ON_JAX:
+        return on_device.accuracy(model, images, labels)
+    cifar10.compile_classifier(model, 0.0)
+    return cifar10.accuracy(model, cifar10.evaluation_pipeline(images, labels, batch_size=500))
 
 
 def _as_file(setting, model):
@@ -500,21 +544,37 @@ def result_path(folder, method, setting, seed):
 def run_all(setting, data):
     """Runs what has not been run; one seed after the other, so that early tables make sense."""
     folder = Path(_RESULTS.value)
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in filter(None, (folder, _MODELS.value)):
+        Path(made).mkdir(parents=True, exist_ok=True)
     for seed in map(int, _SEEDS.value):
         for method in _METHODS.value:
             path = result_path(folder, method, setting, seed)
+            kept = _MODELS.value and Path(_MODELS.value) / f"{path.stem}.keras"
             if path.exists():
+                _measure_missing_file(path, setting, kept)
                 continue
             print(f"{path.stem}: running", flush=True)
-            result = _trained_before(method, setting, seed) or result_of(
-                method, setting, seed, data
-            )
-            text = json.dumps(result, indent=2)
-            draft = path.with_suffix(".draft")
-            draft.write_text(text + "\n", encoding="utf-8")
-            os.replace(draft, path)
+            result = _trained_before(method, setting, seed)
+            if result is None:
+                result, model = result_of(method, setting, seed, data)
+                if kept:
+                    model.save(kept)
+            _write(path, result)
             keras.backend.clear_session()
+
+
+def _write(path, result):
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _measure_missing_file(path, setting, kept):
+    """Adds the size and latency of the .tflite file to a result of a machine that makes none."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not ON_JAX and kept and kept.exists() and "tflite_bytes" not in result:
+        model = keras.saving.load_model(kept, compile=False)
+        _write(path, result | _as_file(setting, model))
 
 
 def _trained_before(method, setting, seed):
@@ -541,6 +601,8 @@ def load(setting):
     """Images and labels to train on, and others to evaluate on."""
     if _FAKE_DATA.value:
         train, test = cifar10.fake_cifar10(seed=0)
+    elif _PACKED.value:
+        train, test = packed.read(_PACKED.value)
     else:
         train, test = cifar10.load_cifar10(_DATA_DIR.value)
     if setting.evaluate_on == "held_out":

@@ -75,8 +75,8 @@ def name(run):
 def _row(runs):
     mean = {k: np.mean([r[k] for r in runs]) for k, v in runs[0].items() if type(v) in (int, float)}
     kept = [f"{100 * mean[k]:.1f} %" for k in ("kept_weights", "nonzero", "kept_macs")]
-    effort, size = mean["training_macs"] / 1e12, mean["tflite_bytes"] / 1e3
-    time = f"{mean['tflite_latency_ratio']:.2f} x"
+    effort, size = mean["training_macs"] / 1e12, mean.get("tflite_bytes", np.nan) / 1e3
+    time = f"{mean.get('tflite_latency_ratio', np.nan):.2f} x"
     accuracies, seeds = spread(runs), str(len(runs))
     return (name(runs[0]), accuracies, seeds, *kept, f"{effort:.1f}", f"{size:.0f}", time)
 
