@@ -4,6 +4,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from keras_polar.precision import full_precision
+
 FILE_WIDTH = 200  # characters of a table that goes to a file
 # Measurement -> its row's label and its format; the rows come in this order.
 ROWS = {
@@ -54,6 +56,7 @@ def print_table(title, columns, rows, caption=None):
     console.print(table)
 
 
+@full_precision()
 def certificate(gated, small, images):
     """Largest |gated - small| over the outputs for `images`, and the largest |output|."""
     before = gated.predict(images, verbose=0)

@@ -24,6 +24,7 @@ from keras_polar.graph import (
 )
 from keras_polar.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
+from keras_polar.precision import full_precision
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.base import inner_vector
 from keras_polar.samples import difference, random_inputs
@@ -248,6 +249,7 @@ def small_twin(gated: Any) -> tuple[keras.Model, "Cutter"]:
     return rebuild(coupling.graph, cutter.visit, keras.Model), cutter
 
 
+@full_precision()
 def check_certificate(
     gated: Any, small: Any, inputs: Any = True, explain: Callable | None = None
 ) -> float:

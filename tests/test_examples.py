@@ -1,8 +1,11 @@
 """The examples run to their end and leave what they promise."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -51,6 +54,14 @@ def test_overhead_benchmark(tmp_path):
     assert set(json.loads(path.read_text())) == names
 
 
+# Runs a script where packages (with commas between) are missing.
+ALONE = """
+import runpy, sys
+missing, script, *sys.argv[1:] = sys.argv[1:]
+sys.modules |= dict.fromkeys(missing.split(","))
+runpy.run_path(script, run_name="__main__")
+"""
+
 COMPARED = {
     *("dense", "narrow", "narrow_longer", "shallow", "dynamic", "static", "both", "masked"),
     *("random", "l1", "three_stage", "slimming", "polarized_slimming", "density", "gradual"),
@@ -84,6 +95,55 @@ def test_comparison(tmp_path):
     assert effort["masked"] == dense["training_macs"] < effort["three_stage"]
 
 
+def packed(path, **images):
+    """A file as `packed.py` writes it, of noise."""
+    from PIL import Image
+
+    rng, arrays = np.random.default_rng(0), {}
+    for split, count in images.items():
+        files = [io.BytesIO() for _ in range(count)]
+        for file in files:
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), "uint8")).save(file, "PNG")
+        encoded = [file.getvalue() for file in files]
+        arrays[f"{split}_bytes"] = np.frombuffer(b"".join(encoded), "uint8")
+        arrays[f"{split}_lengths"] = [len(e) for e in encoded]
+        arrays[f"{split}_labels"] = rng.integers(0, 10, count)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("jax"), reason="trains on JAX")
+def test_comparison_on_jax_without_tensorflow(tmp_path):
+    packed(tmp_path / "data.npz", train=128, test=50)
+    arguments = (
+        *("--model=resnet8", "--width=8", "--image_size=8", "--epochs=5", "--batch_size=64"),
+        *("--train_images=128", "--test_images=50", "--seeds=0", "--measure=macs"),
+        *("--methods=dense,static,l1", f"--packed={tmp_path}/data.npz"),
+        *(f"--results_dir={tmp_path}/results", f"--models_dir={tmp_path}/models"),
+    )
+
+    def results():
+        found = map(json.loads, map(Path.read_text, (tmp_path / "results").glob("*.json")))
+        return {r["method"]: r for r in found}
+
+    script = EXAMPLES / "benchmarks/compare.py"
+    command = [sys.executable, "-c", ALONE, "tensorflow", script, *arguments]
+    on_jax = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(script.parent)}
+    subprocess.run(command, check=True, capture_output=True, env=on_jax)
+    trained = results()
+    full = trained["dense"]["training_macs"]
+    for method in ("static", "l1"):
+        kept = trained[method]["kept_macs"]
+        assert kept == pytest.approx(0.5, abs=0.02)
+        assert trained[method]["training_macs"] == pytest.approx((0.4 + 0.6 * kept) * full)
+    assert all("tflite_bytes" not in r for r in trained.values())
+    run("benchmarks/compare.py", *arguments)  # measures the files, trains nothing
+    for method, result in results().items():
+        sizes = result.pop("tflite_bytes"), result.pop("tflite_latency_ratio")
+        assert min(sizes) > 0
+        assert result == trained[method]
+
+
 @pytest.mark.slow
 def test_latency_benchmark(tmp_path):
     folders = f"--output_dir={tmp_path}", f"--files={tmp_path}/files"
@@ -99,19 +159,11 @@ def test_latency_benchmark(tmp_path):
 
 # --- deploy ----------------------------------------------------------------------------------
 
-# Stands between the script and everything but numpy and the LiteRT runtime.
-ALONE = """
-import runpy, sys
-for name in ("tensorflow", "keras", "keras_polar", "absl", "PIL"):
-    sys.modules[name] = None
-script, *sys.argv[1:] = sys.argv[1:]
-runpy.run_path(script, run_name="__main__")
-"""
-
 
 def classify(*arguments):
     script = EXAMPLES / "deploy" / "classify.py"
-    command = [sys.executable, "-c", ALONE, str(script), *map(str, arguments)]
+    missing = "tensorflow,keras,keras_polar,absl,PIL"
+    command = [sys.executable, "-c", ALONE, missing, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -59,12 +59,18 @@ The methods:
 def page(runs):
     """The whole document; pictures are named, not drawn."""
     text = INTRODUCTION + _methods(runs)
-    for network, own in comparison.grouped(runs, comparison.TRAINING):
+    for network, own in _networks(runs):
         text += f"\n## {_title(network)}\n\n![Accuracy against what is kept]({_picture(network)})\n"
         pruned = [r for r in own if r["method"] != "dense"]
         for target, _ in comparison.grouped(pruned, comparison.TARGET):
             text += _section(own, network | target)
     return text
+
+
+def _networks(runs):
+    """Pairs of a network with its training, and its runs; those of which something was removed."""
+    pairs = comparison.grouped(runs, comparison.TRAINING)
+    return [pair for pair in pairs if {r["method"] for r in pair[1]} != {"dense"}]
 
 
 def _methods(runs):
@@ -146,7 +152,7 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     folder, runs = Path(_FOLDER.value), comparison.load(flags.FLAGS.results_dir)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for network, own in comparison.grouped(runs, comparison.TRAINING):
+    for network, own in _networks(runs):
         draw(own, _title(network)).savefig(folder / _picture(network), dpi=120)
     (folder / "comparison.md").write_text(page(runs), encoding="utf-8")
 

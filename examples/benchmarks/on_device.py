@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from keras_polar.precision import full_precision
+
 HOST, DEVICE = jax.local_devices(backend="cpu")[0], jax.local_devices()[0]
 # Whatever is not a whole epoch stays on the host: a GPU takes longer to compile than to compute it.
 jax.config.update("jax_default_device", HOST)
@@ -59,6 +61,7 @@ def _trained(model, state, examples, epochs):
     return state
 
 
+@full_precision()
 def accuracy(model, images, labels, batch_size=500):
     """Share of images that get their label, by a model of logits in inference mode."""
     state = _values(_variables(model))

@@ -11,6 +11,7 @@ from keras_polar.litert.data import Samples, fixed_batch
 from keras_polar.litert.report import Comparison, TensorInfo
 from keras_polar.litert.run import interpreter, run_batches, signature_runner, tensor_infos
 from keras_polar.litert.write import output_names, signature_names
+from keras_polar.precision import full_precision
 
 _BATCH = 64
 
@@ -46,6 +47,7 @@ def signature(core: Any, path: Path) -> tuple[tuple[TensorInfo, ...], tuple[Tens
     return inputs, tensor_infos(runner.get_output_details(), output_names(core))
 
 
+@full_precision()
 def keras_outputs(core: Any, samples: Samples) -> list[np.ndarray]:
     """The model's outputs in inference mode, in the order of `core.outputs`."""
     size = fixed_batch(core) or _BATCH

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_polar.graph import Call, Graph, fill, op_class, refs_in, to_numpy
+from keras_polar.precision import full_precision
 from keras_polar.rules import read
 from keras_polar.samples import random_inputs
 
@@ -134,6 +135,7 @@ FLOAT_PATH = (
 )
 
 
+@full_precision()
 def _check_equal(model: Any, twin: Any) -> None:
     inputs = random_inputs(model)
     found = _difference(model, twin, inputs)
