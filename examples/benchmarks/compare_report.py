@@ -48,8 +48,9 @@ optimiser (SGD, Nesterov momentum 0.9, cosine decay), epochs and seeds. *weights
 left of the dense network's weights and multiply-accumulates. *not zero*: share of the weights that
 are left and not zero. *training TMACs*: 10^12 multiply-accumulates spent on the whole training, a
 backward pass counted as two forward passes. *latency*: of the float32 .tflite file on one thread,
-over the dense one's, measured in turns. The runs of keras_polar with 3,200 images and 12 epochs are
-older than its present warm-up and shares.
+over the dense one's, measured in turns. All runs are of TensorFlow on CPUs but those with 50,000
+images, which are of JAX on an H100 (products rounded to TF32). The runs of keras_polar with 3,200
+images and 12 epochs are older than its present warm-up and shares.
 
 The methods:
 
