@@ -12,7 +12,7 @@ INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
 # What runs on every backend of Keras.
-ANYWHERE := $(addprefix tests/test_,backends.py gradients.py fit_variants.py distribute.py)
+ANYWHERE := $(addprefix tests/test_,backends.py gradients.py fit_variants.py distribute.py precision.py)
 # PyPI's build for Linux brings CUDA along; another one: `make test-torch TORCH=torch==2.13.0+cpu`.
 TORCH ?= torch
 
@@ -66,7 +66,7 @@ test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax test-torch ## 
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
-	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE)
+	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE) tests/test_compaction.py
 
 test-torch: $(INSTALLED_TORCH)
 	KERAS_BACKEND=torch $(RUN) -m pytest -m "not slow" $(ANYWHERE)
