@@ -76,9 +76,9 @@ def apply(
             be reached).
         schedule: a `keras_polar.Schedule`; None for the default.
         compact: once the consensus is settled, `fit` goes on with the smaller network, its
-            optimizer cut along with it, so that the rest of the run costs less (TensorFlow
-            only; other backends train the masked network). The gated model is up to date after
-            every epoch.
+            optimizer cut along with it, so that the rest of the run costs less (on TensorFlow
+            and JAX; PyTorch trains the masked network). The gated model is up to date after every
+            epoch.
         latency_table: for `measure="latency"`: a `keras_polar.LatencyTable` of the device, or the
             path of one. None measures on this machine what the user's cache does not hold yet
             (TensorFlow only; minutes for a large model), with `keras_polar.latency_table`.

@@ -6,6 +6,7 @@ weights, steps and learning rate are the very same variables. For optimizers tha
 weight by itself the run goes on as it would have, to float32 round-off.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +19,10 @@ from keras_polar.graph import to_numpy
 
 # The steps that Keras compiles once and keeps in these attributes of a model.
 _FUNCTIONS = ("train_function", "test_function", "predict_function")
+
+# What JAX makes them of. It would take one method of one model for one function, whatever network
+# trains, and go on with the constants of an earlier one.
+_STEPS = ("train_step", "test_step")
 
 
 class CannotCompact(Exception):
@@ -41,7 +46,9 @@ class Compaction:
     def __init__(self, gated: Any) -> None:
         self.gated, self.masks, self.sparsity = gated, _masks(gated), gated.sparsity
         self.functions: list = [None] * len(_FUNCTIONS)
-        with gated.distribute_strategy.scope():
+        self.steps = {name: _own(getattr(gated, name)) for name in _STEPS}
+        _refuse_sharded()
+        with _scope(gated):
             try:
                 self.model, cutter = small_twin(gated)
             except (TypeError, ValueError) as error:
@@ -66,6 +73,7 @@ class Compaction:
             piece.part.assign(piece.cut(to_numpy(piece.whole)))
         self.gated.optimizer, self.gated.stand_in = self.part, self
         self._swap_functions()
+        self.gated.__dict__.update(self.steps)
 
     def leave(self) -> None:
         """The gated model takes over, from where the sub-network is."""
@@ -73,6 +81,8 @@ class Compaction:
             piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
         self.gated.optimizer, self.gated.stand_in = self.whole, None
         self._swap_functions()
+        for name in self.steps:
+            del self.gated.__dict__[name]
 
     def _swap_functions(self) -> None:
         """Each of the two has compiled steps of its own."""
@@ -80,6 +90,22 @@ class Compaction:
         for name, function in zip(_FUNCTIONS, self.functions, strict=True):
             setattr(self.gated, name, function)
         self.functions = others
+
+
+def _refuse_sharded() -> None:
+    if isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel):
+        raise CannotCompact("keras.distribution.ModelParallel shards its variables by their sizes")
+
+
+def _own(method: Callable) -> Callable:
+    """The same under an identity of its own."""
+    return lambda *args, **kwargs: method(*args, **kwargs)
+
+
+def _scope(gated: Any) -> contextlib.AbstractContextManager:
+    """Where the gated model's variables were made, so that those of its part are of their kind."""
+    strategy = getattr(gated, "distribute_strategy", None)  # Keras on TensorFlow has it
+    return strategy.scope() if strategy is not None else contextlib.nullcontext()
 
 
 def _masks(gated: Any) -> list[np.ndarray]:

@@ -176,9 +176,31 @@ class GatedModel(keras.Model):
         self.consensus.count_settled(self.stand_in.sparsity, bool(kwargs.get("training")))
         return self.stand_in.model(*args, **kwargs)
 
+    def stateless_call(
+        self, trained: list, others: list, *args: Any, return_losses: bool = False, **kwargs: Any
+    ) -> tuple:
+        """What JAX calls; Keras' own would not come by `__call__`."""
+        if self.stand_in is None:
+            return super().stateless_call(
+                trained, others, *args, return_losses=return_losses, **kwargs
+            )
+        variables = *self.trainable_variables, *self.non_trainable_variables
+        mapping = list(zip(variables, (*trained, *others), strict=True))
+        with keras.StatelessScope(mapping, collect_losses=return_losses) as scope:
+            outputs = self(*args, **kwargs)
+            losses = [self.losses] if return_losses else []
+        others = [scope.get_current_value(v) for v in self.non_trainable_variables]
+        return outputs, others, *losses
+
     @property
     def losses(self) -> list:
         return super().losses if self.stand_in is None else self.stand_in.model.losses
+
+    @property
+    def variables(self) -> list:
+        if self.stand_in is None:
+            return super().variables
+        return [*self.stand_in.model.variables, *self.consensus.variables]
 
     @property
     def trainable_weights(self) -> list:
@@ -199,7 +221,7 @@ class FollowSchedule(keras.callbacks.Callback):
         super().__init__()
         self.total = 0
         self.compaction: Compaction | None = None
-        self.is_in_vain = keras.backend.backend() != "tensorflow"  # JAX keeps state elsewhere
+        self.is_in_vain = keras.backend.backend() == "torch"
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # Not when training begins: BackupAndRestore loads its state only then.

@@ -13,6 +13,7 @@ from keras_polar.compaction import Compaction
 from keras_polar.graph import to_numpy
 from keras_polar.samples import difference
 
+BACKEND = keras.backend.backend()
 optimizers = keras.optimizers
 LONG = keras_polar.Schedule(steps=10_000)  # settles later than these tests run
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -56,7 +57,7 @@ def plain():
 def gated_model(optimizer, build=plain, compact=True, seed=0, **options):
     keras.utils.set_random_seed(seed)
     gated = keras_polar.apply(build(), 0.3, gate="static", compact=compact, **options)
-    gated.compile(optimizer, LOSS, metrics=["accuracy"], jit_compile=False)
+    gated.compile(optimizer, LOSS, metrics=["accuracy"], jit_compile=BACKEND == "jax")
     return gated
 
 
@@ -77,6 +78,8 @@ QUICK = ("momentum", "adamw", "ema", "loss_scale")
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
 )
 def test_the_run_goes_on_as_it_would_have(name):
+    if (BACKEND, name) == ("jax", "ema"):
+        pytest.skip("on JAX, Keras fits no model twice with an average of its weights")
     x, y = images()
     runs = []
     for compact in (True, False):
@@ -99,6 +102,7 @@ def _all(gated):
     return [*gated.variables, *gated.optimizer.variables]
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="written with TensorFlow")
 @pytest.mark.parametrize("build", [plain, small_resnet])
 def test_loss_and_gradients_before_and_after_the_switch(build):
     import tensorflow as tf
@@ -170,9 +174,10 @@ def test_one_fit_without_a_seam(tmp_path):
     assert {len(v) for v in history.values()} == {8}
     assert float(to_numpy(gated.optimizer.learning_rate)) == pytest.approx(1e-2 / 2**7)
     assert int(to_numpy(gated.optimizer.iterations)) == 48
-    for name in ("sparsity", "val_sparsity"):
-        assert history[name][-1] == pytest.approx(gated.sparsity, abs=1e-5)
-    assert history["val_polarization"][-1] == 1
+    assert history["sparsity"][-1] == pytest.approx(gated.sparsity, abs=1e-5)
+    if gated.consensus.has_metrics:
+        assert history["val_sparsity"][-1] == pytest.approx(gated.sparsity, abs=1e-5)
+        assert history["val_polarization"][-1] == 1
     small = keras_polar.convert(gated, verify=x[:16])
     small.compile(loss=LOSS)
     assert small.evaluate(x[192:], y[192:], verbose=0) == pytest.approx(
@@ -248,6 +253,29 @@ def test_masks_that_are_set_by_hand_in_the_middle_count():
     other = gated_model("sgd")
     close_half(other, seed=5)
     assert masks(gated) == masks(other)
+
+
+def test_constants_are_those_of_the_masks_of_now():
+    def build():
+        inputs = keras.Input((8, 8, 1))
+        x = layers.Conv2D(8, 3, activation="tanh", name="conv")(inputs)
+        x = layers.GlobalAveragePooling2D()(x * np.linspace(-3, 3, 8, dtype="float32"))
+        return keras.Model(inputs, layers.Dense(10)(x))
+
+    class Other(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.former = self.model.stand_in  # kept, as its compiled steps would be
+
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                self.model.groups[0].set_mask(np.arange(8) < 4)
+
+    x, y = images()
+    runs = [gated_model("sgd", build, compact) for compact in (True, False)]
+    for gated in runs:
+        gated.groups[0].set_mask(np.arange(8) >= 4)
+        gated.fit(x, y, epochs=2, shuffle=False, verbose=0, callbacks=[Other()])
+    assert difference(*runs, x) <= 1e-5
 
 
 @pytest.mark.parametrize("granularity", ["blocks", ("channels", "blocks")])
