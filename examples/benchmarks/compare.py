@@ -294,6 +294,8 @@ def _in_two_parts(trainer, setting, model):
     then = setting.epochs_until_cut
     model.consensus.steps.assign(setting.epochs * setting.steps_per_epoch)
     trainer(model, last=then).settle()
+    if not model.consensus.compact:
+        return keras_polar.convert(trainer(model, first=then), verify=True)
     return trainer(keras_polar.convert(model, verify=True), first=then)
 
 
