@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -177,15 +178,19 @@ class GatedModel(keras.Model):
         return self.stand_in.model(*args, **kwargs)
 
     def stateless_call(
-        self, trained: list, others: list, *args: Any, return_losses: bool = False, **kwargs: Any
+        self,
+        trainable_variables: list,
+        non_trainable_variables: list,
+        *args: Any,
+        return_losses: bool = False,
+        **kwargs: Any,
     ) -> tuple:
         """What JAX calls; Keras' own would not come by `__call__`."""
+        values = trainable_variables, non_trainable_variables
         if self.stand_in is None:
-            return super().stateless_call(
-                trained, others, *args, return_losses=return_losses, **kwargs
-            )
+            return super().stateless_call(*values, *args, return_losses=return_losses, **kwargs)
         variables = *self.trainable_variables, *self.non_trainable_variables
-        mapping = list(zip(variables, (*trained, *others), strict=True))
+        mapping = list(zip(variables, itertools.chain(*values), strict=True))
         with keras.StatelessScope(mapping, collect_losses=return_losses) as scope:
             outputs = self(*args, **kwargs)
             losses = [self.losses] if return_losses else []
