@@ -8,6 +8,7 @@ goes on where it stopped. Test images are only looked at after the last epoch. T
 `--evaluate_on=held_out` looks at the last 10,000 training images instead, which no run trains on.
 
 With KERAS_BACKEND=jax, each epoch is one compiled program, which keeps a GPU busy (on_device.py).
+Our gates settle at the end of an epoch then, and the optimiser starts anew, as it does for cuts.
 TensorFlow is not needed then, if `packed.py` has made a file of the data: `--packed=FILE`.
 Networks may be measured as files elsewhere: `--models_dir=FOLDER` saves them, and on a machine with
 TensorFlow the same command adds what the results lack.
