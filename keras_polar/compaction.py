@@ -21,8 +21,8 @@ from keras_polar.graph import to_numpy
 _FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 # What JAX makes them of. It would take one method of one model for one function, whatever network
-# trains, and go on with the constants of an earlier one.
-_STEPS = ("train_step", "test_step")
+# trains, and go on with the constants of an earlier one. Its steps come by `call`, not `__call__`.
+_METHODS = {"train_step": "train_step", "test_step": "test_step", "call": "__call__"}
 
 
 class CannotCompact(Exception):
@@ -46,7 +46,7 @@ class Compaction:
     def __init__(self, gated: Any) -> None:
         self.gated, self.masks, self.sparsity = gated, _masks(gated), gated.sparsity
         self.functions: list = [None] * len(_FUNCTIONS)
-        self.steps = {name: _own(getattr(gated, name)) for name in _STEPS}
+        self.methods = {name: _own(getattr(gated, own)) for name, own in _METHODS.items()}
         _refuse_sharded()
         with _scope(gated):
             try:
@@ -73,7 +73,7 @@ class Compaction:
             piece.part.assign(piece.cut(to_numpy(piece.whole)))
         self.gated.optimizer, self.gated.stand_in = self.part, self
         self._swap_functions()
-        self.gated.__dict__.update(self.steps)
+        self.gated.__dict__.update(self.methods)
 
     def leave(self) -> None:
         """The gated model takes over, from where the sub-network is."""
@@ -81,7 +81,7 @@ class Compaction:
             piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
         self.gated.optimizer, self.gated.stand_in = self.whole, None
         self._swap_functions()
-        for name in self.steps:
+        for name in self.methods:
             del self.gated.__dict__[name]
 
     def _swap_functions(self) -> None:

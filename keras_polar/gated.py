@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -176,26 +175,6 @@ class GatedModel(keras.Model):
             return super().__call__(*args, **kwargs)
         self.consensus.count_settled(self.stand_in.sparsity, bool(kwargs.get("training")))
         return self.stand_in.model(*args, **kwargs)
-
-    def stateless_call(
-        self,
-        trainable_variables: list,
-        non_trainable_variables: list,
-        *args: Any,
-        return_losses: bool = False,
-        **kwargs: Any,
-    ) -> tuple:
-        """What JAX calls; Keras' own would not come by `__call__`."""
-        values = trainable_variables, non_trainable_variables
-        if self.stand_in is None:
-            return super().stateless_call(*values, *args, return_losses=return_losses, **kwargs)
-        variables = *self.trainable_variables, *self.non_trainable_variables
-        mapping = list(zip(variables, itertools.chain(*values), strict=True))
-        with keras.StatelessScope(mapping, collect_losses=return_losses) as scope:
-            outputs = self(*args, **kwargs)
-            losses = [self.losses] if return_losses else []
-        others = [scope.get_current_value(v) for v in self.non_trainable_variables]
-        return outputs, others, *losses
 
     @property
     def losses(self) -> list:

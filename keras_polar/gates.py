@@ -20,9 +20,9 @@ OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
 MOMENTUM = 0.95  # of the moving averages of the gates
 
 
-def hard_step(logits: Any) -> Any:
-    """0/1 forward, the gradient of `sigmoid(logits)` backward."""
-    soft = ops.sigmoid(logits)
+def hard_step(logits: Any, soft_of: Callable = ops.sigmoid) -> Any:
+    """0/1 forward, the gradient of `soft_of(logits)` backward."""
+    soft = soft_of(logits)
     hard = ops.cast(logits > 0, soft.dtype)
     return soft + ops.stop_gradient(hard - soft)
 

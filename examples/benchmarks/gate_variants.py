@@ -13,6 +13,7 @@ Variants:
   open4     an initial logit of 4
 """
 
+import functools
 from pathlib import Path
 
 import compare
@@ -38,21 +39,10 @@ SLOPES = {
 }
 
 
-def straight_through(soft_of):
-    """A `gates.hard_step` with the gradient of `soft_of`."""
-
-    def hard_step(logits):
-        soft = soft_of(logits)
-        hard = ops.cast(logits > 0, soft.dtype)
-        return soft + ops.stop_gradient(hard - soft)
-
-    return hard_step
-
-
 def use(variant):
     """Changes the library's gates for the rest of the process."""
     if variant in SLOPES:
-        gates.hard_step = straight_through(SLOPES[variant])
+        gates.hard_step = functools.partial(gates.hard_step, soft_of=SLOPES[variant])
     elif variant.startswith("open"):
         gates.OPEN = float(variant.removeprefix("open"))
 
