@@ -17,12 +17,10 @@ import numpy as np
 from keras_polar.convert import Piece, small_twin
 from keras_polar.graph import to_numpy
 
-# The steps that Keras compiles once and keeps in these attributes of a model.
-_FUNCTIONS = ("train_function", "test_function", "predict_function")
-
-# What JAX makes them of. It would take one method of one model for one function, whatever network
-# trains, and go on with the constants of an earlier one. Its steps come by `call`, not `__call__`.
-_METHODS = {"train_step": "train_step", "test_step": "test_step", "call": "__call__"}
+# What JAX makes a training step of. It would take one method of one model for one function,
+# whatever network trains, and go on with the constants of an earlier one. It comes by `call`, not
+# by `__call__`.
+_METHODS = {"train_step": "train_step", "call": "__call__"}
 
 
 class CannotCompact(Exception):
@@ -30,22 +28,23 @@ class CannotCompact(Exception):
 
 
 class Compaction:
-    """A smaller network that can take the place of a settled gated model.
+    """A smaller network that can train in the place of a settled gated model.
 
-    Between `enter` and `leave` it trains, and the gated model's own variables and optimizer are
-    out of date; `leave` brings them up to date.
+    Between `enter` and `leave` it trains, and what the gated model owns (variables, optimizer,
+    states and metrics of its layers) is out of date; `leave` brings it up to date.
 
     Attributes:
         model: the sub-network.
         sparsity: what it lacks, in the measure of the gated model.
+        metrics: id of a metric in the gated model -> the one of the sub-network.
 
     Raises:
-        CannotCompact: there is no smaller optimizer that goes on equally.
+        CannotCompact: there is no smaller network or optimizer that goes on equally.
     """
 
     def __init__(self, gated: Any) -> None:
         self.gated, self.masks, self.sparsity = gated, _masks(gated), gated.sparsity
-        self.functions: list = [None] * len(_FUNCTIONS)
+        self.train_function: Any = None
         self.methods = {name: _own(getattr(gated, own)) for name, own in _METHODS.items()}
         _refuse_sharded()
         with _scope(gated):
@@ -54,12 +53,13 @@ class Compaction:
             except (TypeError, ValueError) as error:
                 raise CannotCompact(f"its smaller one cannot be made: {error}") from error
             _refuse_scaled(cutter.pieces)
+            self.metrics, states = _metrics(cutter.twins)
             self.whole = gated.optimizer
             if not self.whole.built:
                 self.whole.build(gated.trainable_variables)
             self.part = _unbuilt(self.whole, {id(p.whole): p.part for p in cutter.pieces})
             slots = _slots(self.whole, self.part, gated, self.model, cutter.pieces)
-        self.pieces = [*cutter.pieces, *slots]
+        self.pieces = [*cutter.pieces, *states, *slots]
 
     @property
     def is_current(self) -> bool:
@@ -68,28 +68,42 @@ class Compaction:
         return same and self.gated.optimizer is self.whole
 
     def enter(self) -> None:
-        """The sub-network takes over, from where the gated model is."""
+        """The sub-network trains on, from where the gated model is."""
         for piece in self.pieces:
             piece.part.assign(piece.cut(to_numpy(piece.whole)))
         self.gated.optimizer, self.gated.stand_in = self.part, self
-        self._swap_functions()
+        self._swap_function()
         self.gated.__dict__.update(self.methods)
+        self.gated.make_train_function()
 
     def leave(self) -> None:
-        """The gated model takes over, from where the sub-network is."""
+        """The gated model trains on, from where the sub-network is."""
         for piece in self.pieces:
             piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
         self.gated.optimizer, self.gated.stand_in = self.whole, None
-        self._swap_functions()
+        self._swap_function()
         for name in self.methods:
             del self.gated.__dict__[name]
 
-    def _swap_functions(self) -> None:
-        """Each of the two has compiled steps of its own."""
-        others = [getattr(self.gated, name) for name in _FUNCTIONS]
-        for name, function in zip(_FUNCTIONS, self.functions, strict=True):
-            setattr(self.gated, name, function)
-        self.functions = others
+    def _swap_function(self) -> None:
+        """Each of the two has a compiled step of its own."""
+        other = self.gated.train_function
+        self.gated.train_function, self.train_function = self.train_function, other
+
+
+def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Piece]]:
+    """Layers' own metrics: id of the whole one's -> the part's; and the pieces of their states."""
+    layers = [pair for pair in twins if isinstance(pair[0], keras.layers.Layer)]
+    try:
+        pairs = [p for a, b in layers for p in zip(a.metrics, b.metrics, strict=True)]
+        states = [p for a, b in pairs for p in zip(a.variables, b.variables, strict=True)]
+    except ValueError as error:
+        raise CannotCompact(f"its layers have metrics that their copies lack: {error}") from error
+    pieces = [Piece(whole, part, (None,) * len(whole.shape)) for whole, part in states]
+    for piece in pieces:
+        if piece.whole.shape != piece.part.shape:
+            raise CannotCompact(f"the metric {piece.whole.path!r} depends on the number of units")
+    return {id(a): b for a, b in pairs}, [p for p in pieces if p.whole is not p.part]
 
 
 def _refuse_sharded() -> None:

@@ -24,6 +24,7 @@ from keras_polar.graph import (
 )
 from keras_polar.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
+from keras_polar.penalties import unmask_penalties
 from keras_polar.precision import full_precision
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.base import inner_vector
@@ -44,6 +45,7 @@ class Cutter:
     """Calls the smaller twins of a graph's operations, made when first needed.
 
     Attributes:
+        twins: pairs of an operation and its smaller twin.
         pieces: what each variable of the twins was cut out of.
     """
 
@@ -51,6 +53,7 @@ class Cutter:
         self.coupling, self.kept = coupling, Kept(flags)
         self.made: dict[tuple, Any] = {}
         self.cloned: set[int] = set()
+        self.twins: list[tuple[Any, Any]] = []
         self.pieces: list[Piece] = []
         self.sites = {id(s.call): s for s in coupling.sites}
         self.names = {c.name for c in coupling.graph.calls}
@@ -67,6 +70,8 @@ class Cutter:
         args, kwargs = rule_for(call.op).arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
+            unmask_penalties(op)
+            self.twins.append((site.op, op))
             self.pieces += _copy_cut_weights(site, op, self.kept)
         return outputs
 

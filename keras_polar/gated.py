@@ -2,8 +2,6 @@
 
 import contextlib
 import inspect
-import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_polar.compaction import CannotCompact, Compaction
 from keras_polar.distribute import require_supported
 from keras_polar.gates import PACKAGE, Gate
-from keras_polar.graph import to_numpy
+from keras_polar.graph import outer_layer, to_numpy
 from keras_polar.groups import GateGroup
+from keras_polar.loop import Run
+from keras_polar.penalties import mask_penalties
 from keras_polar.plan import Budget, ranking, settle
 from keras_polar.polarization import Consensus
 
@@ -34,8 +33,11 @@ class GatedModel(keras.Model):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for gate in (layer for layer in self.layers if isinstance(layer, Gate)):
+        gates = [layer for layer in self.layers if isinstance(layer, Gate)]
+        for gate in gates:
             gate.pressure = self.consensus.pressure
+        if gates:
+            mask_penalties(self)
 
     @property
     def groups(self) -> list[GateGroup]:
@@ -139,46 +141,57 @@ class GatedModel(keras.Model):
         """
         require_supported(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
-        callbacks, follow = bound.arguments.get("callbacks"), FollowSchedule()
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(follow)
-        else:
-            given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            bound.arguments["callbacks"] = [follow, *filter(None, given)]
-        try:
+        with Run(self, bound.arguments.get("callbacks")) as run:
+            bound.arguments["callbacks"] = run.callbacks
             return super().fit(*bound.args, **bound.kwargs)
-        finally:
-            follow.finish()  # however it ends, the gated model is up to date
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self.synchronize()  # validation within `fit`: callbacks look at the model meanwhile
+        return super().evaluate(*args, **kwargs)
+
+    def synchronize(self) -> None:
+        """Brings this model up to date and back, should its sub-network train in its place."""
+        if self.stand_in is not None:
+            self.stand_in.leave()
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        with self._whole():
+        with self._up_to_date():
             super().save(*args, **kwargs)
 
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
-        with self._whole():
+        with self._up_to_date():
             super().save_weights(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Up to date, even while a smaller network trains."""
+    def _up_to_date(self) -> Iterator[None]:
+        """In the middle of an epoch: the sub-network that trains goes on afterwards."""
         stand_in = self.stand_in
-        if stand_in is not None:
-            stand_in.leave()
-        yield
-        if stand_in is not None:
-            stand_in.enter()
+        self.synchronize()
+        try:
+            yield
+        finally:
+            if stand_in is not None:
+                stand_in.enter()
 
     # What Keras' training step asks a model for.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.stand_in is None:
+            self._refuse_distiller(kwargs.get("training"))
             return super().__call__(*args, **kwargs)
-        self.consensus.count_settled(self.stand_in.sparsity, bool(kwargs.get("training")))
+        if kwargs.get("training"):
+            self.consensus.count_settled(self.stand_in.sparsity)
         return self.stand_in.model(*args, **kwargs)
 
     @property
     def losses(self) -> list:
         return super().losses if self.stand_in is None else self.stand_in.model.losses
+
+    @property
+    def metrics(self) -> list:
+        if self.stand_in is None:
+            return super().metrics
+        return [self.stand_in.metrics.get(id(m), m) for m in super().metrics]
 
     @property
     def variables(self) -> list:
@@ -192,115 +205,11 @@ class GatedModel(keras.Model):
             return super().trainable_weights
         return self.stand_in.model.trainable_weights
 
-
-class FollowSchedule(keras.callbacks.Callback):
-    """Tells the gated model how long the run is, settles it in time, and stops it if it breaks.
-
-    Once it is settled, its sub-network trains in its place, up to the end of each epoch. There is
-    no `on_train_batch_end`, for which Keras would wait for the results of every step, and nothing
-    asks for `self.model` between steps: Keras on JAX copies the state there to answer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        self.compaction: Compaction | None = None
-        self.is_in_vain = keras.backend.backend() == "torch"
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        # Not when training begins: BackupAndRestore loads its state only then.
-        self.before = self._steps_done()
-        self.settled = self.model.settled
-        if self.settled:
-            self.model.settle()  # all masks may have been set by hand: that ends the pressure
-        self._announce(self.total or self._planned(epoch))
-        self._compact()
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._settle_if_due(self.before + batch):
-            self._compact()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self._settle_if_due(self._steps_done())  # validation sees what will be saved
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.model.stand_in is not None:
-            self.model.stand_in.leave()
-        done = self._steps_done()
-        # First of all callbacks, so that none saves a broken state over a good one.
-        self.model.require_finite(f"in epoch {epoch + 1} (steps {self.before + 1} to {done})")
-        is_news = not self.total
-        if is_news:
-            self._announce(done + (done - self.before) * (self._epochs - epoch - 1))
-        if self._settle_if_due(done) and is_news:
-            warnings.warn(
-                "fit did not know how many steps there are before the first epoch was over: the "
-                "gates are settled without having been pressed. Give `fit` steps_per_epoch, or "
-                "`apply` schedule=keras_polar.Schedule(steps=n).",
-                stacklevel=2,
+    def _refuse_distiller(self, training: Any) -> None:
+        if training and isinstance(outer_layer(), keras.distillation.Distiller):
+            raise NotImplementedError(
+                f"keras.distillation.Distiller cannot train the gated model {self.name!r}: it "
+                "leaves out the losses of its student, the gates' among them, and the schedule "
+                "that settles them. Expected a student without gates. Train the gated model with "
+                "its own `fit` first; `small = keras_polar.convert(gated)` can be the student then."
             )
-        self._add_to(logs)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        if not self.model.settled and self.model.consensus.schedule.steps is None:
-            warnings.warn(
-                "fit ended before the schedule settled the gates (EarlyStopping, or a run too "
-                "short); they are settled now, and the sub-network has not been trained alone.",
-                stacklevel=2,
-            )
-            self.model.settle()
-
-    @property
-    def _epochs(self) -> int:
-        return self.params.get("epochs", 1)
-
-    def _planned(self, epoch: int) -> int:
-        """Steps of the whole run, those before this `fit` included; 0 if not known."""
-        if self.model.consensus.schedule.steps:
-            return self.model.consensus.schedule.steps
-        if self.params.get("steps"):
-            return self.before + self.params["steps"] * (self._epochs - epoch)
-        known = int(to_numpy(self.model.consensus.steps))  # of the run that is resumed
-        return known if self.before < known else 0
-
-    def _announce(self, total: int) -> None:
-        self.total = total
-        schedule = self.model.consensus.schedule
-        self.due = schedule.settle_step(total) if total else math.inf
-        self.model.consensus.steps.assign(float(total))
-
-    def _settle_if_due(self, done: int) -> bool:
-        if done < self.due or self.settled:
-            return False
-        self.model.settle()
-        self.settled = True
-        return True
-
-    def _compact(self) -> None:
-        """A settled model is replaced by its sub-network until the epoch ends."""
-        if not self.settled or not self.model.consensus.compact or self.is_in_vain:
-            return
-        if self.compaction is None or not self.compaction.is_current:
-            try:
-                self.compaction = Compaction(self.model)
-            except CannotCompact as error:
-                self.is_in_vain = True
-                warnings.warn(f"fit goes on with the whole network: {error}.", stacklevel=2)
-                return
-        self.compaction.enter()
-        self.model.make_train_function()
-
-    def finish(self) -> None:
-        """The gated model stands for itself again."""
-        if self.model.stand_in is not None:
-            self.model.stand_in.leave()
-        self.compaction = None
-
-    def _add_to(self, logs: Any) -> None:
-        """Puts into the epoch's logs what the metrics of the consensus cannot say."""
-        if logs is not None and not self.model.consensus.has_metrics:
-            latest = self.model.consensus.latest.items()
-            logs.update((name, float(to_numpy(value))) for name, value in latest)
-
-    def _steps_done(self) -> int:
-        return int(to_numpy(self.model.consensus.step))

@@ -21,6 +21,7 @@ import numpy as np
 from keras import tree
 from keras.src import backend
 from keras.src.activations import activations
+from keras.src.backend.common import global_state
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell  # noqa: F401  (has no public name)
 from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
@@ -629,20 +630,29 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
     """
     if source is target or not isinstance(source, keras.layers.Layer):
         return []
-    pairs = list(_twins(source.variables, target.variables))
+    layers = list(zip(_layers_of(source), _layers_of(target), strict=True))
+    states = (_states(old, new) for old, new in layers)
+    pairs = [*_twins(source.variables, target.variables), *itertools.chain.from_iterable(states)]
     for old, new in pairs:
         new.assign(cut(old, to_numpy(old)))
-    for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
+    for old, new in layers:
         new.trainable = old.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
-        if isinstance(new, keras.layers.RNN) and new.stateful:  # not among its variables
-            for state, value in zip(new.states, tree.flatten(old.states), strict=True):
-                state.assign(value)
     for old, new in pairs:
         if new.trainable != old.trainable:  # frozen one by one
             new.trainable = old.trainable
     return pairs
+
+
+def _states(old: Any, new: Any) -> Iterable[tuple[Any, Any]]:
+    """Pairs of the states that a recurrent layer carries from batch to batch.
+
+    They are not among its variables.
+    """
+    if not (isinstance(new, keras.layers.RNN) and new.stateful):
+        return ()
+    return zip(tree.flatten(old.states), tree.flatten(new.states), strict=True)
 
 
 def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:
@@ -664,6 +674,12 @@ def _paths(variables: list) -> list[str]:
 def _layers_of(op: Any) -> list:
     # Parents first: setting `trainable` on a parent overwrites that of its children.
     return list(op._flatten_layers())
+
+
+def outer_layer() -> Any:
+    """The outermost layer or model that is being called at the moment, or None."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return None if context is None else context.entry_layer
 
 
 def only_loss(layer: Any, loss: Any) -> None:

@@ -103,7 +103,15 @@ def require_gated(model: Any, what: str) -> None:
 def stripped(gated: Any) -> Graph:
     """The graph of a gated model without its gates, and without the branches that they close."""
     graph = read(gated)
-    closed = _closed_branches(graph)
+    return strip(graph, _closed_branches(graph))
+
+
+def strip(graph: Graph, closed: set[int]) -> Graph:
+    """The graph of a gated model without its gates, and without the branches `closed`.
+
+    Args:
+        closed: the tensors that the masks of those branches make.
+    """
 
     def stands_for(call: Call) -> int | None:
         if isinstance(call.op, Gate):

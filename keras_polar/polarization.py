@@ -47,6 +47,11 @@ class Consensus(keras.layers.Layer):
         schedule: config of the `Schedule`.
         round_to: what `settle` has to respect.
         compact: whether `fit` goes on with the smaller network once the consensus is settled.
+
+    Attributes:
+        latest: "sparsity" (expected, of the last training step) and "polarization" (1 if all
+            samples agreed), scalar variables. `fit` puts them into its logs. They are no metrics:
+            those are the user's, in the order that he compiled.
     """
 
     def __init__(
@@ -74,53 +79,45 @@ class Consensus(keras.layers.Layer):
         self.compact = compact
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
-        # Keras on JAX takes the variables of metrics away while a layer is called.
-        self.has_metrics = keras.backend.backend() != "jax"
-        if self.has_metrics:
-            self.sparsity_metric = keras.metrics.Mean("sparsity")
-            self.polarization_metric = keras.metrics.Mean("polarization")
 
     def build(self, *shapes: Any) -> None:
         self.step = self._state("step", 0)
         self.steps = self._state("steps", self.schedule.steps or 0)
         self.multiplier = self._state("multiplier", 0)
         self.settled = self._state("settled", 0)
-        self.latest = {name: self._state(name, 0) for name in ("sparsity", "polarization")}
+        # All replicas of a tf.distribute strategy report the same.
+        first = "only_first_replica"
+        self.latest = {name: self._state(name, 0, first) for name in ("sparsity", "polarization")}
 
-    def _state(self, name: str, value: float) -> Any:
+    def _state(self, name: str, value: float, aggregation: str = "mean") -> Any:
         return self.add_weight(
             (),
             keras.initializers.Constant(value),
             dtype="float32",
             trainable=False,
             autocast=False,
-            aggregation="mean",
+            aggregation=aggregation,
             name=name,
         )
 
     def call(self, x: Any, gates: list, training: bool = False) -> Any:
-        local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
-        rates = global_mean(ops.concatenate(local)) if training else ops.concatenate(local)
-        sparsity = self.expected_sparsity(rates)
-        disagreement = polarization_loss(rates, self.shares)
-        self._report(sparsity, 1 - 4 * disagreement, training)
         if training:
+            local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
+            rates = global_mean(ops.concatenate(local))
+            sparsity = self.expected_sparsity(rates)
+            disagreement = polarization_loss(rates, self.shares)
+            self._report(sparsity, 1 - 4 * disagreement)
             self._press(sparsity, disagreement)
         return x
 
-    def _report(self, sparsity: Any, polarization: Any, training: bool) -> None:
-        if self.has_metrics:
-            self.sparsity_metric.update_state(sparsity)
-            self.polarization_metric.update_state(polarization)
-        elif training:
-            self.latest["sparsity"].assign(sparsity)
-            self.latest["polarization"].assign(polarization)
+    def _report(self, sparsity: Any, polarization: Any) -> None:
+        self.latest["sparsity"].assign(sparsity)
+        self.latest["polarization"].assign(polarization)
 
-    def count_settled(self, sparsity: float, training: bool) -> None:
-        """A call of the sub-network alone, to the metrics and the count of steps."""
-        self._report(sparsity, 1.0, training)
-        if training:
-            self.step.assign(self.step + 1)
+    def count_settled(self, sparsity: float) -> None:
+        """A training step of the sub-network alone, to what is reported and counted."""
+        self._report(sparsity, 1.0)
+        self.step.assign(self.step + 1)
 
     def pressure(self) -> Any:
         """What the schedule says for the current step, a scalar in [0, 1]."""
