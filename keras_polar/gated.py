@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from keras import ops
 
 from keras_polar.distribute import require_supported
 from keras_polar.gates import PACKAGE, Gate
-from keras_polar.graph import outer_layer, to_numpy
+from keras_polar.graph import to_numpy
 from keras_polar.groups import GateGroup
 from keras_polar.loop import Run
 from keras_polar.penalties import mask_penalties
@@ -185,7 +186,10 @@ class GatedModel(keras.Model):
 
     @property
     def losses(self) -> list:
-        return super().losses if self.stand_in is None else self.stand_in.model.losses
+        # Keras on JAX hands the losses of a step over in between.
+        if self.stand_in is None or self._losses_override:
+            return super().losses
+        return self.stand_in.model.losses
 
     @property
     def metrics(self) -> list:
@@ -206,10 +210,18 @@ class GatedModel(keras.Model):
         return self.stand_in.model.trainable_weights
 
     def _refuse_distiller(self, training: Any) -> None:
-        if training and isinstance(outer_layer(), keras.distillation.Distiller):
+        if training and _is_called_by(keras.distillation.Distiller.call):
             raise NotImplementedError(
                 f"keras.distillation.Distiller cannot train the gated model {self.name!r}: it "
                 "leaves out the losses of its student, the gates' among them, and the schedule "
                 "that settles them. Expected a student without gates. Train the gated model with "
                 "its own `fit` first; `small = keras_polar.convert(gated)` can be the student then."
             )
+
+
+def _is_called_by(function: Any) -> bool:
+    """Whether a function is being run. What Keras says of it differs between backends."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None

@@ -21,7 +21,6 @@ import numpy as np
 from keras import tree
 from keras.src import backend
 from keras.src.activations import activations
-from keras.src.backend.common import global_state
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell  # noqa: F401  (has no public name)
 from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
@@ -676,12 +675,6 @@ def _layers_of(op: Any) -> list:
     return list(op._flatten_layers())
 
 
-def outer_layer() -> Any:
-    """The outermost layer or model that is being called at the moment, or None."""
-    context = global_state.get_global_attribute("current_call_ctx")
-    return None if context is None else context.entry_layer
-
-
 def only_loss(layer: Any, loss: Any) -> None:
     """`layer.add_loss(loss)` that forgets what the same call has added before.
 
@@ -690,3 +683,11 @@ def only_loss(layer: Any, loss: Any) -> None:
     """
     layer._losses.clear()
     layer.add_loss(loss)
+
+
+def forget_losses(layer: Any) -> None:
+    """What a layer has added is another one's from now on, and is not counted twice.
+
+    Keras on JAX tells whose a loss is by its id, whatever layer added it last.
+    """
+    layer._clear_losses()
