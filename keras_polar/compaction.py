@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_polar.convert import Piece, small_twin
 from keras_polar.graph import to_numpy
+from keras_polar.processes import assign
 
 # The steps that Keras compiles once and keeps in these attributes of a model.
 _FUNCTIONS = ("train_function", "test_function", "predict_function")
@@ -70,7 +71,7 @@ class Compaction:
     def enter(self) -> None:
         """The sub-network takes over, from where the gated model is."""
         for piece in self.pieces:
-            piece.part.assign(piece.cut(to_numpy(piece.whole)))
+            assign(piece.part, piece.cut(to_numpy(piece.whole)))
         self.gated.optimizer, self.gated.stand_in = self.part, self
         self._swap_functions()
         self.gated.__dict__.update(self.methods)
@@ -78,7 +79,7 @@ class Compaction:
     def leave(self) -> None:
         """The gated model takes over, from where the sub-network is."""
         for piece in self.pieces:
-            piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
+            assign(piece.whole, piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
         self.gated.optimizer, self.gated.stand_in = self.whole, None
         self._swap_functions()
         for name in self.methods:

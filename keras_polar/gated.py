@@ -18,6 +18,7 @@ from keras_polar.graph import to_numpy
 from keras_polar.groups import GateGroup
 from keras_polar.plan import Budget, ranking, settle
 from keras_polar.polarization import Consensus
+from keras_polar.processes import alone, watch_processes
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -136,26 +137,29 @@ class GatedModel(keras.Model):
         Raises:
             FloatingPointError: trained values are no longer finite after an epoch.
             NotImplementedError: Keras cannot train under the `tf.distribute` strategy.
+            ValueError: processes of JAX that train together disagree.
         """
         require_supported(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks, follow = bound.arguments.get("callbacks"), FollowSchedule()
+        watch = watch_processes(self, bound.arguments)
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(follow)
+            for callback in (follow, *watch):
+                callbacks.append(callback)
         else:
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            bound.arguments["callbacks"] = [follow, *filter(None, given)]
+            bound.arguments["callbacks"] = [follow, *filter(None, given), *watch]
         try:
             return super().fit(*bound.args, **bound.kwargs)
         finally:
             follow.finish()  # however it ends, the gated model is up to date
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        with self._whole():
+        with self._whole(), alone():
             super().save(*args, **kwargs)
 
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
-        with self._whole():
+        with self._whole(), alone():
             super().save_weights(*args, **kwargs)
 
     @contextlib.contextmanager
