@@ -8,26 +8,35 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from helpers import free_ports
 
+from keras_polar.processes import _batches, require_agreement
+
 pytestmark = pytest.mark.skipif(not find_spec("jax"), reason="several processes train on JAX")
 SCRIPT = Path(__file__).with_name("one_of_several.py")
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "distributed.py"
 LIMIT = 250  # seconds; JAX notices after 100 that a process is gone
 
 
 def start(job, folder, *options):
     """Starts as many processes as there are options."""
+    (port,) = free_ports(1)
+    rest = [(i, len(options), port, json.dumps(o)) for i, o in enumerate(options)]
+    return started(folder, [(SCRIPT, job, folder, *words) for words in rest])
+
+
+def started(folder, commands):
+    """Processes that write what they say into the folder, in which they run."""
     folder.mkdir(exist_ok=True)
     env = {**os.environ, "KERAS_BACKEND": "jax"}
-    (port,) = free_ports(1)
     processes = []
-    for i, chosen in enumerate(options):
-        words = job, folder, i, len(options), port, json.dumps(chosen)
+    for i, command in enumerate(commands):
+        words = [sys.executable, *map(str, command)]
         with (folder / f"{i}.txt").open("w") as file:
-            command = [sys.executable, str(SCRIPT), *map(str, words)]
-            processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=env))
+            processes.append(subprocess.Popen(words, stdout=file, stderr=file, env=env, cwd=folder))
     return processes
 
 
@@ -132,3 +141,55 @@ def test_every_process_says_what_they_disagree_about(tmp_path):
     for name, texts in SAID.items():
         for text in texts:
             assert text in found[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_example(count, tmp_path):
+    (port,) = free_ports(1)
+    meeting = (f"--coordinator=localhost:{port}", f"--processes={count}")
+    which = [(*meeting, f"--process_id={i}") for i in range(count)] if count > 1 else [()]
+    options = "--epochs=4", "--backup_dir=backup"
+    codes = ended(started(tmp_path, [(EXAMPLE, *options, *words) for words in which]))
+    assert not any(codes), [output(tmp_path, i) for i in range(count)]
+    assert "Epoch 4/4" in output(tmp_path, 0)
+    assert "+0.00 points" in output(tmp_path, 0)
+    small = keras.models.load_model(tmp_path / "distributed_output" / "small.keras")
+    assert f"{small.count_params():,}" in output(tmp_path, 0)
+
+
+class Pieces(keras.utils.PyDataset):
+    def __getitem__(self, index):
+        return np.zeros((8, 6)), np.zeros(8)
+
+
+class Seven(Pieces):
+    def __len__(self):
+        return 7
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "count"),
+    [
+        (np.zeros((20, 6)), {}, 1),
+        ({"a": np.zeros((65, 6)), "b": np.zeros((65, 2))}, {}, 3),
+        (np.zeros((20, 6)), {"batch_size": 8}, 3),
+        (np.zeros((20, 6)), {"batch_size": 8, "steps_per_epoch": 2}, 2),
+        (Seven(), {}, 7),
+        (Pieces(), {}, None),
+        (iter(()), {}, None),
+        (iter(()), {"steps_per_epoch": 5}, 5),
+    ],
+)
+def test_batches_are_counted_where_they_are_known(x, options, count):
+    assert _batches(x, options, "batch_size", "steps_per_epoch") == count
+
+
+def test_batches_of_datasets_are_counted():
+    data = pytest.importorskip("tensorflow").data.Dataset.range(20).batch(8)
+    for dataset, count in ((data, 3), (data.repeat(), None), (data.filter(lambda _: True), None)):
+        assert _batches(dataset, {}, "batch_size", "steps_per_epoch") == count
+
+
+def test_one_process_agrees_with_itself():
+    require_agreement({"seed": 0})
