@@ -57,16 +57,24 @@ def part(process, count, steps=STEPS):
     return x[:, share].reshape(-1, 6), y[:, share].reshape(-1)
 
 
-class Kill(keras.callbacks.Callback):
-    """`kill -9` after a step of the whole run."""
+class After(keras.callbacks.Callback):
+    """Does something after a step of the whole run."""
 
-    def __init__(self, step):
+    def __init__(self, step, what):
         super().__init__()
-        self.step = step
+        self.step, self.what = step, what
 
     def on_train_batch_end(self, batch, logs=None):
         if int(to_numpy(self.model.consensus.step)) == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.what()
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail():
+    raise RuntimeError("no more data")
 
 
 class Seen(keras.callbacks.Callback):
@@ -81,13 +89,16 @@ class Seen(keras.callbacks.Callback):
         self.was_compacted = self.model.stand_in is not None
 
 
-def train(folder, process, count, gate="static", seed=0, steps=STEPS, kill=None, saving=False):
-    """The whole run; process 0 may save within epochs, `kill[0]` die after step `kill[1]`."""
+def train(folder, process, count, gate="static", seed=0, steps=STEPS, end=None, saving=False):
+    """The whole run; process `end[0]` ends after step `end[1]`, process 0 may save within epochs.
+
+    `end[2]` says whether that process is killed or fails.
+    """
     require_agreement({"seed": seed})
     gated, seen = compiled(gate), Seen()
     callbacks = [keras.callbacks.BackupAndRestore(folder / f"backup{process}"), seen]
-    if kill and kill[0] == process:
-        callbacks.append(Kill(kill[1]))
+    if end and end[0] == process:
+        callbacks.append(After(end[1], {"kill": kill, "fail": fail}[end[2]]))
     if saving and process == 0:
         callbacks.append(keras.callbacks.ModelCheckpoint(folder / "gated.keras", save_freq=3))
     options = {"batch_size": BATCH // count, "epochs": EPOCHS, "shuffle": False, "verbose": 0}

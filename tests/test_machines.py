@@ -31,7 +31,9 @@ def start(job, folder, *options):
 def started(folder, commands):
     """Processes that write what they say into the folder, in which they run."""
     folder.mkdir(exist_ok=True)
-    env = {**os.environ, "KERAS_BACKEND": "jax"}
+    # Most of the time goes to compiling networks that run for a moment.
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = {**os.environ, "KERAS_BACKEND": "jax", **quick}
     processes = []
     for i, command in enumerate(commands):
         words = [sys.executable, *map(str, command)]
@@ -92,7 +94,7 @@ def test_killed_and_resumed(tmp_path):
     dynamic = {"gate": "dynamic"}
     # Under pressure, and after the switch to the smaller network; the second is the coordinator.
     for killed, step in ((1, 7), (0, 13)):
-        options = {**dynamic, "kill": [killed, step]}
+        options = {**dynamic, "end": [killed, step, "kill"]}
         codes = ended(start("train", tmp_path / "killed", options, options))
         assert codes[killed] == -signal.SIGKILL, output(tmp_path / "killed", killed)
         assert codes[1 - killed] != 0  # the other one does not wait for ever
