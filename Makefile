@@ -66,7 +66,7 @@ test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax test-torch ## 
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
-	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE) tests/test_compaction.py
+	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE) tests/test_compaction.py tests/test_machines.py
 
 test-torch: $(INSTALLED_TORCH)
 	KERAS_BACKEND=torch $(RUN) -m pytest -m "not slow" $(ANYWHERE)

@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_polar.convert import Piece, small_twin
 from keras_polar.graph import to_numpy
+from keras_polar.processes import assign
 
 # What JAX makes a training step of. It would take one method of one model for one function,
 # whatever network trains, and go on with the constants of an earlier one. It comes by `call`, not
@@ -70,7 +71,7 @@ class Compaction:
     def enter(self) -> None:
         """The sub-network trains on, from where the gated model is."""
         for piece in self.pieces:
-            piece.part.assign(piece.cut(to_numpy(piece.whole)))
+            assign(piece.part, piece.cut(to_numpy(piece.whole)))
         self.gated.optimizer, self.gated.stand_in = self.part, self
         self._swap_function()
         self.gated.__dict__.update(self.methods)
@@ -79,7 +80,7 @@ class Compaction:
     def leave(self) -> None:
         """The gated model trains on, from where the sub-network is."""
         for piece in self.pieces:
-            piece.whole.assign(piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
+            assign(piece.whole, piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
         self.gated.optimizer, self.gated.stand_in = self.whole, None
         self._swap_function()
         for name in self.methods:

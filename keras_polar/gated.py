@@ -18,6 +18,7 @@ from keras_polar.loop import Run
 from keras_polar.penalties import mask_penalties
 from keras_polar.plan import Budget, ranking, settle
 from keras_polar.polarization import Consensus
+from keras_polar.processes import alone, watch_processes
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -139,10 +140,12 @@ class GatedModel(keras.Model):
         Raises:
             FloatingPointError: trained values are no longer finite after an epoch.
             NotImplementedError: Keras cannot train under the `tf.distribute` strategy.
+            ValueError: processes of JAX that train together disagree.
         """
         require_supported(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
-        with Run(self, bound.arguments.get("callbacks")) as run:
+        watch = watch_processes(self, bound.arguments)
+        with Run(self, bound.arguments.get("callbacks"), watch) as run:
             bound.arguments["callbacks"] = run.callbacks
             return super().fit(*bound.args, **bound.kwargs)
 
@@ -156,11 +159,11 @@ class GatedModel(keras.Model):
             self.stand_in.leave()
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        with self._up_to_date():
+        with self._up_to_date(), alone():
             super().save(*args, **kwargs)
 
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
-        with self._up_to_date():
+        with self._up_to_date(), alone():
             super().save_weights(*args, **kwargs)
 
     @contextlib.contextmanager

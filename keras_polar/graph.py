@@ -688,6 +688,9 @@ def only_loss(layer: Any, loss: Any) -> None:
 def forget_losses(layer: Any) -> None:
     """What a layer has added is another one's from now on, and is not counted twice.
 
-    Keras on JAX tells whose a loss is by its id, whatever layer added it last.
+    Keras on JAX tells whose a loss is by its id, whatever layer added it last, and remembers the
+    ids of all steps that were ever traced.
     """
-    layer._clear_losses()
+    for part in _layers_of(layer):
+        part._losses.clear()
+        part._loss_ids.clear()

@@ -27,13 +27,14 @@ class Run:
     Args:
         gated: the model.
         callbacks: what the user gave `fit`.
+        more: our own, to stand behind them.
 
     Attributes:
         callbacks: what `fit` is to be given instead.
         total: steps of the whole run, those before this `fit` included; 0 while not known.
     """
 
-    def __init__(self, gated: Any, callbacks: Any) -> None:
+    def __init__(self, gated: Any, callbacks: Any, more: Iterable[Any] = ()) -> None:
         self.gated = gated
         self.total = self.before = 0
         self.due: float = math.inf
@@ -42,12 +43,12 @@ class Run:
         reported = list(gated.consensus.latest.items())
         self.names = [name for name, _ in reported]
         self.reported = Reported(gated, [variable for _, variable in reported])
-        self.callbacks, self.theirs = self._around(callbacks)
+        self.callbacks, self.theirs = self._around(callbacks, list(more))
         self.monitors = Monitors(self.theirs, is_fresh=not self._steps_done())
         may_compact = gated.consensus.compact and keras.backend.backend() != "torch"
         self.may_compact = may_compact and not any(map(sees_batches, self.theirs))
 
-    def _around(self, callbacks: Any) -> tuple[Any, list]:
+    def _around(self, callbacks: Any, more: list) -> tuple[Any, list]:
         """The user's callbacks between the first and the last one, and they alone."""
         # Keras need not wait for the results of a step to call a hook that is said to be safe.
         # Nothing asks for `callback.model` between steps: Keras on JAX copies the state to answer.
@@ -64,12 +65,12 @@ class Run:
         )
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             theirs = [c for c in keras.tree.flatten(callbacks) if c is not None]
-            return [self.first, *theirs, self.last], theirs
+            return [self.first, *theirs, *more, self.last], theirs
         theirs = list(callbacks.callbacks)
-        for callback in (self.first, self.last):
+        for callback in (self.first, *more, self.last):
             callback.set_model(self.gated)
             callback.set_params(callbacks.params)
-        callbacks.callbacks[:] = [self.first, *theirs, self.last]
+        callbacks.callbacks[:] = [self.first, *theirs, *more, self.last]
         return callbacks, theirs
 
     def __enter__(self) -> "Run":

@@ -1,5 +1,6 @@
 """What several tests need: models whose nothing is zero by luck, random masks, the certificate."""
 
+import socket
 import subprocess
 import sys
 
@@ -100,3 +101,13 @@ def small_resnet(input_shape=(8, 8, 1), widths=(8, 16), classes=10):
         x = layers.ReLU()(layers.Add()([shortcut, y]))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="small_resnet")
+
+
+def free_ports(n):
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("localhost", 0))
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

@@ -1,29 +1,19 @@
 """Strategies of tf.distribute that need a process of their own: the same weights, or an error."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
 import pytest
+from helpers import free_ports
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute"),
 ]
 SCRIPT = Path(__file__).with_name("under_strategy.py")
-
-
-def free_ports(n):
-    sockets = [socket.socket() for _ in range(n)]
-    for s in sockets:
-        s.bind(("localhost", 0))
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def start(*arguments):
