@@ -72,7 +72,8 @@ class Polynomial:
         steps = ops.ceil(counts / BLOCK) * BLOCK
         steps = counts + ops.stop_gradient(steps - counts)
         known = ops.concatenate([ops.ones((1,), counts.dtype), counts, steps])
-        products = ops.prod(ops.take(known, self._index, axis=0), axis=-1)
+        index = ops.convert_to_tensor(self._index, "int32")
+        products = ops.prod(ops.take(known, index, axis=0), axis=-1)
         return ops.sum(products * ops.convert_to_tensor(self._scale / scale, "float32"))
 
     def get_config(self) -> dict:

@@ -5,11 +5,11 @@ A static gate has one logit per unit; a dynamic gate decides per sample, from th
 input of the layer that makes the units (Zhi et al., arXiv 2302.10798; the formulas are ours).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 PACKAGE = "keras_polar"
@@ -18,6 +18,9 @@ PACKAGE = "keras_polar"
 GAIN = 10.0
 OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
 MOMENTUM = 0.95  # of the moving averages of the gates
+# What decides about units, whatever floats the model computes in: in halves the small steps of
+# logits and averages would be lost.
+FLOAT32 = {"dtype": "float32", "autocast": False}
 
 
 def hard_step(logits: Any, soft_of: Callable = ops.sigmoid) -> Any:
@@ -73,7 +76,7 @@ class Gate(keras.layers.Layer):
         axis: int = -1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # what it looks at keeps its precision
         self.units = units
         self.group = group
         self.producers = tuple(layers)
@@ -89,23 +92,17 @@ class Gate(keras.layers.Layer):
         self.settled = self._state("settled", "zeros", ())
 
     def _state(self, name: str, initializer: str, shape: tuple) -> Any:
-        return self.add_weight(
-            shape,
-            initializer,
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            aggregation="mean",  # over the replicas of a tf.distribute strategy
-            name=name,
-        )
+        # aggregation: over the replicas of a tf.distribute strategy
+        options = {**FLOAT32, "trainable": False, "aggregation": "mean"}
+        return self.add_weight(shape, initializer, name=name, **options)
 
     def build_logits(self, input_shape: tuple) -> None:
         start = keras.initializers.Constant(OPEN / GAIN)
-        self.bias = self.add_weight((self.units,), start, autocast=False, name="bias")
+        self.bias = self.add_weight((self.units,), start, name="bias", **FLOAT32)
 
     def logits(self, x: Any) -> Any:
         """Float32 logits of shape (batch or 1, units)."""
-        return GAIN * ops.cast(self.bias, "float32")[None]
+        return GAIN * ops.convert_to_tensor(self.bias)[None]
 
     def call(self, x: Any, training: bool = False) -> Any:
         if not training:
@@ -166,7 +163,7 @@ class DynamicGate(Gate):
         super().build_logits(input_shape)
         shape = (input_shape[self.axis], self.units)
         small = keras.initializers.RandomNormal(stddev=0.1 / GAIN)
-        self.kernel = self.add_weight(shape, small, autocast=False, name="kernel")
+        self.kernel = self.add_weight(shape, small, name="kernel", **FLOAT32)
 
     def logits(self, x: Any) -> Any:
         # The gate learns from the features, the features do not learn to please the gate; that
@@ -176,7 +173,7 @@ class DynamicGate(Gate):
         x = ops.mean(x, axis=[i for i in range(1, len(x.shape)) if i != axis])
         centred = x - ops.mean(x, axis=-1, keepdims=True)
         scale = ops.rsqrt(ops.mean(ops.square(centred), axis=-1, keepdims=True) + 1e-5)
-        root = np.sqrt(x.shape[-1])
+        root = math.sqrt(x.shape[-1])
         return super().logits(x) + GAIN * ops.matmul(centred * scale, self.kernel) / root
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
@@ -194,7 +191,7 @@ class Mask(keras.layers.Layer):
     """
 
     def __init__(self, axis: int | None, index: list | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # what passes through keeps its type
         self.axis = axis
         self.index = index
         self.supports_masking = True
@@ -213,11 +210,12 @@ class Mask(keras.layers.Layer):
         # Gates of one model have a batch axis or not all alike, but for those without an input.
         rows = max((g for g in [*gates, one]), key=lambda g: g.shape[0] != 1)
         wide = [ops.broadcast_to(g, (ops.shape(rows)[0], g.shape[1])) for g in [*gates, one]]
-        index = np.asarray(self.index, "int32")
+        # With its type: on JAX, Keras makes floats of whole numbers where floatx is bfloat16.
+        index = ops.convert_to_tensor(self.index, "int32")
         return ops.take(ops.concatenate(wide, axis=1), index, axis=1)
 
-    def compute_output_shape(self, x_shape: tuple, gates_shape: list) -> tuple:
-        return x_shape
+    def compute_output_spec(self, x: Any, gates: list) -> Any:
+        return keras.KerasTensor(x.shape, x.dtype)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         return previous_mask

@@ -680,9 +680,11 @@ def only_loss(layer: Any, loss: Any) -> None:
 
     Under tf.distribute the replicas run in threads that share the layer's list of losses. Called
     after the last synchronisation of a forward pass, this leaves each replica with its own.
+
+    Keras adds it up with the loss of `compile`, which comes in `keras.config.floatx()`.
     """
     layer._losses.clear()
-    layer.add_loss(loss)
+    layer.add_loss(keras.ops.cast(loss, keras.config.floatx()))
 
 
 def forget_losses(layer: Any) -> None:

@@ -6,11 +6,11 @@ layer, the state of an LSTM), where nothing stands between the maker and the rea
 cheaper, if all samples share the mask: a kernel is much smaller than a batch.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops, tree
 
 from keras_polar.gates import PACKAGE
@@ -57,8 +57,9 @@ def masked_variables(layer: Any, masks: Sequence[tuple]) -> list[tuple]:
 class InnerMask(keras.layers.Wrapper):
     """Calls a layer with some of its weights masked: closed units contribute nothing within it.
 
-    It stands in the place of the layer, under the same name. Gates of shape (1, units) only: all
-    samples share the weights.
+    It stands in the place of the layer, under the same name: what users read and set on the layer
+    (`trainable`, `units`, `kernel`, `reset_state`), they read and set through it. Gates of shape
+    (1, units) only: all samples share the weights.
 
     Args:
         layer: the layer, built.
@@ -72,6 +73,31 @@ class InnerMask(keras.layers.Wrapper):
         super().__init__(layer, **options)
         self.reads = reads
         self.supports_masking = True
+
+    @property
+    def trainable(self) -> bool:
+        """That of the layer: the wrapper has no variables, and no say in the matter, of its own."""
+        return self.layer.trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self.layer.trainable = value
+
+    def __getattr__(self, name: str) -> Any:
+        with contextlib.suppress(AttributeError):  # PyTorch's modules find their parts by it
+            return super().__getattr__(name)
+        inside = _inside(self)
+        if inside is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inside, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = _inside(self)
+        is_own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if is_own or inside is None or name == "layer" or not hasattr(inside, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inside, name, value)
 
     def build(self, *shapes: Any) -> None:
         """The layer is built already."""
@@ -97,7 +123,8 @@ class InnerMask(keras.layers.Wrapper):
     def _masked_variables(self, gates: list) -> list[tuple]:
         known = ops.concatenate([*gates, ops.ones_like(gates[0][:, :1])], axis=1)[0]
         masks = [
-            (path, axis, ops.take(known, np.asarray(i, "int32"))) for path, axis, i in self.reads
+            (path, axis, ops.take(known, ops.convert_to_tensor(i, "int32")))
+            for path, axis, i in self.reads
         ]
         return masked_variables(self.layer, masks)
 
@@ -116,6 +143,12 @@ class InnerMask(keras.layers.Wrapper):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "reads": self.reads}
+
+
+def _inside(wrapper: Any) -> Any:
+    """The layer of a wrapper, None before it has one; asks for no attribute that may be missing."""
+    own = vars(wrapper)
+    return {**own.get("_modules", {}), **own}.get("layer")  # PyTorch keeps it among its modules
 
 
 def pack(kwargs: dict) -> dict:

@@ -65,7 +65,7 @@ class Consensus(keras.layers.Layer):
         compact: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # what passes through keeps its type
         self.sparsity = sparsity
         self.measure = measure
         self.cost = Polynomial.from_config(cost)
@@ -126,7 +126,8 @@ class Consensus(keras.layers.Layer):
     def expected_sparsity(self, open_rates: Any) -> Any:
         """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""
         groups = np.repeat(np.arange(len(self.units)), self.units)
-        counts = ops.segment_sum(open_rates, groups.astype("int32"), len(self.units))
+        index = ops.convert_to_tensor(groups, "int32")
+        counts = ops.segment_sum(open_rates, index, len(self.units))
         return 1 - self.cost.expected(counts, self.full_cost)
 
     def _press(self, sparsity: Any, disagreement: Any) -> None:
@@ -141,8 +142,8 @@ class Consensus(keras.layers.Layer):
         # Last: assignments synchronise replicas, and a loss must come after that (see only_loss).
         only_loss(self, ops.where(pressure > 0, sparsity_loss + pressure * polarization, 0.0))
 
-    def compute_output_shape(self, x_shape: tuple, gates_shape: list) -> tuple:
-        return x_shape
+    def compute_output_spec(self, x: Any, gates: list, training: bool = False) -> Any:
+        return keras.KerasTensor(x.shape, x.dtype)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         return previous_mask

@@ -257,7 +257,7 @@ def test_penalties_count_what_is_open(build, gate, tmp_path):
                 gate.open_rates.assign(np.arange(gate.units) % 2)
             elif BACKEND != "jax":
                 assert losses(gated) == pytest.approx(logs["val_loss"], rel=1e-5)
-            if epoch not in (1, 3):
+            if epoch not in (0, 3):
                 return
             small = keras_polar.convert(gated)
             small.compile(loss="mse")
