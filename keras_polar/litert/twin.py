@@ -37,8 +37,21 @@ def steps_of(core: Any) -> int:
     """How often the longest loop of the recurrent layers of a model runs; 0 if that is open."""
     graph = trace(core)
     looping = [c for c in graph.calls if _is_layer(c.op) and has_loops(c.op)]
-    shapes = [graph.specs[i].shape for c in looping for i in c.inputs]
-    return max((s[1] or 0 for s in shapes if len(s) > 2), default=0)
+    return max((_steps(call, graph) for call in looping), default=0)
+
+
+def _steps(call: Call, graph: Graph) -> int:
+    """As they were when the layers were built, which are inside of others; else those of the call.
+
+    A nested model may have been built with an open size and be called with a fixed one.
+    """
+    built = (x.get_build_config() or {} for x in _recurrent(call.op))
+    shapes = [
+        x.get("input_shape") or x.get("shapes_dict", {}).get("sequences_shape") for x in built
+    ]
+    known = [s[1] for s in shapes if s and s[1]]
+    given = [graph.specs[i].shape for i in call.inputs]
+    return max(known or [s[1] or 0 for s in given if len(s) > 2], default=0)
 
 
 def twin(core: Any, *, unrolled: bool = False) -> keras.Model:
