@@ -21,6 +21,7 @@ from keras_polar.latency import LatencyTable
 from keras_polar.litert.table import latency_table as measure_latency
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
+from keras_polar.quantized import why_altered
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.base import inner_vector, line
 from keras_polar.schedule import Schedule
@@ -200,7 +201,9 @@ def _is_share(x: Any) -> bool:
 def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     if "channels" not in kinds:
         return "It has no residual branch that could go as a whole"
-    why = [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
+    altered = {s.name: why_altered(s.op) for s in coupling.sites}
+    why = [f"{name}: {reason}" for name, reason in altered.items() if reason]
+    why += [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
     return "; ".join(why) or "It has no layer whose units could go"
 
 

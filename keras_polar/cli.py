@@ -21,7 +21,7 @@ from keras_polar._version import __version__
 from keras_polar.convert import convert
 from keras_polar.groups import require_gated
 from keras_polar.litert import benchmark_tflite, export_tflite
-from keras_polar.litert.checks import draft_of
+from keras_polar.litert.checks import draft_of, put_in_place
 from keras_polar.report import cost, inspect, table_text
 
 ARGUMENTS: dict[str, dict] = {
@@ -160,7 +160,7 @@ def _save(model: keras.Model, path: Path) -> None:
     """The file appears complete or not at all."""
     with draft_of(path) as draft:
         model.save(draft)
-        os.replace(draft, path)
+        put_in_place(draft, path)
 
 
 def _names(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from keras_polar.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
 from keras_polar.penalties import unmask_penalties
 from keras_polar.precision import full_precision
+from keras_polar.quantized import why_altered
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.base import inner_vector
 from keras_polar.samples import difference, random_inputs
@@ -217,7 +218,8 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
 
     Raises:
         TypeError: `gated` has no gates.
-        ValueError: the certificate does not hold (says by how much), or the inputs do not fit.
+        ValueError: a gated layer has been quantized, or given LoRA adapters, since `apply`; the
+            certificate does not hold (says by how much), or the inputs do not fit.
 
     Warns:
         UserWarning: the gates are not settled, and what their consensus removes by now is more
@@ -250,8 +252,28 @@ def _warn_of_early_conversion(gated: Any) -> None:
 def small_twin(gated: Any) -> tuple[keras.Model, "Cutter"]:
     """The sub-network of a gated model, and the cutter that made it."""
     coupling = couple(stripped(gated))
-    cutter = Cutter(coupling, flags_for(gated, coupling))
+    cutter = Cutter(coupling, _flags(gated, coupling))
     return rebuild(coupling.graph, cutter.visit, keras.Model), cutter
+
+
+def _flags(gated: Any, coupling: Coupling) -> np.ndarray:
+    """What stays by the gates' consensus.
+
+    Raises:
+        ValueError: a layer cannot be cut any more.
+    """
+    made, flags = coupling.produced(), flags_for(gated, coupling)
+    makers = {name for group in gated.groups for name in group.members}
+    lost = [s for s in coupling.sites if s.name in makers - made.keys()]
+    closed = np.unique(coupling.roots[~flags]).tolist()
+    reasons = [f"{s.name!r} {why_altered(s.op) or 'has no rule'}" for s in lost]
+    reasons += [coupling.reasons[root] for root in closed if root in coupling.reasons]
+    if reasons:
+        raise ValueError(
+            f"convert: the closed units of {gated.name!r} cannot be cut out any more, for a layer "
+            f"has changed since `apply`: {reasons[0]}. Load a gated model saved before that."
+        )
+    return flags
 
 
 @full_precision()

@@ -11,6 +11,8 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 # What a layer is configured with, besides numbers, names and functions.
 SETTINGS = (
     keras.initializers.Initializer,
@@ -31,15 +33,18 @@ _SHARED = (
 )
 
 
-def duplicate(layer: Any, name: str) -> Any:
+def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
     """A layer with the same sublayers and variables of the same values, sharing none of them.
 
     Its sublayers keep their names; functions, initializers and the like are shared.
 
+    Args:
+        dtype: of all floats in the copy and of what it computes; None for the layer's own.
+
     Raises:
         TypeError: the layer holds something that cannot be copied.
     """
-    writer = _Writer(buffer := io.BytesIO())
+    writer = _Writer(buffer := io.BytesIO(), dtype)
     try:
         writer.dump(layer)
         buffer.seek(0)
@@ -52,7 +57,23 @@ def duplicate(layer: Any, name: str) -> Any:
         ) from error
     vars(new)["name"] = name
     _name_variables(layer, new)
+    if dtype is not None:
+        _set_policies(new, dtype)
     return new
+
+
+def is_other_float(dtype: Any, wanted: str) -> bool:
+    """Whether a dtype is one of floats, and another than that wanted."""
+    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    return name in _FLOATS and name != wanted
+
+
+def _set_policies(layer: Any, dtype: str) -> None:
+    for part in layer._flatten_layers():
+        if is_other_float(part.compute_dtype, dtype):
+            part.dtype_policy = dtype
+        if isinstance(part, keras.layers.Normalization):
+            part.finalize_state()  # its mean and variance are derived from its variables
 
 
 def _name_variables(layer: Any, new: Any) -> None:
@@ -70,8 +91,9 @@ def _name_variables(layer: Any, new: Any) -> None:
 class _Writer(pickle.Pickler):
     """Walks the object; variables and shared things are kept aside under a number."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, dtype: str | None) -> None:
         super().__init__(file)
+        self.dtype = dtype
         self.kept: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
         self.count = itertools.count()
@@ -83,9 +105,17 @@ class _Writer(pickle.Pickler):
             return None
         if id(x) not in self.numbers:
             number = self.numbers[id(x)] = next(self.count)
-            self.kept[number] = _copied(x) if is_variable else x
+            self.kept[number] = self._kept(x)
             self.alive.append(x)
         return self.numbers[id(x)]
+
+    def _kept(self, x: Any) -> Any:
+        is_variable = isinstance(x, keras.Variable)
+        is_tensor = keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor)
+        changes = self.dtype is not None and (is_variable or is_tensor)
+        if not (changes and is_other_float(x.dtype, str(self.dtype))):
+            return _copied(x, x.dtype) if is_variable else x
+        return _copied(x, self.dtype) if is_variable else keras.ops.cast(x, self.dtype)
 
     def reducer_override(self, x: Any) -> Any:
         if isinstance(x, KerasSaveable):
@@ -105,10 +135,10 @@ def _state(x: Any) -> dict:
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
 
 
-def _copied(variable: Any) -> Any:
+def _copied(variable: Any, dtype: Any) -> Any:
     new = keras.Variable(
         keras.ops.convert_to_tensor(variable),
-        dtype=variable.dtype,
+        dtype=dtype,
         trainable=variable.trainable,
         autocast=variable._autocast,
         aggregation=variable.aggregation,

@@ -1,5 +1,9 @@
 """What `export_tflite` writes runs on LiteRT, agrees with Keras, and fails with a remedy."""
 
+import errno
+import os
+import signal
+import subprocess
 import sys
 
 import keras
@@ -305,13 +309,6 @@ def test_open_sizes_that_cannot_be_converted_are_named(tmp_path):
     assert _left_behind(tmp_path) == []
 
 
-def test_loops_are_refused_with_a_remedy(tmp_path):
-    inputs = keras.Input((4, 3))
-    model = keras.Model(inputs, layers.GRU(2)(inputs))
-    with pytest.raises(ValueError, match="unroll=True"):
-        export_tflite(model, tmp_path / "net.tflite")
-
-
 def test_conversion_that_fails_names_the_operation_and_leaves_nothing(tmp_path):
     inputs = keras.Input((4, 4, 4, 2))
     model = keras.Model(inputs, layers.MaxPooling3D()(inputs), name="volume")
@@ -332,6 +329,39 @@ def test_file_that_cannot_run_never_replaces_a_good_one(tmp_path):
         export_tflite(model, path)
     assert path.read_bytes() == before
     assert _left_behind(tmp_path) == ["net.tflite"]
+
+
+_INTERRUPTED = """
+import os, signal, sys
+import keras, keras_polar
+from keras_polar.litert import export
+export.compare = lambda *args: os.kill(os.getpid(), int(sys.argv[2]))  # the file is written by then
+inputs = keras.Input((3,))
+keras_polar.export_tflite(keras.Model(inputs, keras.layers.Dense(2)(inputs)), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_process_that_is_killed_leaves_nothing_beside_the_file(tmp_path, number):
+    path = tmp_path / "net.tflite"
+    path.write_bytes(b"what was there")
+    command = [sys.executable, "-c", _INTERRUPTED, str(path), str(int(number))]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -number
+    assert _left_behind(tmp_path) == ["net.tflite"]
+    assert path.read_bytes() == b"what was there"
+
+
+def test_file_is_moved_to_another_file_system(tmp_path, monkeypatch):
+    def same_file_system_only(source, target, replace=os.replace):
+        if os.path.dirname(source) != os.path.dirname(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", same_file_system_only)
+    report = export_tflite(_conv_net(), tmp_path / "net.tflite")
+    assert _left_behind(tmp_path) == ["net.tflite"]
+    assert run_tflite(report.path, _images(2))["output_0"].shape == (2, 5)
 
 
 # --- running and timing ----------------------------------------------------------------------

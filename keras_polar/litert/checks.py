@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 
 from keras_polar.convert import convert
 from keras_polar.gated import GatedModel
-from keras_polar.graph import to_numpy
+from keras_polar.graph import Call, Graph, refs_in, to_numpy, trace
 from keras_polar.litert.write import IO, QUANTIZE
+from keras_polar.quantized import listed, quantized
 
 
 def checked_path(path: str | os.PathLike) -> Path:
@@ -42,17 +44,32 @@ def checked_path(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A file in the making, in a folder of its own beside `path` that is gone afterwards."""
+    """A file in the making, in the system's folder for temporary files.
+
+    Nothing stands beside `path` before `put_in_place`, whenever the process is killed.
+    """
     try:
-        # Inside the target folder, so that the final move cannot cross file systems.
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-")
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise PermissionError(
             f"Expected a folder that can be written to; {str(path.parent)!r} cannot "
             f"({error.strerror}). Choose another folder."
         ) from error
-    with folder as name:
+    with tempfile.TemporaryDirectory(prefix="keras_polar-") as name:
         yield Path(name) / path.name
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Moves a finished file to its place, where it appears as a whole."""
+    with contextlib.suppress(OSError):  # another file system
+        os.replace(draft, path)
+        return
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        shutil.copyfile(draft, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_options(quantize: str | None, io: str | None) -> None:
@@ -98,3 +115,71 @@ def check_finite(core: Any) -> None:
                 f"Expected finite weights; {path!r} holds NaN or infinity: the training "
                 "has diverged. Load an earlier checkpoint, or train with a smaller learning rate."
             )
+
+
+# --- what LiteRT has no operations for -------------------------------------------------------
+
+# Layers that look words or numbers up in a table, or hash them.
+_LOOKUPS = (
+    keras.layers.Hashing,
+    keras.layers.HashedCrossing,
+    keras.layers.IntegerLookup,
+    keras.layers.StringLookup,
+    keras.layers.TextVectorization,
+)
+
+
+def check_no_strings(core: Any) -> None:
+    """Raises if a model takes strings, or looks its inputs up in tables."""
+    graph = trace(core)
+    strings = [x for x in core.inputs if x.dtype == "string"]
+    lookups = {c.path: c for c in graph.calls if isinstance(c.op, _LOOKUPS)}
+    if not strings and not lookups:
+        return
+    names = ", ".join(repr(x) for x in lookups) or ", ".join(repr(x.name) for x in strings)
+    what = "layers" if lookups else "inputs"
+    raise ValueError(
+        f"Expected a model of numbers: LiteRT has no strings and no tables, which {what} {names} "
+        f"of {core.name!r} need. {_behind(core, graph, list(lookups.values()))}"
+    )
+
+
+def _behind(core: Any, graph: Graph, lookups: list[Call]) -> str:
+    """How to export the part of a model behind its lookup layers."""
+    front, inputs = _frontier(graph, lookups)
+    if not lookups or any("/" in call.path for call in front):
+        return (
+            "Turn strings into numbers before the model: build it on `keras.Input` of numbers, "
+            "with the lookup layers outside of it, and export that."
+        )
+    names = [f"model.get_layer({c.path!r}).output" for c in front]
+    names += [f"model.inputs[{i}]" for i in inputs]
+    return (
+        f"Export what comes behind: `rest = keras.Model([{', '.join(names)}], model.outputs)`; "
+        f"the application calls {', '.join(repr(c.path) for c in front)} before the file."
+    )
+
+
+def _frontier(graph: Graph, lookups: list[Call]) -> tuple[list[Call], list[int]]:
+    """The last lookups on the way to the outputs, and the inputs that reach them without one."""
+    wanted, front = set(refs_in(graph.outputs)), []
+    for call in reversed(graph.calls):
+        if wanted.isdisjoint(call.outputs):
+            continue
+        if call in lookups:
+            front.append(call)
+        else:
+            wanted.update(call.inputs)
+    return front[::-1], [i for i, t in enumerate(refs_in(graph.inputs)) if t in wanted]
+
+
+def check_not_quantized(core: Any) -> None:
+    """Raises if Keras has quantized layers: what does convert then is larger, and may be wrong."""
+    found = quantized(core)
+    if found:
+        raise ValueError(
+            f"Expected a model that Keras has not quantized; {core.name!r} has the layers "
+            f"{listed(found)}. LiteRT quantizes in its own way: export the model as it was before "
+            "`quantize`, with `export_tflite(model, path, 'int8', representative_data=x)`, say, or "
+            "a float file that ai-edge-quantizer then quantizes."
+        )

@@ -49,10 +49,20 @@ def signature(core: Any, path: Path) -> tuple[tuple[TensorInfo, ...], tuple[Tens
 
 @full_precision()
 def keras_outputs(core: Any, samples: Samples) -> list[np.ndarray]:
-    """The model's outputs in inference mode, in the order of `core.outputs`."""
+    """The model's outputs in inference mode, in the order of `core.outputs`.
+
+    States that layers keep from batch to batch are as before.
+    """
     size = fixed_batch(core) or _BATCH
-    parts = [_call(core, batch) for batch in samples.batches(size)]
+    with keras.StatelessScope():
+        parts = [_call(core, batch) for batch in samples.batches(size)]
     return [np.concatenate(x) for x in zip(*parts, strict=True)]
+
+
+def difference_of(own: Any, core: Any, samples: Samples) -> float:
+    """How far a model is from its copy in another precision, as `relative_difference`."""
+    expected, got = (keras_outputs(x, samples) for x in (core, own))
+    return compared(expected, got, samples).relative_difference
 
 
 def _call(core: Any, arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """`export_tflite`: convert, write, try out, compare, move into place."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import keras
 from keras_polar.graph import core_of
 from keras_polar.litert.checks import (
     check_finite,
+    check_no_strings,
+    check_not_quantized,
     check_options,
     checked_path,
     converted,
     draft_of,
+    put_in_place,
 )
-from keras_polar.litert.compare import compare, signature
+from keras_polar.litert.compare import compare, difference_of, signature
 from keras_polar.litert.data import Samples, random_samples, read_samples
 from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
 from keras_polar.litert.report import ExportReport
+from keras_polar.litert.twin import is_float32, twin
 from keras_polar.litert.write import not_exportable, write
 
 _REPRESENTATIVE = 500  # samples; ranges of activations hardly change with more
@@ -40,8 +45,16 @@ def export_tflite(
     """Writes a model as a LiteRT file, runs the file, and compares it with Keras.
 
     A gated model is converted first: the file always holds the small, static network. Only
-    builtin LiteRT operations are used, so that the file runs on every LiteRT runtime. The batch
-    size stays open unless the model fixes it. The file appears at `path` complete or not at all.
+    builtin LiteRT operations are used, so that the file runs on every LiteRT runtime. The file
+    appears at `path` complete or not at all, even if the process is killed.
+
+    The batch size stays open unless the model fixes it. Recurrent layers are loops over steps,
+    which LiteRT runs for batches of a fixed size only: of a model with such layers (without
+    `unroll=True`) the file takes one sample at a time. "int8" has no loops: their steps, 512 at
+    most, are written out one by one. `ExportReport.notes` says so.
+
+    A model in mixed or another precision is written as its float32 copy, with which the file is
+    compared; `ExportReport.precision_difference` says how far the model is from that.
 
     In the file, inputs carry the names of the model's `keras.Input`s and outputs are called
     `output_0`, `output_1`, ...; where the model takes or returns a flat dict, its keys are the
@@ -75,7 +88,8 @@ def export_tflite(
             another dtype.
         ValueError: the model has weights that are not finite, an option is unknown, "int8" has no
             data, `path` does not end in `.tflite`, the data do not fit the inputs, Keras does not
-            run on TensorFlow, or the model holds something LiteRT cannot do.
+            run on TensorFlow, or the model holds something LiteRT cannot do: strings and lookup
+            tables, layers that Keras has quantized, ...
         OSError: the folder of `path` does not exist or cannot be written to.
 
     Example:
@@ -88,16 +102,23 @@ def export_tflite(
     check_options(quantize, io)
     trained_for_it = is_legacy(model)
     core = legacy_core(model, quantize) if trained_for_it else core_of(converted(model))
+    if not trained_for_it:
+        check_no_strings(core)
+        check_not_quantized(core)
     check_finite(core)
+    own, core = core, core if trained_for_it or is_float32(core) else twin(core)
     if quantize == "int8" and representative_data is None and not trained_for_it:
         raise ValueError(_NO_DATA)
     given, compared_on = _samples(core, representative_data, evaluation_data)
     with draft_of(path) as draft:
+        notes: tuple[str, ...] = ()
         if trained_for_it:
             write_quantized(core, draft, io)
         else:
-            write(core, draft, quantize, io, given)
-        return _finished(core, draft, path, quantize, compared_on)
+            notes = write(core, draft, quantize, io, given)
+        report = _finished(core, draft, path, quantize, compared_on)
+    off = None if own is core else difference_of(own, core, compared_on)
+    return replace(report, notes=notes, precision_difference=off)
 
 
 def _finished(
@@ -109,7 +130,7 @@ def _finished(
     except RuntimeError as error:  # the runtime checks some limits only when it runs
         raise ValueError(not_exportable(core, quantize, error)) from error
     inputs, outputs = signature(core, draft)
-    os.replace(draft, path)
+    put_in_place(draft, path)
     return ExportReport(
         **vars(comparison),
         path=path,

@@ -79,6 +79,10 @@ class ExportReport(Comparison):
         quantize: how it computes: None (as Keras), "float16", "dynamic" or "int8".
         inputs: in the order of the Keras model's inputs.
         outputs: in the order of the Keras model's outputs.
+        notes: what is otherwise in the file than in the model: a batch size fixed at 1, say.
+        precision_difference: of a model that does not compute in float32: how far it is from its
+            float32 copy, measured as `relative_difference`. The file is made of the copy and
+            compared with it: what the other attributes call Keras is the copy. Else None.
     """
 
     path: Path
@@ -86,6 +90,8 @@ class ExportReport(Comparison):
     quantize: str | None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    notes: tuple[str, ...] = ()
+    precision_difference: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -93,5 +99,11 @@ class ExportReport(Comparison):
             *self._lines(),
             *(f"  input  {tensor}" for tensor in self.inputs),
             *(f"  output {tensor}" for tensor in self.outputs),
+            *(f"  note: {note}" for note in self.notes),
         ]
+        if self.precision_difference is not None:
+            lines.append(
+                "  note: Keras is a float32 copy; the model itself differs from it by "
+                f"{self.precision_difference:.2g} (relative)"
+            )
         return "\n".join(lines)

@@ -23,6 +23,7 @@ from keras_polar.latency import LatencyTable
 from keras_polar.litert.benchmark import loaded, timed_runs
 from keras_polar.litert.run import check_positive
 from keras_polar.litert.split import convert_each
+from keras_polar.litert.twin import is_float32, twin
 from keras_polar.litert.write import not_exportable
 from keras_polar.rules import read
 from keras_polar.rules.base import sizes
@@ -186,14 +187,15 @@ def _files(piece: Fused, folder: Path) -> list[Path | None]:
 
 
 def _twin(piece: Fused, flags: np.ndarray, name: str) -> keras.Model:
-    """The piece as a model of its own, without some units."""
+    """The piece as a model of its own, in float32, without some units."""
     cutter = Cutter(piece.coupling, flags)
     values: dict[int, Any] = dict(zip(piece.inputs, _inputs(piece, cutter), strict=True))
     inputs = list(values.values())
     for site in piece.sites:
         made = tree.flatten(cutter.visit(site.call, values))
         values.update(zip(site.call.outputs, made, strict=True))
-    return keras.Model(inputs, [values[t] for t in piece.outputs], name=name)
+    model = keras.Model(inputs, [values[t] for t in piece.outputs], name=name)
+    return model if is_float32(model) else twin(model)
 
 
 def _inputs(piece: Fused, cutter: Cutter) -> list[Any]:

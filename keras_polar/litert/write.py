@@ -6,44 +6,93 @@ import keyword
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from keras_polar.litert.calibration import check_runs, convert_apart, is_dangerous
 from keras_polar.litert.data import Samples, fixed_batch, input_names
+from keras_polar.litert.twin import has_loops, steps_of, twin
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 IO = (None, "float32")
+MOST_STEPS = 512  # of a loop that is written out
 _CALIBRATION_BATCH = 8
 
 
 def write(
     core: Any, path: Path, quantize: str | None, io: str | None, calibration: Samples | None
-) -> None:
+) -> tuple[str, ...]:
     """Writes the file.
+
+    Returns:
+        What is otherwise in the file than in the model, in words.
 
     Raises:
         ValueError: the converter cannot do it; says why.
     """
+    looping = has_loops(core)
+    steps = steps_of(core) if looping else 0
+    model, notes = core, []
+    if looping and quantize == "int8":
+        _check_steps(core, steps)
+        notes.append(f"recurrent layers are written out, step by step ({steps} steps)")
+    try:
+        if notes:
+            model = twin(core, unrolled=True)
+        batch = _written(model, path, Options(quantize, io, calibration), 1 if looping else None)
+        if quantize == "int8":
+            check_runs(path)
+    except Exception as error:  # the converter raises whatever it meets, of many types
+        raise ValueError(not_exportable(core, quantize, error)) from error
+    if batch is not None:
+        notes.append(f"the batch size is fixed at {batch}, because of loops over steps")
+    return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a file is to be written; see `export_tflite`."""
+
+    quantize: str | None
+    io: str | None
+    calibration: Samples | None
+
+
+def _written(core: Any, path: Path, options: Options, batch: int | None) -> int | None:
+    """Writes the file; returns the size of batches where it is fixed and the model's is not."""
+    batch = None if fixed_batch(core) else batch
+    try:
+        _convert(core, path, options, batch)
+    except Exception as error:
+        if batch or fixed_batch(core) or "TensorList" not in str(error):
+            raise
+        # A loop of some other layer, whose tensors need a shape that is known.
+        return _written(core, path, options, 1)
+    return batch
+
+
+def _convert(core: Any, path: Path, options: Options, batch: int | None) -> None:
     # Flat lists of inputs and a flat dict of outputs: nested structures cannot be exported.
     outputs = dict(zip(output_names(core), core.outputs, strict=True))
     flat = keras.Model(list(core.inputs), outputs, name=core.name)
     signature = [
-        keras.InputSpec(shape=tensor.shape, dtype=tensor.dtype, name=name)
-        for tensor, name in zip(core.inputs, signature_names(core), strict=True)
+        keras.InputSpec(shape=(batch or t.shape[0], *t.shape[1:]), dtype=t.dtype, name=name)
+        for t, name in zip(core.inputs, signature_names(core), strict=True)
     ]
-    options = _OPTIONS[quantize]()
-    if quantize == "int8":
-        options |= _integer_options(core, io, calibration)
-    try:
-        with quiet():
-            flat.export(
-                path, format="litert", verbose=False, input_signature=[signature], **options
-            )
-    except Exception as error:  # the converter raises whatever it meets, of many types
-        raise ValueError(not_exportable(core, quantize, error)) from error
+    given = _OPTIONS[options.quantize]()
+    with quiet():
+        if options.quantize == "int8":
+            ends = options.io or "int8"
+            batches = _batches(core, options.calibration, batch)
+            if is_dangerous(flat, signature, batches()):
+                path.write_bytes(convert_apart(flat, signature, ends, batches()))
+                return
+            given |= _integer_options(batches, ends)
+        flat.export(path, format="litert", verbose=False, input_signature=[signature], **given)
 
 
 def signature_names(core: Any) -> list[str]:
@@ -111,23 +160,22 @@ _OPTIONS = {
 }
 
 
-def _integer_options(core: Any, io: str | None, calibration: Samples | None) -> dict[str, Any]:
+def _integer_options(batches: Callable, ends: str) -> dict[str, Any]:
     import tensorflow as tf
 
-    if calibration is None:
-        raise ValueError("int8 needs samples to calibrate with.")
-    names, size = signature_names(core), fixed_batch(core) or _CALIBRATION_BATCH
-
-    def batches() -> Iterator[dict]:
-        # By name: the converter orders the inputs of the file as it likes.
-        return (dict(zip(names, x, strict=True)) for x in calibration.batches(size))
-
-    ends = tf.float32 if io == "float32" else tf.int8
     return {
         "representative_dataset": batches,
-        "inference_input_type": ends,
-        "inference_output_type": ends,
+        "inference_input_type": getattr(tf, ends),
+        "inference_output_type": getattr(tf, ends),
     }
+
+
+def _batches(core: Any, calibration: Samples | None, batch: int | None) -> Callable:
+    if calibration is None:
+        raise ValueError("int8 needs samples to calibrate with.")
+    names, size = signature_names(core), batch or fixed_batch(core) or _CALIBRATION_BATCH
+    # By name: the converter orders the inputs of the file as it likes.
+    return lambda: (dict(zip(names, x, strict=True)) for x in calibration.batches(size))
 
 
 @contextlib.contextmanager
@@ -159,6 +207,22 @@ def not_exportable(core: Any, quantize: str | None, error: Exception) -> str:
     )
 
 
+def _check_steps(core: Any, steps: int) -> None:
+    """Raises if the loops of recurrent layers cannot be written out."""
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"Expected at most {MOST_STEPS} steps for quantize='int8', which writes recurrent "
+            f"layers out step by step; those of {core.name!r} have {steps}. Files become large "
+            "then and no faster: use quantize='dynamic', which keeps the loop and stores weights "
+            "as int8."
+        )
+    if not steps and _open_sizes(core):
+        raise ValueError(
+            "Expected a fixed number of steps for quantize='int8', which writes recurrent layers "
+            f"out step by step. {_fix(core)} Or use quantize='dynamic', which keeps the loop."
+        )
+
+
 def _reason(text: str) -> str:
     ops = re.search(r"(?:Select|Custom) ops: *(.+)", text)
     if ops:
@@ -168,22 +232,30 @@ def _reason(text: str) -> str:
 
 
 def _remedy(core: Any, quantize: str | None, text: str) -> str:
-    open_sizes = {
-        t.name: tuple(t.shape) for t in core.inputs if any(size is None for size in t.shape[1:])
-    }
     if "TensorList" in text:
         return (
             "A recurrent layer is a loop over steps: fix the number of steps in `keras.Input` and "
             "build the layer with `unroll=True`."
         )
-    if open_sizes:
-        return (
-            f"Its inputs have open sizes, {open_sizes}: fix them, `x = keras.Input(shape); "
-            "model = keras.Model(x, model(x))`."
-        )
+    if _open_sizes(core):
+        return _fix(core)
     if quantize == "int8":
-        return "Try quantize='dynamic' or 'float16', which compute in float32."
+        fix = "Fix the batch size, `x = keras.Input(shape, batch_size=1); model = keras.Model(x, "
+        fix = f"{fix}model(x))`, or try" if "XNNPACK" in text else "Try"
+        return f"{fix} quantize='dynamic' or 'float16', which compute in float32."
     return (
         "Replace the layer that needs it; `model.export(path, format='litert')` of Keras may "
         "still write a file that needs TensorFlow's own kernels."
+    )
+
+
+def _open_sizes(core: Any) -> dict[str, tuple]:
+    """The shapes of the inputs with sizes, besides the batch's, that are not fixed."""
+    return {t.name: tuple(t.shape) for t in core.inputs if None in t.shape[1:]}
+
+
+def _fix(core: Any) -> str:
+    return (
+        f"Its inputs have open sizes, {_open_sizes(core)}: fix them, `x = keras.Input(shape); "
+        "model = keras.Model(x, model(x))`."
     )

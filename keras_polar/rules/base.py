@@ -39,6 +39,7 @@ import numpy as np
 from keras import tree
 
 from keras_polar.graph import Call, Graph, Ref, Spec, has_parts, trace, variable_at
+from keras_polar.quantized import why_altered
 from keras_polar.units import Ids, Units, along, compact, look_up, nobody, varies
 
 
@@ -325,8 +326,8 @@ class UnknownRule(Rule):
     """Nobody wrote a rule: all units that reach the operation stay."""
 
     def flow(self, site: Site) -> list[Ids]:
-        why = site.call.note or "no rule for this operation; see keras_polar.register"
-        return site.pin_all(why)
+        unknown = site.call.note or "no rule for this operation; see keras_polar.register"
+        return site.pin_all(why_altered(site.op) or unknown)
 
 
 def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
