@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.cost import MEASURES, sizes_known
+from keras_polar.cost import MEASURES, sizes_known, unknown_macs
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel
 from keras_polar.gates import DynamicGate, Gate, Mask
@@ -25,11 +25,19 @@ from keras_polar.quantized import why_altered
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.base import inner_vector, line
 from keras_polar.schedule import Schedule
-from keras_polar.targets import Target, blocks_of, budget_of, targets
+from keras_polar.targets import (
+    Target,
+    below_usual,
+    blocks_of,
+    budget_of,
+    targets,
+    usual_floors,
+)
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels", "blocks")
 TRAINING = ("train_step", "test_step", "compute_loss", "compute_metrics")
+LISTED = 8  # groups that a warning names
 
 
 def apply(
@@ -91,8 +99,14 @@ def apply(
         FileNotFoundError: there is no table of latencies at that path.
         TypeError: the model is not functional, or an argument has the wrong type.
         ValueError: an argument is out of range or not known, the model has gates already, nothing
-            in it can be pruned, `sparsity` cannot be reached (says what can), or the table of
+            in it can be pruned, `sparsity` cannot be reached (says what can), nobody can count the
+            multiply-accumulates of a layer with weights (`measure="macs"`), or the table of
             latencies lacks a layer.
+
+    Warns:
+        UserWarning: `sparsity` is only reached with less in a group than usually stays there, or
+            nobody can count the multiply-accumulates of a layer without weights
+            (`measure="macs"`).
 
     Example:
 
@@ -117,6 +131,7 @@ def apply(
             f"{_why_nothing(coupling, kinds)}. See keras_polar.inspect(model)."
         )
     _check_sizes(coupling, model, measure)
+    _check_macs(coupling, model, measure)
     timed = _timed(model, measure, latency_table)
     budget = budget_of(
         coupling,
@@ -128,6 +143,7 @@ def apply(
         round_to=round_to,
         timed=timed,
     )
+    _warn_of_low_groups(coupling, budget, measure, min_units, max_sparsity)
     found = targets(coupling, blocks, budget.floors)
     training = {
         "schedule": (schedule or Schedule()).get_config(),
@@ -232,6 +248,44 @@ def _check_sizes(coupling: Coupling, model: Any, measure: str) -> None:
         raise ValueError(
             f"apply: measure={measure!r} needs known sizes, but tensors of model {model.name!r} "
             "have unknown ones. Build it on `keras.Input` with all sizes, or use measure='weights'."
+        )
+
+
+def _check_macs(coupling: Coupling, model: Any, measure: str) -> None:
+    unknown = unknown_macs(coupling) if measure == "macs" else {}
+    if not unknown:
+        return
+    kinds = {n: f"{n} ({type(s.op).__name__})" for n, s in unknown.items()}
+    trained = [kinds[n] for n, s in unknown.items() if getattr(s.op, "weights", ())]
+    text = (
+        "apply: measure='macs' needs to know what every layer computes, but nobody can count the "
+        f"multiply-accumulates of {', '.join(trained or kinds.values())} in model {model.name!r}"
+    )
+    remedy = (
+        "Use measure='weights', or tell with keras_polar.register(<class>, <a keras_polar.Rule "
+        "with `macs`>)"
+    )
+    if trained:
+        raise ValueError(f"{text}. {remedy}.")
+    warnings.warn(f"{text}: they count as none. {remedy}.", stacklevel=3)
+
+
+def _warn_of_low_groups(
+    coupling: Coupling, budget: Budget, measure: str, min_units: int, max_sparsity: Any
+) -> None:
+    def floors(sparsity: float) -> list[int]:
+        return usual_floors(coupling, sparsity, min_units, max_sparsity)
+
+    low, enough = below_usual(coupling, budget, floors)
+    if low:
+        more = f" and {len(low) - LISTED} more" if len(low) > LISTED else ""
+        less = f"Ask for less (up to {enough:g} they keep it)" if enough else "Ask for less"
+        warnings.warn(
+            f"apply: sparsity={budget.sparsity:g} of the {measure} can only be reached with less "
+            f"in some groups than usually stays: {', '.join(low[:LISTED])}{more}. {less}, keep "
+            "layers whole with `ignore`, or say with `max_sparsity` what share of each group may "
+            "go (1.0: all but min_units).",
+            stacklevel=3,
         )
 
 

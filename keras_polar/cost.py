@@ -172,7 +172,7 @@ def site_terms(site: Site, rule: Rule, first_call: bool = True) -> list[Term]:
     if first_call:
         own += weight_terms(site, rule.weights(site.op))
         own += [Term((site.axes[p],), units=1) for p in site.produces]
-    return own + rule.macs(site)
+    return own + (site.macs or [])
 
 
 # --- counted layer by layer ------------------------------------------------------------------
@@ -188,6 +188,7 @@ class CostRow:
     weights: int
     macs: int
     units: int
+    macs_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,12 @@ class Cost:
 
     Attributes:
         weights: as `model.count_params()`.
-        macs: multiply-accumulates of convolutions and Dense layers for one sample. Unknown spatial
-            sizes count as 1; `sizes_known` says whether there are any.
+        macs: multiply-accumulates for one sample: products that are summed up, as in convolutions,
+            Dense layers and attention, not those of single elements or of weights among each
+            other. Unknown spatial sizes count as 1; `sizes_known` says whether there are any.
         units: channels and neurons that weight layers produce.
+        unknown: names of the layers whose multiply-accumulates nobody can count; they are not in
+            `macs`, and their rows have `macs_known=False`.
     """
 
     weights: int
@@ -206,6 +210,7 @@ class Cost:
     units: int
     sizes_known: bool
     rows: tuple[CostRow, ...]
+    unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from keras_polar.report import cost_table, table_text
@@ -226,7 +231,13 @@ def counted(coupling: Coupling) -> Cost:
         rows.append(_row(site, site_terms(site, rule, id(site.op) not in seen)))
         seen.add(id(site.op))
     totals = {m: sum(getattr(r, m) for r in rows) for m in COUNTED}
-    return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows))
+    unknown = tuple(unknown_macs(coupling))
+    return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows), unknown=unknown)
+
+
+def unknown_macs(coupling: Coupling) -> dict[str, Site]:
+    """The layers whose multiply-accumulates are not known, by name."""
+    return {s.name: s for s in coupling.sites if s.macs is None}
 
 
 def sizes_known(coupling: Coupling) -> bool:
@@ -242,4 +253,6 @@ def _row(site: Site, own: list[Term]) -> CostRow:
         return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
 
     shape = site.specs[site.call.outputs[0]].shape
-    return CostRow(site.name, type(site.op).__name__, shape, *map(total, COUNTED))
+    kind = type(site.op).__name__
+    costs = total("weights"), total("macs"), total("units")
+    return CostRow(site.name, kind, shape, *costs, macs_known=site.macs is not None)

@@ -65,7 +65,7 @@ class Fused:
         read = [_elements(self.coupling, t, first.inputs[i]) for i, t in places]
         made = zip(self.outputs, last.outputs, strict=True)
         written = [_elements(self.coupling, t, ids) for t, ids in made]
-        macs = [t for s in self.sites for t in rule_for(s.op).macs(s)]
+        macs = [t for s in self.sites for t in s.macs or ()]
         own = [f for t in written for f in t.factors]
         return [read, written, macs, *([_blocked(t, own) for t in x] for x in (written, macs))]
 

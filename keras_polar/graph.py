@@ -171,7 +171,7 @@ class _Tracer:
                 kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
                 return self._inline(_open, op, args, kwargs, path)
             except CannotOpen as error:
-                self.notes[id(op)] = f"{NOT_OPENED}: {error}"
+                self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
         return self._call(step, args, kwargs, path)
 
     def _nested(
@@ -218,7 +218,7 @@ class _Tracer:
             raise CannotOpen("is called on a tensor that is not part of the model")
         table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
         self.alive.append(opened)
-        self.notes.update((k, f"{NOT_OPENED}: {v}") for k, v in opened.closed.items())
+        self.notes.update((k, f"{NOT_OPENED}: it {v}") for k, v in opened.closed.items())
         for step in opened.steps:
             self.step(step, table, path, kwargs.get("training"))
         return [table[id(x)] for x in opened.outputs]

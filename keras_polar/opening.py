@@ -132,11 +132,6 @@ class Leaf:
     kwargs: dict
 
 
-def takes_mask(op: Any) -> bool:
-    """Whether Keras hands the layer's call masks that are not among its arguments."""
-    return any(n == "mask" or n.endswith("_mask") for n in op._call_signature.parameters)
-
-
 def trace_leaf(leaf: Leaf, twin: Leaf, resized: dict[int, int], training: Any) -> Opened:
     """What a layer's `call` does with its input and variables, the same for any number of units.
 

@@ -46,13 +46,20 @@ def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
 def cost_table(found: Cost) -> tuple:
     """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
     rows = [
-        (r.name, r.kind, str(r.output_shape), f"{r.weights:,}", f"{r.macs:,}", f"{r.units:,}")
+        (
+            *(r.name, r.kind, str(r.output_shape), f"{r.weights:,}"),
+            *(f"{r.macs:,}" if r.macs_known else "?", f"{r.units:,}"),
+        )
         for r in found.rows
-        if r.weights or r.macs
+        if r.weights or r.macs or not r.macs_known
     ]
-    total = ("total", "", "", f"{found.weights:,}", f"{found.macs:,}", f"{found.units:,}")
-    note = "" if found.sizes_known else "MACs per position: sizes of the input are not known"
-    return ["layer", "kind", "output", *COUNTED], [*rows, total], note
+    macs = f"{found.macs:,}" + " + ?" * bool(found.unknown)
+    total = ("total", "", "", f"{found.weights:,}", macs, f"{found.units:,}")
+    notes = [
+        "" if found.sizes_known else "MACs per position: sizes of the input are not known",
+        f"MACs that cannot be counted: {', '.join(found.unknown)}" if found.unknown else "",
+    ]
+    return ["layer", "kind", "output", *COUNTED], [*rows, total], ". ".join(filter(None, notes))
 
 
 def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
@@ -88,7 +95,7 @@ def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
 
 def _justified(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Any]:
     """ "right" for columns of numbers, "left" for others."""
-    numbers = [all(r[i][:1].isdigit() for r in rows if r[i]) for i in range(len(columns))]
+    numbers = [all(r[i][:1] in "0123456789?" for r in rows if r[i]) for i in range(len(columns))]
     return ["right" if is_number else "left" for is_number in numbers]
 
 
@@ -103,7 +110,8 @@ class InspectRow:
         prunable: how many of them can go, were there no sparsity to meet.
         group: the group they belong to; groups joined by ", " if several; empty if none.
         reason: why units stay; empty if all can go.
-        weights_share, macs_share: the layer's share of the model's cost, in [0, 1].
+        weights_share, macs_share: the layer's share of the model's cost, in [0, 1]; of the
+            multiply-accumulates None if nobody can count those of the layer.
     """
 
     name: str
@@ -113,7 +121,7 @@ class InspectRow:
     group: str
     reason: str
     weights_share: float
-    macs_share: float
+    macs_share: float | None
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,11 @@ class Inspection:
         prunable_weights, prunable_macs: the share of the model's weights (multiply-accumulates)
             that is gone when every group keeps one unit, in [0, 1]. This is the largest
             `sparsity` that `keras_polar.apply` can be asked for with `min_units=1`.
+            Multiply-accumulates are those that can be counted.
         branches: the residual branches that can go as a whole (`granularity="blocks"`), each as
             the names of its layers.
+        unknown: names of the layers whose multiply-accumulates nobody can count: shares of them
+            are shares of all others'.
     """
 
     model: str
@@ -135,6 +146,7 @@ class Inspection:
     prunable_weights: float
     prunable_macs: float
     branches: tuple[tuple[str, ...], ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def prunable(self) -> float:
@@ -146,14 +158,16 @@ class Inspection:
         rows = [
             (
                 *(r.name, r.kind, str(r.units), str(r.prunable), r.group),
-                *(f"{r.weights_share:.1%}", f"{r.macs_share:.1%}", r.reason),
+                *(f"{r.weights_share:.1%}", _percent(r.macs_share), r.reason),
             )
             for r in self.rows
         ]
+        which = f" that can be counted (not those of {', '.join(self.unknown)})"
         note = (
             f"{self.model}: {self.prunable:.1%} of the units can be pruned, and with one unit left "
             f"per group {self.prunable_weights:.1%} of the weights and {self.prunable_macs:.1%} of "
-            f"the MACs are gone. Residual branches that can go as a whole: {len(self.branches)}"
+            f"the MACs{which if self.unknown else ''} are gone. "
+            f"Residual branches that can go as a whole: {len(self.branches)}"
         )
         return columns, rows, note
 
@@ -162,6 +176,10 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         return table_html(*self._table())
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{share:.1%}"
 
 
 def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
@@ -179,34 +197,41 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
         >>> print(keras_polar.inspect(model))
     """
     coupling = _coupled(model, ignore)
-    rows = _layer_rows(coupling, *_costs(coupling))
+    found = counted(coupling)
+    rows = _layer_rows(coupling, _shares(found))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
     branches = tuple(block.layers for block in blocks_of(coupling, ignore))
-    return Inspection(model.name, tuple(rows), shares[0], shares[1], branches)
+    return Inspection(model.name, tuple(rows), shares[0], shares[1], branches, found.unknown)
 
 
-def _costs(coupling: Coupling) -> tuple[dict[str, Counter], dict[str, int]]:
-    """What each layer costs, all calls of a shared layer together, and the whole model."""
+def _shares(found: Cost) -> dict[str, tuple[float, float | None]]:
+    """Each layer's shares of the weights and multiply-accumulates, all its calls together."""
     costs: dict[str, Counter] = {}
-    for row in counted(coupling).rows:
-        own = {m: getattr(row, m) for m in COUNTED}
-        costs.setdefault(row.name, Counter()).update(own)
-    return costs, {m: max(1, sum(r[m] for r in costs.values())) for m in COUNTED}
+    for row in found.rows:
+        costs.setdefault(row.name, Counter()).update(weights=row.weights, macs=row.macs)
+    return {
+        name: (
+            own["weights"] / max(1, found.weights),
+            None if name in found.unknown else own["macs"] / max(1, found.macs),
+        )
+        for name, own in costs.items()
+    }
 
 
-def _layer_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
+def _layer_rows(coupling: Coupling, shares: dict) -> list[InspectRow]:
     kinds = {s.name: type(s.op).__name__ for s in coupling.sites}
     rows = []
     for name, vector in coupling.produced().items():
         group = coupling.group_of[vector]
         names = dict.fromkeys(coupling.groups[i].name for i in group[group >= 0].tolist())
-        shares = [costs[name][m] / whole[m] for m in ("weights", "macs")]
         can_go = int((group >= 0).sum())
         reason = why_fixed(coupling, vector[group < 0]) if can_go < len(vector) else ""
         rows.append(
-            InspectRow(name, kinds[name], len(vector), can_go, ", ".join(names), reason, *shares)
+            InspectRow(
+                name, kinds[name], len(vector), can_go, ", ".join(names), reason, *shares[name]
+            )
         )
-    return rows + _unknown_rows(coupling, costs, whole)
+    return rows + _unknown_rows(coupling, shares)
 
 
 def _removable(coupling: Coupling, measure: str) -> float:
@@ -216,17 +241,14 @@ def _removable(coupling: Coupling, measure: str) -> float:
     return 1 - total([1] * len(coupling.groups)) / full if full else 0.0
 
 
-def _unknown_rows(coupling: Coupling, costs: dict, whole: dict) -> list[InspectRow]:
-    """Layers without a rule, or with weights that their rule cannot follow units through."""
+def _unknown_rows(coupling: Coupling, shares: dict) -> list[InspectRow]:
+    """Layers of unknown cost, or with weights, that their rule cannot follow units through."""
     found = {
         s.name: s
         for s in coupling.sites
-        if s.refused and (is_unknown(s.op) or getattr(s.op, "weights", None))
+        if s.refused and (is_unknown(s.op) or s.macs is None or getattr(s.op, "weights", None))
     }
     return [
-        InspectRow(
-            *(name, type(site.op).__name__, 0, 0, "", site.refused),
-            *(costs[name][m] / whole[m] for m in ("weights", "macs")),
-        )
+        InspectRow(name, type(site.op).__name__, 0, 0, "", site.refused, *shares[name])
         for name, site in found.items()
     ]

@@ -1,8 +1,8 @@
 """What gates decide about, and what must remain: groups of units, residual branches, floors."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from keras_polar.blocks import Block, find_blocks
 from keras_polar.cost import polynomial
 from keras_polar.coupling import Coupling, Group, off_batch, sites_of
-from keras_polar.plan import Budget
+from keras_polar.plan import Budget, ranking, settle
 from keras_polar.rules import Site, Term
 from keras_polar.rules.base import inner_vector, line
 
@@ -123,12 +123,13 @@ def budget_of(
     units = (*(g.units for g in coupling.groups), *(1 for _ in blocks))
     cost = polynomial(coupling, measure, blocks, timed)
 
-    def budget(wanted: Any, otherwise: float) -> Budget:
-        floors = _floors(coupling, wanted, otherwise, min_units)
-        return Budget(cost, units, float(sparsity), (*floors, *(0 for _ in blocks)), round_to)
+    def budget(floors: Sequence[int]) -> Budget:
+        floors = (*floors, *(0 for _ in blocks))
+        return Budget(cost, units, float(sparsity), floors, round_to)
 
-    guarded = budget(max_sparsity, 1 - FLOOR * (1 - sparsity))
-    found = guarded if guarded.reachable >= sparsity else budget(max_sparsity, 1.0)
+    guarded = budget(usual_floors(coupling, sparsity, min_units, max_sparsity))
+    is_enough = guarded.reachable >= sparsity
+    found = guarded if is_enough else budget(_floors(coupling, max_sparsity, 1.0, min_units))
     if found.reachable < sparsity:
         raise ValueError(
             f"apply: sparsity={sparsity} of the {measure} cannot be reached; at most "
@@ -137,6 +138,51 @@ def budget_of(
             "keras_polar.inspect(model) says which units stay and why."
         )
     return found
+
+
+def usual_floors(
+    coupling: Coupling,
+    sparsity: float,
+    min_units: int,
+    max_sparsity: float | Mapping[str, float] | None,
+) -> list[int]:
+    """Units that stay in every group, as long as the sparsity can be reached with that."""
+    return _floors(coupling, max_sparsity, 1 - FLOOR * (1 - sparsity), min_units)
+
+
+def below_usual(
+    coupling: Coupling, budget: Budget, floors: Callable[[float], Sequence[int]]
+) -> tuple[list[str], float]:
+    """Groups of which less stays than usual when all give alike, in words.
+
+    Args:
+        floors: the usual floors for a sparsity.
+
+    Returns:
+        The groups, none if the floors hold; and the largest sparsity, to the point, at which they
+        hold, 0 if at none.
+    """
+    usual = floors(budget.sparsity)
+    if list(budget.floors[: len(usual)]) == list(usual):
+        return [], budget.sparsity
+    scores = [np.ones(n) for n in budget.units]
+    kept = settle(ranking(scores, [s == 0 for s in scores], budget), budget)
+    counts = [int(mask.sum()) for mask in kept]
+    found = [
+        f"{g.name} ({n} of {g.units} units would stay, usually {least} at least)"
+        for g, n, least in zip(coupling.groups, counts, usual, strict=False)
+        if n < least
+    ]
+    return found, _largest(budget, floors)
+
+
+def _largest(budget: Budget, floors: Callable[[float], Sequence[int]]) -> float:
+    branches = budget.floors[len(floors(budget.sparsity)) :]
+    for points in range(int(100 * budget.sparsity), 0, -1):
+        lower = points / 100
+        if replace(budget, floors=(*floors(lower), *branches)).reachable >= lower:
+            return lower
+    return 0.0
 
 
 def _floors(coupling: Coupling, wanted: Any, otherwise: float, min_units: int) -> list[int]:

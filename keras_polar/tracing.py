@@ -20,7 +20,10 @@ from keras.src.utils.naming import to_snake_case
 
 
 class CannotOpen(Exception):
-    """A layer whose `call` cannot be replaced by calls of its parts; the message says why."""
+    """A layer whose `call` cannot be replaced by calls of its parts.
+
+    The message says why: what the layer does or has, as follows on "it".
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +127,16 @@ def why(error: Exception) -> str:
     text = next((s for s in lines if s and not s.startswith(skip)), "")
     if isinstance(error, CannotOpen):
         return text
-    return f"its call does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
+    return f"does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
 
 
 def _with_sizes(reason: str, args: tuple, kwargs: dict) -> str:
     if all(None not in x.shape for x in tensors_in((args, kwargs))):
         return reason
-    return f"unknown size: build the model on inputs with fixed sizes; {reason}"
+    return (
+        "is called on inputs of unknown size: build the model on inputs with fixed sizes; as it is "
+        f"it {reason}"
+    )
 
 
 def function_steps(function: Callable, units: int) -> list[Step]:
@@ -216,7 +222,7 @@ class Watch:
         def add_loss(layer: Any, loss: Any) -> None:
             if watch.is_paused:
                 return  # only its shape is asked for
-            raise CannotOpen(f"{layer.name!r} adds a loss in its call")
+            raise CannotOpen(f"{watch.part(layer)}adds a loss in its call")
 
         return type(
             layer_class.__name__,
@@ -244,11 +250,11 @@ class Watch:
             twin = layer_class.from_config(layer.get_config())
             twin(*args, **kwargs)
         except Exception as error:
-            raise CannotOpen(f"its sublayer {layer.name!r} is not built") from error
+            raise CannotOpen(f"has a sublayer {layer.name!r} that is not built") from error
         finally:
             self.is_paused = False
         if twin.variables:
-            raise CannotOpen(f"its sublayer {layer.name!r} is not built")
+            raise CannotOpen(f"has a sublayer {layer.name!r} that is not built")
 
     def _opened(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         self.composites.append((layer, args, kwargs))
@@ -268,7 +274,7 @@ class Watch:
 
     def _in_line(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if layer.activity_regularizer is not None:
-            raise CannotOpen(f"{layer.name!r} has an activity regularizer")
+            raise CannotOpen(f"{self.part(layer)}has an activity regularizer")
         found = []
 
         def symbolic_call(*args: Any, **kwargs: Any) -> list:
@@ -299,6 +305,10 @@ class Watch:
             self.is_paused = False
         self.paths[id(layer._inbound_nodes[-1])] = "/".join(self.stack)
         return outputs
+
+    def part(self, layer: Any) -> str:
+        """What leads from the layer that is run to one of its parts, in a sentence."""
+        return "" if layer is self.root else f"has a sublayer {layer.name!r} that "
 
     def use(self, variable: Any) -> None:
         if id(variable) not in self.buffers:

@@ -1,5 +1,7 @@
 """From scores to masks: exact to the unit, floors and multiples respected."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -164,8 +166,42 @@ def test_a_group_does_not_collapse_while_it_trains(gate):
 def test_protection_gives_way_to_the_request():
     with pytest.raises(ValueError, match=r"at most 0\.846"):
         keras_polar.apply(two_layers(), 0.85, ignore="first")
-    gated = keras_polar.apply(two_layers(), 0.84, ignore="first")
+    with pytest.warns(UserWarning, match="usually stays"):
+        gated = keras_polar.apply(two_layers(), 0.84, ignore="first")
     assert gated.budget.floors == (1,)  # two, if a quarter of the rest stayed
+
+
+def test_a_group_below_its_usual_floor_is_named_and_the_remedies_work():
+    model = two_layers()
+    with pytest.warns(UserWarning, match="usually stays") as found:
+        gated = keras_polar.apply(model, 0.84, ignore="first")
+    (text,) = (str(w.message) for w in found if w.category is UserWarning)
+    assert "second (1 of 50 units would stay, usually 2 at least)" in text
+    gated.settle()
+    assert gated.groups[0].mask.sum() == 1
+    lower = float(re.search(r"up to ([\d.]+) they keep it", text)[1])
+    keras_polar.apply(model, lower, ignore="first")  # warnings are errors
+    with pytest.warns(UserWarning, match="usually stays"):
+        keras_polar.apply(model, lower + 0.01, ignore="first")
+    meant = keras_polar.apply(model, 0.84, ignore="first", max_sparsity=1.0)
+    assert meant.budget.floors == gated.budget.floors
+    keras_polar.apply(model, 0.84, ignore="first", max_sparsity={"second": 1.0})
+
+
+def test_no_warning_as_long_as_the_usual_floors_hold():
+    for sparsity in (0.1, 0.5, 0.9):
+        keras_polar.apply(two_layers(), sparsity)
+
+
+def test_only_groups_that_the_user_did_not_limit_are_warned_of():
+    x = keras.Input((8,))
+    y = layers.Dense(20, name="second")(layers.Dense(40, name="first")(x))
+    model = keras.Model(x, layers.Dense(300, name="head")(y))
+    with pytest.warns(UserWarning, match="usually stays") as found:
+        keras_polar.apply(model, 0.9, max_sparsity={"first": 1.0})
+    (text,) = (str(w.message) for w in found if w.category is UserWarning)
+    assert "second (" in text
+    assert "first (" not in text
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, "half", {"first": 2}, True])

@@ -150,7 +150,7 @@ class TrainsOtherwise(layers.Layer):
 PINNED = {
     Rms: "reduces over the units",
     SumByCount: "differ",
-    Halves: "computes with its units|its call does not run",
+    Halves: "computes with its units|but it does not run",
     ManyOrFew: "differ",
     Fixed: "cannot be rebuilt for fewer units",
     Listed: "holds variables in a structure",

@@ -86,10 +86,10 @@ class MultiHeadRule(Rule):
             return {}
         return {"_query_dense.kernel": factor, "_query_dense.bias": factor}
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: Site) -> list[Term] | None:
         given, axes = site.given(), site.axes
         if "q" not in axes:
-            return []
+            return None
         query, value = site.place(given["query"]), site.place(given["value"])
         asked, known = site.positions(query), site.positions(value)
         scores = asked * self._attended(site, value)
@@ -214,9 +214,9 @@ class PlainAttentionRule(Rule):
         scale = getattr(op, "scale", None)
         return {} if scale is None or not len(scale.shape) else {"scale": ("in",)}
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: Site) -> list[Term] | None:
         if "in" not in site.axes:
-            return []
+            return None
         query, value = (site.place(t) for t in site.given()["inputs"][:2])
         positions = site.positions(query) * sizes(site.inputs[value].shape)[-2]
         return [Term((site.axes[n],), macs=positions) for n in ("in", "out")]

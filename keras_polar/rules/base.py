@@ -32,6 +32,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -110,6 +111,7 @@ class Site:
         multiplied_by: which (variable, axis) all that is read at an input position is multiplied
             with, and nothing else: zeros may stand there instead.
         refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
+        parts: the calls that the operation consists of, as its rule has seen them.
     """
 
     call: Call
@@ -124,6 +126,7 @@ class Site:
     multiplied_by: dict[int, tuple[str, int]] = field(default_factory=dict)
     produces: list[str] = field(default_factory=list)
     refused: str = ""
+    parts: list["Site"] = field(default_factory=list)
 
     @property
     def op(self) -> Any:
@@ -136,6 +139,12 @@ class Site:
     @property
     def output_shapes(self) -> list[tuple]:
         return [sizes(self.specs[i].shape) for i in self.call.outputs]
+
+    @cached_property
+    def macs(self) -> "list[Term] | None":
+        """Multiply-accumulates per sample, once `flow` has been asked; None if nobody knows."""
+        rule = rule_for(self.op)
+        return alone(self, rule) if self.refused else rule.macs(self)
 
     def positions(self, tensor: int | None, but: int = -1, *, output: bool = False) -> int:
         """Elements per sample of an input (or output) tensor with the axis `but` left out."""
@@ -151,6 +160,10 @@ class Site:
     def place(self, argument: Any) -> int:
         """Position among `inputs` of the tensor given for an argument; -1 if it is none."""
         return self.call.inputs.index(argument.index) if isinstance(argument, Ref) else -1
+
+    def shape_of(self, value: Any) -> tuple:
+        """Shape of an argument, a tensor of the model or a constant."""
+        return tuple((self.specs[value.index] if isinstance(value, Ref) else value).shape)
 
     # --- what `flow` can say ---
 
@@ -229,6 +242,15 @@ class Site:
             if isinstance(leaf, Ref):
                 self.pin(self.inputs[self.place(leaf)], why)
 
+    def unmasked(self) -> list[Ids]:
+        """The inputs but for the mask that Keras hands on, whose own units stay.
+
+        A mask says which positions count, in the same way for all units.
+        """
+        mask = self.given().get("mask") if isinstance(self.op, keras.layers.Layer) else None
+        self.pin_argument(mask, "is used as a mask")
+        return [ids for i, ids in enumerate(self.inputs) if i != self.place(mask)]
+
     def pin_all(self, why: str) -> list[Ids]:
         """Pins every input; the outputs belong to nobody."""
         self.refused = why
@@ -279,9 +301,20 @@ class Rule:
         """The call's arguments when only `kept` units remain."""
         return site.call.args, site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term]:
-        """Multiply-accumulates per sample of this call, as products of open units."""
+    def macs(self, site: Site) -> list[Term] | None:
+        """Multiply-accumulates per sample of this call, as products of open units.
+
+        None if it is not known how many: a rule that does not say it says that there are none.
+        """
         return []
+
+    def adapter_macs(self, site: Site) -> int | None:
+        """What adapters of low rank add to a quantized layer; None if that is not known."""
+        return None
+
+    def applies(self, op: Any) -> bool:
+        """Whether the rule knows this operation of its class (what a wrapper wraps, say)."""
+        return True
 
     def keeps_batch(self, site: Site) -> bool:
         """Whether sample i of the output comes from sample i of the input."""
@@ -312,14 +345,38 @@ def inner_vector(site: Site, variable: str, axis: int) -> Ids:
     return site.axes[name]
 
 
-class PinRule(Rule):
-    """All units that reach the operation stay, for a stated reason."""
+def alone(site: Site, rule: Rule) -> list[Term] | None:
+    """What a rule counts for a call whose units all stay, as if there were none before it."""
+    twin = Site(site.call, site.specs, Units(), [nobody(ids.shape) for ids in site.inputs], {})
+    try:
+        twin.outputs = rule.flow(twin)
+        found = rule.macs(twin)
+    except (IndexError, KeyError, TypeError, ValueError):  # a call that the rule does not fit
+        return None
+    return None if found is None else [fixed_term(found)]
 
-    def __init__(self, why: str) -> None:
-        self.why = why
+
+def fixed_term(terms: Iterable[Term]) -> Term:
+    """Multiply-accumulates of units that all stay."""
+    return Term((), macs=sum(t.macs * math.prod(map(len, t.factors)) for t in terms))
+
+
+class PinRule(Rule):
+    """All units that reach the operation stay, for a stated reason.
+
+    Args:
+        why: the reason.
+        counts: whether it is known that the operation does no multiply-accumulates.
+    """
+
+    def __init__(self, why: str, counts: bool = True) -> None:
+        self.why, self.counts = why, counts
 
     def flow(self, site: Site) -> list[Ids]:
         return site.pin_all(self.why)
+
+    def macs(self, site: Site) -> list[Term] | None:
+        return [] if self.counts else None
 
 
 class UnknownRule(Rule):
@@ -328,6 +385,22 @@ class UnknownRule(Rule):
     def flow(self, site: Site) -> list[Ids]:
         unknown = site.call.note or "no rule for this operation; see keras_polar.register"
         return site.pin_all(why_altered(site.op) or unknown)
+
+    def macs(self, site: Site) -> list[Term] | None:
+        """With other weights a layer computes what its class does, and what adapters add."""
+        rule = _REGISTRY.get(type(site.op))
+        own = None if rule is None else alone(site, rule)
+        added = _adapter_macs(site, rule)
+        return None if own is None or added is None else [*own, Term((), macs=added)]
+
+
+def _adapter_macs(site: Site, rule: Rule | None) -> int | None:
+    # Without quantization, the adapters' product becomes part of the kernel: work that does not
+    # grow with the samples.
+    own = [x for x in parts_of(site.op) if getattr(x, "lora_enabled", False)]
+    if rule is None or not any(getattr(x, "quantization_mode", None) for x in own):
+        return 0
+    return rule.adapter_macs(site)
 
 
 def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
@@ -352,8 +425,13 @@ def rule_for(op: Any) -> Rule:
     rule = _REGISTRY.get(type(op), otherwise)
     if rule is UNKNOWN:
         return rule
-    parts = op._flatten_layers() if has_parts(op) else [op]
-    return UNKNOWN if any(map(_has_other_weights, parts)) else rule
+    is_other = any(map(_has_other_weights, parts_of(op))) or not rule.applies(op)
+    return UNKNOWN if is_other else rule
+
+
+def parts_of(op: Any) -> list:
+    """An operation and all its sublayers."""
+    return list(op._flatten_layers()) if has_parts(op) else [op]
 
 
 def _has_other_weights(op: Any) -> bool:

@@ -22,10 +22,11 @@ class SpatialRule(Rule):
         axis = channel_axis(site.op)
         if self.rank is not None and site.inputs[0].ndim != self.rank:
             return site.pin_all("is called without a batch axis")
-        if len(site.inputs) > 1:
+        ids, *others = site.unmasked()
+        if others:
             return site.pin_all("has arguments that are computed")
         # Global pooling without keepdims leaves (batch, channels).
-        (ids,), shape = site.inputs, site.output_shapes[0]
+        shape = site.output_shapes[0]
         out = axis if len(shape) > 2 else -1
         if len(shape) not in (2, ids.ndim) or shape[out] != ids.shape[axis]:
             return site.pin_all("Keras states a shape with other channels or axes for it")
@@ -49,7 +50,7 @@ class BatchNormRule(Rule):
 
 def _follow_or_fix(site: Site, axis: int) -> None:
     """The axis "channels"; all of it stays where the units are on other axes."""
-    (ids,) = site.inputs
+    ids = site.unmasked()[0]
     if varies(ids, axis) or not any(varies(ids, i) for i in range(ids.ndim)):
         site.follow("channels", axis)
     else:
@@ -172,7 +173,11 @@ class GluRule(Rule):
         if axis % ids.ndim == 0 or not varies(ids, axis):
             shape = site.output_shapes[0]
             start = ids.take([0], axis)
-            return [np.broadcast_to(start, shape)] if axis % ids.ndim else site.pin_all("halves")
+            return (
+                [np.broadcast_to(start, shape)]
+                if axis % ids.ndim
+                else site.pin_all("halves the samples")
+            )
         vector = site.follow("in", axis)
         first, second = np.split(vector, 2)
         site.units.tie(first, second, f"halves of {site.name!r} are multiplied")

@@ -70,6 +70,11 @@ class ContractionRule(Rule):
         return take("units", operand.labels.index(label), operand.tensor)
 
     def _operands(self, site: Site) -> tuple[list[Operand], tuple]:
+        operands, out = self._labelled(site)
+        _check(operands, out)
+        return operands, out
+
+    def _labelled(self, site: Site) -> tuple[list[Operand], tuple]:
         given: Any = site.call.args
         given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         values = [x if isinstance(x, Ref) else to_numpy(x) for x in given]
@@ -81,7 +86,6 @@ class ContractionRule(Rule):
             ids = site.inputs[tensor] if is_tensor else None
             operands.append(Operand(own, tuple(shape), ids, tensor))
             tensor += is_tensor
-        _check(operands, out)
         return operands, out
 
     def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
@@ -99,11 +103,13 @@ class ContractionRule(Rule):
                     args[i] = np.take(to_numpy(args[i]), kept.where(site.axes["units"]), axis)
         return tuple(args), site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: Site) -> list[Term] | None:
         try:
-            operands, out = self._operands(site)
+            operands, out = self._labelled(site)
         except ValueError:
-            return []
+            return None
+        if len(operands) > 2:  # in which order they are multiplied is the backend's choice
+            return None
         chosen = {label for label in _choices(operands, out) if label is not None}
         size: dict = {}
         for operand in operands:

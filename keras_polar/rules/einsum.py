@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
+from keras_polar.rules.base import Kept, Rule, Site, Term, add, alone, sizes
 from keras_polar.rules.linear import activated
 from keras_polar.units import Ids, along, nobody, varies
 
@@ -113,15 +113,23 @@ class EinsumDenseRule(Rule):
         ]
         return {"output_shape": tuple(shape)}
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: Site) -> list[Term] | None:
         equation = parse(site.op.equation, site.inputs[0].ndim)
         if not equation.is_plain:
-            return []
+            return None
         size = dict(zip(equation.inputs, _sizes(site, site.call.inputs[0]), strict=True))
         size |= dict(zip(equation.outputs, _sizes(site, site.call.outputs[0]), strict=True))
         named = [n for n in size if n in site.axes]
         other = math.prod(n for name, n in size.items() if name not in named)
         return [Term(tuple(site.axes[n] for n in named), macs=other)]
+
+    def adapter_macs(self, site: Site) -> int | None:
+        """The equation with the rank for the kernel's last axis, then from the rank back to it."""
+        own = alone(site, self)
+        if own is None:
+            return None
+        rank, last = site.op.lora_kernel_b.shape
+        return own[0].macs // last * rank + math.prod(site.output_shapes[0][1:]) * rank
 
 
 def _outputs(op: Any) -> str:

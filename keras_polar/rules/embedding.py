@@ -1,5 +1,6 @@
 """Tables of vectors: Embedding, and ReversibleEmbedding, which also maps back to the vocabulary."""
 
+import math
 from typing import Any
 
 from keras import layers
@@ -21,6 +22,9 @@ class EmbeddingRule(Rule):
     def config(self, site: Site, kept: Kept) -> dict[str, Any]:
         return {"output_dim": kept.count(site.axes["out"])}
 
+    def adapter_macs(self, site: Site) -> int:
+        return math.prod(site.output_shapes[0][1:]) * site.op.lora_rank
+
 
 class ReversibleEmbeddingRule(EmbeddingRule):
     """Called in reverse it reads the channels that it makes otherwise: the two are tied."""
@@ -36,6 +40,9 @@ class ReversibleEmbeddingRule(EmbeddingRule):
 
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"embeddings": (None, "out"), "reverse_embeddings": ("out", None)}
+
+    def adapter_macs(self, site: Site) -> int:
+        return 0 if self._is_reverse(site) else super().adapter_macs(site)
 
     def macs(self, site: Site) -> list[Term]:
         if not self._is_reverse(site):

@@ -43,6 +43,10 @@ class DenseRule(Rule):
     def macs(self, site: Site) -> list[Term]:
         return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, -1))]
 
+    def adapter_macs(self, site: Site) -> int:
+        adapters = (site.op.lora_kernel_a, site.op.lora_kernel_b)
+        return site.positions(0, -1) * sum(math.prod(x.shape) for x in adapters)
+
 
 class ConvRule(Rule):
     """Conv1D/2D/3D, grouped ones included.
@@ -189,13 +193,15 @@ class KernelRule(Rule):
             args[i] = keras.ops.convert_to_tensor(kernel)  # some backends want no other
         return tuple(args), site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: Site) -> list[Term] | None:
         positions = site.positions(0, channel_axis(site.op), output=True)
         kernels = site.call.args[1 : len(self.cuts) + 1]
-        if "in" not in site.axes or len(kernels) < len(self.cuts):
-            return []
-        size = sum(math.prod(k.shape) for k in kernels) // len(site.axes["in"])
-        return [Term((site.axes["in"],), macs=size * positions)]
+        if len(kernels) < len(self.cuts):
+            return None
+        size = sum(math.prod(site.shape_of(k)) for k in kernels)
+        if "in" not in site.axes:
+            return [Term((), macs=size * positions)]
+        return [Term((site.axes["in"],), macs=size // len(site.axes["in"]) * positions)]
 
 
 class DepthwiseKernelRule(KernelRule):

@@ -131,7 +131,7 @@ class StackRule(Rule):
     def flow(self, site: Site) -> list[Ids]:
         shape = site.output_shapes[0]
         axis = site.op.axis % len(shape)
-        if axis == 0 or len(site.inputs) < len(tree.flatten(site.call.args)):
+        if shape[axis] != len(site.inputs) or len(site.inputs) < len(tree.flatten(site.call.args)):
             return site.pin_all("stacks along the batch axis, or constants")
         return [concatenate([np.expand_dims(x, axis) for x in site.inputs], axis, shape)]
 

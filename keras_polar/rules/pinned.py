@@ -10,6 +10,7 @@ from keras import layers
 
 from keras_polar.graph import op_class
 from keras_polar.rules.base import PinRule, add, find
+from keras_polar.rules.traced import TracedPinRule
 
 LAYERS = {
     "is an abstract base class": "Wrapper StackedRNNCells InputLayer",
@@ -55,6 +56,22 @@ OPS = {
     "works with a fixed batch only; write it as reshape and transpose": "Rearrange",
 }
 
+# What computes products that nobody counts. All others move, compare or look up values, or act on
+# each element alone.
+UNCOUNTED = frozenset(
+    (
+        "Wrapper FlaxLayer JaxLayer TFSMLayer TorchModuleWrapper Pipeline Map Scan "
+        "AssociativeScan Switch WhileLoop ForiLoop Cond VectorizedMap Vdot Cross Corrcoef "
+        "Correlate CDist Vander FFT FFT2 IFFT2 RFFT IRFFT STFT ISTFT Cholesky CholeskyInverse Det "
+        "Eig Eigh Inv LuFactor Qr Solve SolveTriangular SVD Lstsq MatrixRank Pinv JVP Logdet "
+        "Slogdet SSIM PSNR GaussianBlur SobelEdges ConvTranspose"
+    ).split()
+)
+# Layers whose call shows what they compute.
+TRACED = frozenset(
+    "Lambda LSTMCell GRUCell SimpleRNNCell MelSpectrogram STFTSpectrogram StackedRNNCells".split()
+)
+
 
 def classes(table: dict[str, str], look_up: Any) -> dict[type, str]:
     """Class -> reason, for the classes that this version of Keras has."""
@@ -75,4 +92,6 @@ PINNED = {
 
 for _class, _why in PINNED.items():
     if find(_class) is None:
-        add(PinRule(_why), _class)
+        _name = _class.__name__
+        _rule = TracedPinRule(_why) if _name in TRACED else PinRule(_why, _name not in UNCOUNTED)
+        add(_rule, _class)

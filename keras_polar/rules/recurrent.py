@@ -104,18 +104,26 @@ class RecurrentRule(Rule):
         units = kept.count(site.axes["out"])
         return resized(config, units)
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: Site) -> list[Term] | None:
         axes = site.axes
-        if "out" not in axes:
-            return []
         place = site.place(next(iter(site.given().values())))
         steps = sizes(site.specs[site.call.inputs[place]].shape)[1]
+        if "out" not in axes:
+            return self._fixed_macs(site.op, steps)
         terms = []
         for layer in self.parts(site.op).values():
             gates, window = gates_of(layer.cell), _window(layer.cell)
             macs = gates * window * steps * self.positions(site)
             terms += [Term((axes[n], axes["out"]), macs=macs) for n in ("in", "out")]
         return terms
+
+    def _fixed_macs(self, op: Any, steps: int) -> list[Term] | None:
+        """Of cells on top of each other, whose units stay."""
+        cells = [c for x in self.parts(op).values() for c in getattr(x.cell, "cells", [x.cell])]
+        if not all(type(cell) in GATES for cell in cells):
+            return None
+        kernels = [k for c in cells for k in (c.kernel, c.recurrent_kernel)]
+        return [Term((), macs=steps * sum(math.prod(k.shape) for k in kernels))]
 
     def positions(self, site: Site) -> int:
         """Positions at which the cell computes in one step."""

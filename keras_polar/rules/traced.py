@@ -13,11 +13,22 @@ from keras import KerasTensor
 
 from keras_polar.graph import Call, Ref, Spec, fill, refs_in, smaller_twin
 from keras_polar.merging import Opened
-from keras_polar.opening import Leaf, takes_mask, trace_leaf
-from keras_polar.rules.base import Kept, Rule, Site, add, line, rule_for, sizes
+from keras_polar.opening import Leaf, trace_leaf
+from keras_polar.rules.base import (
+    Kept,
+    PinRule,
+    Rule,
+    Site,
+    Term,
+    add,
+    fixed_term,
+    line,
+    rule_for,
+    sizes,
+)
 from keras_polar.rules.elementwise import MergeRule
-from keras_polar.tracing import CannotOpen
-from keras_polar.units import Ids, along, nobody, varies
+from keras_polar.tracing import CannotOpen, tensors_in
+from keras_polar.units import Ids, Units, along, nobody, varies
 
 
 class TracedRule(Rule):
@@ -35,8 +46,6 @@ class TracedRule(Rule):
         return site.pin_all(f"no rule for this operation (see keras_polar.register); {why}")
 
     def _follow(self, site: Site) -> list[Ids]:
-        if takes_mask(site.op):
-            raise CannotOpen("takes a mask")
         # One unit fewer, and as few as can be: code may ask whether there are more than so many.
         for is_far in (False, True):
             resized = _resized(site, is_far)
@@ -48,6 +57,7 @@ class TracedRule(Rule):
                 site.units.tie(same[0], other, f"sized by {key!r} of {site.name!r}")
             site.set_axis(f"config {key}", same[0])
         first, *rest = [_through(site, run, vectors) for run in runs]
+        site.parts = _dependent(runs[0], site.parts[: len(runs[0].steps)])  # in inference mode
         for outputs in rest:
             for a, b in zip(first, outputs, strict=True):
                 site.units.tie(a, b, f"mixed with fixed elements by {site.name!r} in training")
@@ -77,12 +87,54 @@ class TracedRule(Rule):
         keys = [k for k in site.axes if k.startswith("config ")]
         return {k.removeprefix("config "): kept.count(site.axes[k]) for k in keys}
 
+    def macs(self, site: Site) -> list[Term] | None:
+        return _sum_of(site.parts) if site.parts else traced_macs(site)
+
+
+def _sum_of(parts: list[Site]) -> list[Term] | None:
+    found: list[Term] = []
+    for part in parts:
+        if part.macs is None:
+            return None
+        found += part.macs
+    return found
+
+
+def traced_macs(site: Site) -> list[Term] | None:
+    """What the call of a layer computes, whose units all stay; None if it cannot be traced."""
+    try:
+        leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
+        run = trace_leaf(leaf, leaf, {}, False if site.op._call_has_training_arg else None)
+        twin = Site(site.call, site.specs, Units(), site.inputs, {})
+        _through(twin, run, {})
+    except (CannotOpen, IndexError, TypeError, ValueError):
+        return None
+    found = _sum_of(_dependent(run, twin.parts))
+    return None if found is None else [fixed_term(found)]
+
+
+def _dependent(run: Opened, parts: list[Site]) -> list[Site]:
+    """The calls that compute with the inputs: what is made of weights alone is made once."""
+    known = {id(x) for x in run.inlets}
+    found = []
+    for step, part in zip(run.steps, parts, strict=True):
+        if any(id(x) in known for x in tensors_in((step.args, step.kwargs))):
+            known.update(map(id, step.outputs))
+            found.append(part)
+    return found
+
+
+class TracedPinRule(PinRule):
+    """Units stay, but what the layer computes can be seen."""
+
+    def macs(self, site: Site) -> list[Term] | None:
+        return traced_macs(site)
+
 
 def _traces(site: Site, resized: dict[int, int]) -> tuple[list[Opened], dict[str, int]]:
     """What the call does in each mode, if a twin for fewer units does the same."""
-    positions = range(len(site.inputs))
-    leaf = Leaf(site.op, *_arguments(site, [_symbol(site, i, {}) for i in positions]))
-    args, kwargs = _arguments(site, [_symbol(site, i, resized) for i in positions])
+    leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
+    args, kwargs = _arguments(site, _symbols(site, resized))
     twin, keys = smaller_twin(site.op, args, kwargs, resized)
     modes = (False, True) if site.op._call_has_training_arg else (None,)
     return [trace_leaf(leaf, Leaf(twin, args, kwargs), resized, m) for m in modes], keys
@@ -115,6 +167,10 @@ def _resized(site: Site, is_far: bool) -> dict[int, int]:
         taken.add(fewer)
         resized[n] = fewer
     return resized
+
+
+def _symbols(site: Site, resized: dict) -> list:
+    return [_symbol(site, i, resized) for i in range(len(site.inputs))]
 
 
 def _symbol(site: Site, position: int, resized: dict) -> Any:
@@ -157,6 +213,7 @@ def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
         table[id(symbol)] = ids
     for step in run.steps:
         inner = _site(site, step, table)
+        site.parts.append(inner)
         rule = rule_for(step.op)
         outputs = rule.flow(inner)
         if inner.reads or inner.produces or not _adapts(rule):

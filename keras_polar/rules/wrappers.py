@@ -1,6 +1,7 @@
 """Layers around another layer."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ from keras_polar.units import Ids, varies
 class TimeDistributedRule(Rule):
     """The inner layer's rule, asked about one step; steps are positions."""
 
+    def applies(self, op: Any) -> bool:
+        return not is_unknown(op.layer)
+
     def flow(self, site: Site) -> list[Ids]:
         (ids, *masks), inner = site.inputs, site.op.layer
-        if is_unknown(inner):
-            kind = type(inner).__name__
-            return site.pin_all(f"is read by a layer without a rule in TimeDistributed: {kind}")
         for mask in masks:
             site.pin(mask, "is used as a mask")
         if varies(ids, 1):
@@ -59,11 +60,28 @@ class TimeDistributedRule(Rule):
         serialised.pop("build_config", None)
         return {"layer": serialised}
 
-    def macs(self, site: Site) -> list[Term]:
-        steps = site.output_shapes[0][1]
-        inner = rule_for(site.op.layer).macs(self._step(site)) if site.axes else []
-        return [Term(t.factors, macs=steps * t.macs) for t in inner]
+    def macs(self, site: Site) -> list[Term] | None:
+        step = self._step(site)
+        step.refused = site.refused
+        inner, steps = step.macs, site.output_shapes[0][1]
+        return None if inner is None else [Term(t.factors, macs=steps * t.macs) for t in inner]
+
+
+class SpectralNormalizationRule(PinRule):
+    """In inference mode it computes what the wrapped layer does."""
+
+    def macs(self, site: Site) -> list[Term] | None:
+        return wrapped(site, site.op.layer).macs
+
+
+def wrapped(site: Site, layer: Any) -> Site:
+    """The same call of another layer, whose units all stay."""
+    call = replace(site.call, op=layer)
+    return Site(call, site.specs, site.units, site.inputs, {}, refused=site.refused)
 
 
 add(TimeDistributedRule(), layers.TimeDistributed)
-add(PinRule("its weights are normalised over all units"), layers.SpectralNormalization)
+add(
+    SpectralNormalizationRule("its weights are normalised over all units"),
+    layers.SpectralNormalization,
+)
