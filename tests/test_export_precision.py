@@ -150,7 +150,8 @@ def test_every_precision_is_exported(tmp_path, precision):
 
 @pytest.mark.parametrize("names", [["convolutions"], ["recurrent"]])
 @pytest.mark.parametrize(
-    ("quantize", "tolerance"), [("float16", 0.01), ("dynamic", 0.05), ("int8", 0.1)]
+    ("quantize", "tolerance"),
+    [("float16", 0.01), ("dynamic", 0.05), pytest.param("int8", 0.1, marks=pytest.mark.slow)],
 )
 def test_mixed_precision_is_quantized(tmp_path, names, quantize, tolerance):
     model = model_of("mixed_float16", *names, head="float32")
@@ -163,6 +164,14 @@ def test_float32_models_are_written_as_they_are(tmp_path):
     report = export_tflite(model_of("float32"), tmp_path / "net.tflite")
     assert report.precision_difference is None
     assert "float32 copy" not in str(report)
+
+
+def test_cast_to_another_precision_within_a_float32_model_is_exported(tmp_path):
+    model = model_of("float32", "cast")
+    assert not is_float32(model)
+    report = export_tflite(model, tmp_path / "net.tflite", representative_data=images())
+    assert report.relative_difference <= 1e-5
+    assert 0 < report.precision_difference <= 0.01
 
 
 def test_gated_model_in_mixed_precision_is_exported(tmp_path):

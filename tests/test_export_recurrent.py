@@ -84,13 +84,17 @@ def test_model_with_loops_is_not_changed(tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
-def test_states_are_as_before_and_those_of_the_file_follow(tmp_path):
-    layer = layers.LSTM(4, stateful=True)
+@pytest.mark.parametrize(
+    ("unroll", "quantize", "tolerance"),
+    [(False, None, 1e-5), pytest.param(True, "int8", 0.5, marks=pytest.mark.slow)],
+)
+def test_states_are_as_before(tmp_path, unroll, quantize, tolerance):
+    layer = layers.LSTM(4, stateful=True, unroll=unroll)
     model = model_of(layer, batch_size=2)
     model(samples(count=2))
     before = [np.array(x) for x in layer.states]
-    report = export_tflite(model, tmp_path / "net.tflite", representative_data=samples())
-    assert report.relative_difference <= 1e-5
+    report = export_tflite(model, tmp_path / "net.tflite", quantize, representative_data=samples())
+    assert report.relative_difference <= tolerance
     for old, state in zip(before, layer.states, strict=True):
         np.testing.assert_array_equal(old, state)
 
@@ -157,7 +161,7 @@ def test_loop_of_another_layer_takes_one_sample_at_a_time(tmp_path):
     "compute",
     [
         lambda x: ops.map(lambda t: 2 * t, x),
-        lambda x: ops.relu(ops.log(ops.relu(x))),
+        pytest.param(lambda x: ops.relu(ops.log(ops.relu(x))), marks=pytest.mark.slow),
         pytest.param(scan, marks=pytest.mark.slow),
     ],
 )
@@ -169,6 +173,7 @@ def test_calibrator_that_ends_its_process_is_an_error(tmp_path, compute):
     export_tflite(model, path, "dynamic", representative_data=samples())
 
 
+@pytest.mark.slow
 def test_loop_that_the_calibrator_survives_is_exported(tmp_path):
     loop = layers.Lambda(lambda x: ops.fori_loop(0, 3, lambda i, t: 0.5 * t + 1.0, x))
     report = export_tflite(

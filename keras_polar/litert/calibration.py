@@ -9,10 +9,11 @@ XNNPACK frees memory twice on some whose activations were always zero.
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 _SCRIPT = Path(__file__).with_name("calibrate.py")
@@ -32,9 +33,7 @@ def is_dangerous(model: Any, signature: list, batches: Batches) -> bool:
         batches: what to calibrate with, from input name to array.
     """
     arrays = ([batch[spec.name] for spec in signature] for batch in batches)
-    return _has_loop(model, signature) or not _is_finite(
-        lambda: [model(x, training=False) for x in arrays]
-    )
+    return _has_loop(model, signature) or not _is_finite(model, arrays)
 
 
 def _has_loop(model: Any, signature: list) -> bool:
@@ -47,13 +46,15 @@ def _has_loop(model: Any, signature: list) -> bool:
     return any(node.op in _LOOPS for node in nodes)
 
 
-def _is_finite(compute: Callable) -> bool:
+def _is_finite(model: Any, batches: Iterable[list]) -> bool:
     """Whether no operation makes anything infinite or NaN."""
     import tensorflow as tf
 
     tf.debugging.enable_check_numerics()
     try:
-        compute()
+        with keras.StatelessScope():  # states that layers keep stay as they are
+            for arrays in batches:
+                model(arrays, training=False)
     except tf.errors.InvalidArgumentError:
         return False
     finally:

@@ -20,12 +20,7 @@ def is_float32(core: Any) -> bool:
     """Whether a functional model computes in float32 throughout."""
     parts = [x for x in core._flatten_layers() if x is not core]
     dtypes = [d for x in parts for d in (x.compute_dtype, x.variable_dtype)]
-    return not any(map(_is_other, (*dtypes, *(x.dtype for x in core.inputs))))
-
-
-def is_stateful(core: Any) -> bool:
-    """Whether a model keeps states from batch to batch."""
-    return any(x.stateful for x in _recurrent(core))
+    return not any(map(_is_other, (*dtypes, *(x.dtype for x in trace(core).specs))))
 
 
 def has_loops(core: Any) -> bool:

@@ -34,16 +34,15 @@ def write(
     Raises:
         ValueError: the converter cannot do it; says why.
     """
-    looping = has_loops(core)
-    steps = steps_of(core) if looping else 0
-    model, notes = core, []
-    if looping and quantize == "int8":
-        _check_steps(core, steps)
+    loops, model, notes = has_loops(core), core, []
+    is_unrolled = loops and quantize == "int8"
+    if is_unrolled:
+        steps = _checked_steps(core)
         notes.append(f"recurrent layers are written out, step by step ({steps} steps)")
     try:
-        if notes:
+        if is_unrolled:
             model = twin(core, unrolled=True)
-        batch = _written(model, path, Options(quantize, io, calibration), 1 if looping else None)
+        batch = _written(model, path, Options(quantize, io, calibration), 1 if loops else None)
         if quantize == "int8":
             check_runs(path)
     except Exception as error:  # the converter raises whatever it meets, of many types
@@ -207,8 +206,9 @@ def not_exportable(core: Any, quantize: str | None, error: Exception) -> str:
     )
 
 
-def _check_steps(core: Any, steps: int) -> None:
-    """Raises if the loops of recurrent layers cannot be written out."""
+def _checked_steps(core: Any) -> int:
+    """How many steps are to be written out; raises if that cannot be done."""
+    steps = steps_of(core)
     if steps > MOST_STEPS:
         raise ValueError(
             f"Expected at most {MOST_STEPS} steps for quantize='int8', which writes recurrent "
@@ -221,6 +221,7 @@ def _check_steps(core: Any, steps: int) -> None:
             "Expected a fixed number of steps for quantize='int8', which writes recurrent layers "
             f"out step by step. {_fix(core)} Or use quantize='dynamic', which keeps the loop."
         )
+    return steps
 
 
 def _reason(text: str) -> str:
