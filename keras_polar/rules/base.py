@@ -382,7 +382,8 @@ class UnknownRule(Rule):
     """Nobody wrote a rule: all units that reach the operation stay."""
 
     def flow(self, site: Site) -> list[Ids]:
-        why = site.call.note or "no rule for this operation; see keras_polar.register"
+        why = site.call.note or _other_weights(site.op)
+        why = why or "no rule for this operation; see keras_polar.register"
         return site.pin_all(why)
 
     def macs(self, site: Site) -> list[Term] | None:
@@ -424,7 +425,7 @@ def rule_for(op: Any) -> Rule:
     rule = _REGISTRY.get(type(op), otherwise)
     if rule is UNKNOWN:
         return rule
-    is_other = any(map(_has_other_weights, parts_of(op))) or not rule.applies(op)
+    is_other = any(map(_other_weights, parts_of(op))) or not rule.applies(op)
     return UNKNOWN if is_other else rule
 
 
@@ -433,9 +434,13 @@ def parts_of(op: Any) -> list:
     return list(op._flatten_layers()) if has_parts(op) else [op]
 
 
-def _has_other_weights(op: Any) -> bool:
-    """Whether a layer has been quantized, or has adapters of low rank."""
-    return bool(getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False))
+def _other_weights(op: Any) -> str:
+    """Why a layer has other weights than its class: quantized, or with adapters; else empty."""
+    if getattr(op, "quantization_mode", None):
+        return "is quantized: prune before `quantize`"
+    if getattr(op, "lora_enabled", False):
+        return "has adapters of low rank: prune before `enable_lora`"
+    return ""
 
 
 def is_unknown(op: Any) -> bool:
