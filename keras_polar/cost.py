@@ -241,11 +241,10 @@ def unknown_macs(coupling: Coupling) -> dict[str, Site]:
 
 
 def sizes_known(coupling: Coupling) -> bool:
-    """Whether every tensor a layer computes has a static shape (but for the batch)."""
-    computed = [s for s in coupling.sites if s.produces]
-    return all(
-        None not in coupling.graph.specs[i].shape[1:] for s in computed for i in s.call.outputs
-    )
+    """Whether all that a layer reads and computes has a static shape (but for the batch)."""
+    computed = [s.call for s in coupling.sites if s.produces or s.macs]
+    tensors = {i for call in computed for i in (*call.inputs, *call.outputs)}
+    return all(None not in coupling.graph.specs[i].shape[1:] for i in tensors)
 
 
 def _row(site: Site, own: list[Term]) -> CostRow:

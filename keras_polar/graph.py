@@ -126,8 +126,8 @@ def _nothing(op: Any) -> bool:
 class _Tracer:
     """Turns nodes of functional models and steps of opened layers into calls, in order."""
 
-    def __init__(self, opens: Callable[[Any], bool]) -> None:
-        self.opens = opens
+    def __init__(self, opens: Callable[[Any], bool], keeps_masks: bool) -> None:
+        self.opens, self.keeps_masks = opens, keeps_masks
         self.calls: list[Call] = []
         self.specs: list[Spec] = []
         self.notes: dict[int, str] = {}  # id(composite layer) -> why it is not opened
@@ -169,10 +169,16 @@ class _Tracer:
                 # In a functional model, training=False of a call does not outlive the model's own.
                 is_fixed = kwargs.get("training") is True
                 kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
-                return self._inline(_open, op, args, kwargs, path)
+                return self._inline(self._open, op, args, kwargs, path)
             except CannotOpen as error:
                 self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
         return self._call(step, args, kwargs, path)
+
+    def _open(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
+        def inside(x: Any) -> bool:
+            return functional(x) is not None or opens(x)
+
+        return open_layer(op, args, kwargs, inside, self.keeps_masks)
 
     def _nested(
         self, step: Step, inner: Any, refs: list, args: tuple, kwargs: dict, path: str
@@ -264,10 +270,6 @@ def _as_step(node: Any) -> Step:
     )
 
 
-def _open(op: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
-    return open_layer(op, args, kwargs, lambda x: functional(x) is not None or opens(x))
-
-
 def _rerun(model: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
     return run_functional(model, args, kwargs, lambda x: functional(x) is not None, opens)
 
@@ -283,7 +285,8 @@ def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
         TypeError: `model` is not a functional or built Sequential model.
     """
     core_model = core_of(model)
-    tracer = _Tracer(opens)
+    # By the masks of its outputs a model weighs its losses; anywhere else they are arguments.
+    tracer = _Tracer(opens, any(backend.get_keras_mask(x) is not None for x in core_model.outputs))
     refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
     outputs = tracer.run(core_model, refs, "", None)
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)

@@ -33,13 +33,17 @@ from keras_polar.tracing import (
 )
 
 
-def open_layer(op: Any, args: tuple, kwargs: dict, opens: Callable[[Any], bool]) -> Opened:
+def open_layer(
+    op: Any, args: tuple, kwargs: dict, opens: Callable[[Any], bool], keeps_masks: bool = True
+) -> Opened:
     """The calls that `op(*args, **kwargs)` consists of.
 
     Args:
         op: a built layer with sublayers.
         args, kwargs: of the call; KerasTensors, with masks attached as Keras does, say the shapes.
         opens: which of the sublayers (and their sublayers) are to be opened in turn.
+        keeps_masks: whether the masks that Keras attaches to its outputs are wanted on them:
+            operations do not hand them on, though who takes one as an argument has it anyway.
 
     Raises:
         CannotOpen: the layer has to stay as it is.
@@ -50,6 +54,8 @@ def open_layer(op: Any, args: tuple, kwargs: dict, opens: Callable[[Any], bool])
         first = run_layer(op, args, kwargs, opens, closed, *next(settings))
         known = len(closed)
         second = run_layer(op, args, kwargs, opens, closed, *next(settings))
+        if keeps_masks:
+            _check_masks(first)
         if len(closed) > known:
             continue
         try:
@@ -72,8 +78,14 @@ def run_functional(
         needs_masks: for which sublayers the calls that make their masks are wanted as well.
     """
     run = run_layer(model, args, kwargs, is_functional, {}, None, None, needs_masks)
+    _check_masks(run)
     steps = [replace(s, shapes=[tuple(x.shape) for x in s.outputs]) for s in run.steps]
     return Opened(run.inlets, steps, run.outputs)
+
+
+def _check_masks(run: Run) -> None:
+    if run.loses_mask:
+        raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
 
 
 def _check_variables(op: Any, opened: Opened) -> None:

@@ -3,13 +3,13 @@
 import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from keras_polar.cost import COUNTED, Cost, counted, polynomial
+from keras_polar.cost import COUNTED, Cost, CostRow, counted, polynomial
 from keras_polar.coupling import Coupling, couple, why_fixed
 from keras_polar.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
@@ -45,12 +45,16 @@ def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
 
 def cost_table(found: Cost) -> tuple:
     """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
+    # Rows of a layer that is called several times become one.
+    layers: dict[str, list[CostRow]] = {}
+    for row in found.rows:
+        layers.setdefault(row.name, []).append(row)
     rows = [
         (
             *(r.name, r.kind, str(r.output_shape), f"{r.weights:,}"),
             *(f"{r.macs:,}" if r.macs_known else "?", f"{r.units:,}"),
         )
-        for r in found.rows
+        for r in map(_together, layers.values())
         if r.weights or r.macs or not r.macs_known
     ]
     macs = f"{found.macs:,}" + " + ?" * bool(found.unknown)
@@ -60,6 +64,11 @@ def cost_table(found: Cost) -> tuple:
         f"MACs that cannot be counted: {', '.join(found.unknown)}" if found.unknown else "",
     ]
     return ["layer", "kind", "output", *COUNTED], [*rows, total], ". ".join(filter(None, notes))
+
+
+def _together(rows: Sequence[CostRow]) -> CostRow:
+    costs = {m: sum(getattr(r, m) for r in rows) for m in COUNTED}
+    return replace(rows[0], macs_known=all(r.macs_known for r in rows), **costs)
 
 
 def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:

@@ -49,6 +49,7 @@ class Run:
     buffers: set[int] = field(default_factory=set)  # ids of variables that are constants
     inputs: list = field(default_factory=list)  # of a leaf: the inlets that are no variables
     variables: dict[str, Any] = field(default_factory=dict)
+    loses_mask: bool = False  # an output has a mask that the calls do not attach to it
 
 
 def run_layer(
@@ -96,10 +97,8 @@ def run_layer(
             raise CannotOpen(_with_sizes(why(error), args, kwargs)) from error
         inlets, flat = list(fresh.values()), [x for x in tree.flatten(outputs) if x is not None]
         flat = [_symbolic(x, inlets[0]) for x in flat]
-        if watch.loses_mask:
-            raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
         steps = named(steps_between(flat, inlets, watch), watch)
-    return Run(inlets, steps, flat, watch.composites, watch.buffers)
+    return Run(inlets, steps, flat, watch.composites, watch.buffers, loses_mask=watch.loses_mask)
 
 
 def _symbolic(output: Any, inlet: Any) -> Any:
@@ -124,7 +123,8 @@ def why(error: Exception) -> str:
         s.replace("\x1b[1m", "").replace("\x1b[0m", "").strip() for s in str(error).split("\n")
     ]
     skip = ("Exception encountered when calling", "Arguments received by")
-    text = next((s for s in lines if s and not s.startswith(skip)), "")
+    lines = [s for s in lines if s and not s.startswith(skip)] or [""]
+    text = lines[-1] if lines[0] == "in user code:" else lines[0]  # TensorFlow: a stack comes first
     if isinstance(error, CannotOpen):
         return text
     return f"does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"

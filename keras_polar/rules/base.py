@@ -425,18 +425,12 @@ def rule_for(op: Any) -> Rule:
     rule = _REGISTRY.get(type(op), otherwise)
     if rule is UNKNOWN:
         return rule
-    is_other = any(map(_has_other_weights, parts_of(op))) or not rule.applies(op)
-    return UNKNOWN if is_other else rule
+    return rule if rule.applies(op) and not why_altered(op) else UNKNOWN
 
 
 def parts_of(op: Any) -> list:
     """An operation and all its sublayers."""
     return list(op._flatten_layers()) if has_parts(op) else [op]
-
-
-def _has_other_weights(op: Any) -> bool:
-    """Whether a layer has been quantized, or has adapters of low rank."""
-    return bool(getattr(op, "quantization_mode", None) or getattr(op, "lora_enabled", False))
 
 
 def is_unknown(op: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.graph import Call, Ref, Spec
+from keras_polar.graph import Call, Ref, Spec, functional
 from keras_polar.rules.base import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
 from keras_polar.units import Ids, varies
 
@@ -61,10 +61,18 @@ class TimeDistributedRule(Rule):
         return {"layer": serialised}
 
     def macs(self, site: Site) -> list[Term] | None:
-        step = self._step(site)
+        step, model = self._step(site), functional(site.op.layer)
         step.refused = site.refused
-        inner, steps = step.macs, site.output_shapes[0][1]
+        inner = step.macs if model is None else _model_macs(model)
+        steps = site.output_shapes[0][1]
         return None if inner is None else [Term(t.factors, macs=steps * t.macs) for t in inner]
+
+
+def _model_macs(model: Any) -> list[Term] | None:
+    from keras_polar.report import cost
+
+    found = cost(model)
+    return [Term((), macs=found.macs)] if found.sizes_known and not found.unknown else None
 
 
 class SpectralNormalizationRule(PinRule):
