@@ -13,6 +13,7 @@ TEST = [
     *PLOTS,
     "hypothesis",
     "ipykernel",
+    "keras-tuner",
     "mypy",
     "nbclient",
     "nbformat",

@@ -1,6 +1,6 @@
 """What can be watched while a gated model trains.
 
-The gates' sparsity and polarization are metrics of the model: they are in the progress bar, in
+The gates' sparsity and polarization are in the logs of `fit`: in the progress bar, in
 `history` and, as `epoch_sparsity` and `epoch_polarization`, in TensorBoard, if `fit` is given
 `keras.callbacks.TensorBoard`; with `histogram_freq=1` that callback also writes histograms of
 every gate's `open_rates`. Only what the pictures of `keras_polar.plots` need is recorded here.
