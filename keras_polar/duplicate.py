@@ -11,12 +11,8 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
-# What a layer is configured with, besides numbers, names and functions.
-SETTINGS = (
-    keras.initializers.Initializer,
-    keras.regularizers.Regularizer,
-    keras.constraints.Constraint,
-)
+from keras_polar.handed import SETTINGS, handed
+
 # What a layer's attributes may refer to without owning it.
 _SHARED = (
     *SETTINGS,
@@ -34,12 +30,14 @@ _SHARED = (
 def duplicate(layer: Any, name: str) -> Any:
     """A layer with the same sublayers and variables of the same values, sharing none of them.
 
-    Its sublayers keep their names; functions, initializers and the like are shared.
+    Its sublayers keep their names; functions, initializers and the like are shared, and so are
+    variables that the layer was handed.
 
     Raises:
         TypeError: the layer holds something that cannot be copied.
     """
-    writer = _Writer(buffer := io.BytesIO())
+    trained = {id(v) for part in layer._flatten_layers() for v in part._trainable_variables}
+    writer = _Writer(buffer := io.BytesIO(), handed(layer), trained)
     try:
         writer.dump(layer)
         buffer.seek(0)
@@ -60,7 +58,8 @@ def _name_variables(layer: Any, new: Any) -> None:
 
     By its path Keras on PyTorch finds a variable whose gradient of the last step is to be cleared.
     """
-    for old, own in zip(layer.variables, new.variables, strict=True):
+    pairs = zip(layer.variables, new.variables, strict=True)
+    for old, own in (pair for pair in pairs if pair[0] is not pair[1]):
         own._path = f"{new.name}/{old.path.removeprefix(f'{layer.name}/')}"
     if keras.backend.backend() == "torch":  # its modules keep lists of their own
         for part in new._flatten_layers():
@@ -68,10 +67,16 @@ def _name_variables(layer: Any, new: Any) -> None:
 
 
 class _Writer(pickle.Pickler):
-    """Walks the object; variables and shared things are kept aside under a number."""
+    """Walks the object; variables and shared things are kept aside under a number.
 
-    def __init__(self, file: Any) -> None:
+    Args:
+        shared: variables that are not copied, by id.
+        trained: ids of those that were made to be trained, frozen by now or not.
+    """
+
+    def __init__(self, file: Any, shared: dict[int, Any], trained: set[int]) -> None:
         super().__init__(file)
+        self.shared, self.trained = shared, trained
         self.kept: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
         self.count = itertools.count()
@@ -83,7 +88,8 @@ class _Writer(pickle.Pickler):
             return None
         if id(x) not in self.numbers:
             number = self.numbers[id(x)] = next(self.count)
-            self.kept[number] = _copied(x) if is_variable else x
+            is_own = is_variable and id(x) not in self.shared
+            self.kept[number] = _copied(x, id(x) in self.trained) if is_own else x
             self.alive.append(x)
         return self.numbers[id(x)]
 
@@ -105,16 +111,19 @@ def _state(x: Any) -> dict:
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
 
 
-def _copied(variable: Any) -> Any:
+def _copied(variable: Any, is_trained: bool) -> Any:
     new = keras.Variable(
-        keras.ops.convert_to_tensor(variable),
+        keras.ops.copy(variable),  # on PyTorch, a variable takes the memory that it is given
         dtype=variable.dtype,
-        trainable=variable.trainable,
+        # TensorFlow records no gradients of what is made untrainable, unfrozen later or not.
+        trainable=is_trained or variable.trainable,
         autocast=variable._autocast,
         aggregation=variable.aggregation,
         name=variable.name,
     )
     new.regularizer, new.constraint = variable.regularizer, variable.constraint
+    new.trainable = variable.trainable
+    new._path = variable.path  # says that a layer has made it
     return new
 
 

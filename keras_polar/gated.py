@@ -138,6 +138,7 @@ class GatedModel(keras.Model):
             NotImplementedError: Keras cannot train under the `tf.distribute` strategy.
         """
         require_supported(self)
+        _warn_of_frozen_gates(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks, follow = bound.arguments.get("callbacks"), FollowSchedule()
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -178,7 +179,10 @@ class GatedModel(keras.Model):
 
     @property
     def losses(self) -> list:
-        return super().losses if self.stand_in is None else self.stand_in.model.losses
+        # On JAX, Keras keeps those of the forward pass for the time in which it adds them up.
+        if self.stand_in is None or self._losses_override:
+            return super().losses
+        return self.stand_in.model.losses
 
     @property
     def variables(self) -> list:
@@ -191,6 +195,22 @@ class GatedModel(keras.Model):
         if self.stand_in is None:
             return super().trainable_weights
         return self.stand_in.model.trainable_weights
+
+
+def _warn_of_frozen_gates(gated: GatedModel) -> None:
+    """Loops over all layers freeze gates as well: then nothing says which units are to go."""
+    names = [g._gate.name for g in gated.groups if not g._gate.trainable and not g.settled]
+    if names:
+        warnings.warn(
+            f"fit: gates of {gated.name!r} are frozen, so that they cannot learn which units go: "
+            f"{', '.join(names)}. Freeze layers by name, or set gated.get_layer({names[0]!r})"
+            ".trainable = True before `compile`.",
+            stacklevel=3,
+        )
+
+
+# The .h5 format of Keras looks a model's class up by its bare name.
+keras.saving.get_custom_objects()["GatedModel"] = GatedModel
 
 
 class FollowSchedule(keras.callbacks.Callback):

@@ -26,7 +26,8 @@ from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
-from keras_polar.duplicate import SETTINGS, duplicate
+from keras_polar.duplicate import duplicate
+from keras_polar.handed import SETTINGS, hand_on, holds_variables
 from keras_polar.merging import Opened, with_attributes
 from keras_polar.opening import open_layer, run_functional
 from keras_polar.tracing import CannotOpen, Step, exact_shapes
@@ -371,10 +372,13 @@ def warn_of_ties(graph: Graph, caller: str) -> None:
     """Warns of trained variables that several operations use: a new model has one for each."""
     users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
-        given = [x for x in tree.flatten((call.args, call.kwargs)) if isinstance(x, keras.Variable)]
-        for variable in [*getattr(call.op, "trainable_variables", ()), *given]:
+        for variable in getattr(call.op, "trainable_variables", ()):
             _, found = users.setdefault(id(variable), (variable.path, {}))
             found[id(call.op)] = call.name
+    for call in graph.calls:  # given to an operation, a variable stays what it is
+        for x in tree.flatten((call.args, call.kwargs)):
+            if id(x) in users:
+                users[id(x)][1][id(call.op)] = call.name
     for path, found in users.values():
         if len(found) > 1:
             warnings.warn(
@@ -492,7 +496,9 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     try:
         config = _config_of(op)
         arrays = _without_arrays(op, config) if changes else {}
-        return _from_config(op, {**config, **arrays, "name": name, **changes})
+        new = _from_config(op, {**config, **arrays, "name": name, **changes})
+        hand_on(op, new)
+        return new
     except Exception as error:
         if not op.weights and not changes:
             return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
@@ -519,7 +525,8 @@ def _config_of(op: Any) -> dict:
         lost = [n for n in missing if n in vars(op)]
         if lost:
             raise TypeError(f"`get_config` lacks {', '.join(lost)}")
-    return config
+    # A config holds values at most: what is assigned to variables later would not arrive.
+    return config | {k: x for k, x in _live(op, config).items() if holds_variables(x)}
 
 
 def _without_arrays(op: Any, config: dict) -> dict:
@@ -629,11 +636,14 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
     """
     if source is target or not isinstance(source, keras.layers.Layer):
         return []
-    pairs = list(_twins(source.variables, target.variables))
+    twins = _twins(source.variables, target.variables)
+    pairs = [(old, new) for old, new in twins if old is not new]  # some were handed to both
     for old, new in pairs:
         new.assign(cut(old, to_numpy(old)))
+        new.regularizer, new.constraint = old.regularizer, old.constraint
     for old, new in zip(_layers_of(source), _layers_of(target), strict=True):
         new.trainable = old.trainable
+        new.activity_regularizer = old.activity_regularizer
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
         if isinstance(new, keras.layers.RNN) and new.stateful:  # not among its variables
@@ -658,7 +668,7 @@ def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:
 
 
 def _paths(variables: list) -> list[str]:
-    return [v.path.partition("/")[2] for v in variables]
+    return [v.path.partition("/")[2] or v.path for v in variables]
 
 
 def _layers_of(op: Any) -> list:
@@ -676,3 +686,12 @@ def only_loss(layer: Any, loss: Any) -> None:
     """
     layer._losses.clear()
     layer.add_loss(keras.ops.cast(loss, keras.config.floatx()))
+
+
+def forget_losses(layer: Any) -> None:
+    """A layer and its parts no longer claim the losses that they have added.
+
+    In a stateless scope, as on JAX, each layer keeps the ids of its own: who adds a loss on behalf
+    of another would make it count twice.
+    """
+    layer._clear_losses()

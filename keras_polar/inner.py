@@ -14,7 +14,7 @@ import keras
 from keras import ops, tree
 
 from keras_polar.gates import PACKAGE
-from keras_polar.graph import Ref, variable_at
+from keras_polar.graph import Ref, forget_losses, variable_at
 
 
 class Substituted(keras.StatelessScope):
@@ -115,6 +115,7 @@ class InnerMask(keras.layers.Wrapper):
             outputs = self.layer(*args, training=training, **kwargs)
         for variable, value in scope.updates.values():  # states of dropout, say
             variable.assign(value)
+        forget_losses(self.layer)
         for loss in scope.losses:  # activity regularisers
             self.add_loss(loss)
         return outputs
