@@ -151,9 +151,15 @@ class GatedModel(keras.Model):
         finally:
             follow.finish()  # however it ends, the gated model is up to date
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.save`.
+
+        Raises:
+            ValueError: Keras could not load the file again.
+        """
+        _refuse_h5(self, filepath)
         with self._whole():
-            super().save(*args, **kwargs)
+            super().save(filepath, *args, **kwargs)
 
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         with self._whole():
@@ -206,6 +212,15 @@ def _warn_of_frozen_gates(gated: GatedModel) -> None:
             f"{', '.join(names)}. Freeze layers by name, or set gated.get_layer({names[0]!r})"
             ".trainable = True before `compile`.",
             stacklevel=3,
+        )
+
+
+def _refuse_h5(gated: GatedModel, filepath: Any) -> None:
+    names = [x.name for x in gated.operations if not isinstance(x, keras.layers.Layer)]
+    if names and str(filepath).endswith((".h5", ".hdf5")):
+        raise ValueError(
+            f"save of {gated.name!r}: Keras writes .h5 files with operations ({', '.join(names)}), "
+            f"but cannot load them; received {str(filepath)!r}. Save it as a .keras file."
         )
 
 

@@ -8,6 +8,7 @@ looks alike; that is what a layer made anew has again, while what was handed is 
 
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -49,12 +50,14 @@ def hand_on(layer: Any, new: Any) -> None:
     Raises:
         TypeError: they are where they cannot be exchanged.
     """
+    given = handed(layer)
+    if not given:
+        return
     present = dict(_own(new))
     for place, variable in handed_places(layer).items():
         if present.get(place) is not variable:
             _exchange(new, place, present.get(place), variable)
-    missing = handed(layer).keys() - handed(new).keys()
-    if missing:
+    if given.keys() - handed(new).keys():
         raise TypeError("variables that its parts were handed are not part of its config")
 
 
@@ -162,6 +165,7 @@ def _captured(function: Any) -> Iterator[tuple[Any, Any]]:
 # Parts of a layer are looked at by themselves, and what keeps a state of its own is no argument.
 _OPAQUE = (
     type,
+    types.ModuleType,
     keras.layers.Layer,
     keras.Operation,
     keras.KerasTensor,

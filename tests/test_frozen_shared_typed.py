@@ -573,6 +573,25 @@ def test_model_of_an_h5_file_goes_on_training(tmp_path):
     keras_polar.convert(gated, verify=X)
 
 
+@pytest.mark.parametrize("gate", ["dynamic", "static"])
+def test_h5_file_of_blocks(gate, tmp_path):
+    model = randomise(small_resnet())
+    gated = settled(keras_polar.apply(model, 0.2, gate=gate, granularity=("channels", "blocks")))
+    x = RNG.standard_normal((4, 8, 8, 1))
+    assert difference(gated, by_h5(gated, tmp_path), x) == 0
+
+
+def test_h5_file_that_keras_could_not_load_is_not_written(tmp_path):
+    inputs = keras.Input((5, 8))
+    x = layers.Dense(8)(inputs) + layers.Dense(8)(inputs)
+    gated = keras_polar.apply(keras.Model(inputs, layers.Dense(3)(x)), 0.3)
+    with pytest.raises(ValueError, match=r"operations \(add\).*\.keras"):
+        gated.save(tmp_path / "model.h5")
+    assert not list(tmp_path.iterdir())
+    gated.save(tmp_path / "model.keras")
+    gated.save_weights(tmp_path / "model.weights.h5")
+
+
 def test_class_of_gated_models_is_known_to_a_new_process(tmp_path):
     gated = keras_polar.apply(sequence_model(), 0.4)
     gated.save(tmp_path / "model.h5")
