@@ -27,7 +27,7 @@ from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
 from keras_polar.duplicate import duplicate
-from keras_polar.handed import SETTINGS, hand_on, holds_variables
+from keras_polar.handed import SETTINGS, hand_on, handed_places, holds_variables
 from keras_polar.merging import Opened, with_attributes
 from keras_polar.opening import open_layer, run_functional
 from keras_polar.tracing import CannotOpen, Step, exact_shapes
@@ -522,7 +522,9 @@ def _config_of(op: Any) -> dict:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(init).parameters.values()
         missing = [p.name for p in parameters if p.kind in named and p.name not in config]
-        lost = [n for n in missing if n in vars(op)]
+        given = {place[0]: v for place, v in handed_places(op).items() if len(place) == 1}
+        config |= {n: given[n] for n in missing if n in given}
+        lost = [n for n in missing if n in vars(op) and n not in given]
         if lost:
             raise TypeError(f"`get_config` lacks {', '.join(lost)}")
     # A config holds values at most: what is assigned to variables later would not arrive.

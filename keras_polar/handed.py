@@ -33,7 +33,7 @@ def handed(layer: Any) -> dict[int, Any]:
 
 def handed_places(layer: Any) -> dict[tuple, Any]:
     """Where a layer, its parts apart, holds variables that were handed to it."""
-    found = {place: v for place, v in _own(layer) if _is_foreign(layer, place, v)}
+    found = {place: v for place, v in _own(layer) if _is_foreign(layer, v)}
     if not found:
         return {}
     again = dict(_own(_again(layer)))
@@ -76,10 +76,10 @@ def holds_variables(x: Any) -> bool:
     return any(True for _ in _variables_in(x, (), _DEEPEST))
 
 
-def _is_foreign(layer: Any, place: tuple, variable: Any) -> bool:
+def _is_foreign(layer: Any, variable: Any) -> bool:
     """Whether neither training changes a variable nor a method of the layer seems to have made it.
 
-    What other objects have made (the steps of an optimizer) counts if it came as an argument.
+    What other objects have made (the steps of an optimizer) counts if it may be an argument.
     """
     if any(variable is v for v in layer._trainable_variables):
         return False
@@ -87,17 +87,20 @@ def _is_foreign(layer: Any, place: tuple, variable: Any) -> bool:
     if not makers:
         return True
     is_own = layer.name in makers or variable.path.startswith(f"{layer.path}/")
-    return not is_own and _is_argument(layer, place)
+    return not is_own and _had_objects(layer)
 
 
 def _is_argument(layer: Any, place: tuple) -> bool:
-    """Whether a place has the name of an argument of a constructor that got more than plain ones.
+    """Whether a place has the name of an argument that may have been a variable."""
+    return _had_objects(layer) and place[0] in inspect.signature(type(layer).__init__).parameters
 
-    Keras keeps the arguments of a constructor if they are numbers, words and the like.
+
+def _had_objects(layer: Any) -> bool:
+    """Whether not all arguments of the constructor were numbers, words and the like.
+
+    Keras keeps them if they were.
     """
-    if getattr(layer, "_auto_config", None) is not None:
-        return False
-    return place[0] in inspect.signature(type(layer).__init__).parameters
+    return getattr(layer, "_auto_config", None) is None
 
 
 def _again(layer: Any) -> Any:

@@ -401,6 +401,33 @@ def test_knob_of_operations_is_not_said_to_come_apart():
     assert np.abs(ops.convert_to_numpy(small(X)) - before).max() > 1e-3
 
 
+class Warm(layers.Dense):
+    """Says nothing of its variable in its config, and is cut."""
+
+    def __init__(self, *args, heat=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.heat = heat
+
+    def call(self, x):
+        return super().call(x) * ops.cast(ops.convert_to_tensor(self.heat), x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["own", "steps of an optimizer"])
+def test_layer_that_was_handed_a_variable_is_cut(kind):
+    keras_polar.register(Warm, like=layers.Dense)
+    weight = knob(1.0) if kind == "own" else keras.optimizers.SGD().iterations
+    weight.assign(1)
+    model = randomise(sequence_model(Warm(16, heat=weight, name="warm")))
+    gated = settled(keras_polar.apply(model, 0.3, gate="static"))
+    small = keras_polar.convert(gated, verify=X)
+    assert small.get_layer("warm").units == 8
+    weight.assign(4)
+    assert difference(gated, small, X) < 1e-5
+    before = ops.convert_to_numpy(small(X))
+    weight.assign(1)
+    assert np.abs(ops.convert_to_numpy(small(X)) - before).max() > 1e-3
+
+
 class Temperature(layers.Layer):
     """Uses what it was handed beside its parts: no constant may stand for that."""
 
