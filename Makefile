@@ -12,7 +12,7 @@ INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
 # What runs on every backend of Keras.
-ANYWHERE := $(addprefix tests/test_,backends.py gradients.py fit_variants.py distribute.py precision.py)
+ANYWHERE := $(addprefix tests/test_,backends.py gradients.py fit_variants.py distribute.py precision.py frozen_shared_typed.py)
 # PyPI's build for Linux brings CUDA along; another one: `make test-torch TORCH=torch==2.13.0+cpu`.
 TORCH ?= torch
 

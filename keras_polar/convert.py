@@ -71,9 +71,9 @@ class Cutter:
         args, kwargs = rule_for(call.op).arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
-            unmask_penalties(op)
             self.twins.append((site.op, op))
             self.pieces += _copy_cut_weights(site, op, self.kept)
+            unmask_penalties(op)
         return outputs
 
     def _name(self, site: Site) -> str:

@@ -11,14 +11,10 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
+from keras_polar.handed import SETTINGS, handed
+
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# What a layer is configured with, besides numbers, names and functions.
-SETTINGS = (
-    keras.initializers.Initializer,
-    keras.regularizers.Regularizer,
-    keras.constraints.Constraint,
-)
 # What a layer's attributes may refer to without owning it.
 _SHARED = (
     *SETTINGS,
@@ -36,7 +32,8 @@ _SHARED = (
 def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
     """A layer with the same sublayers and variables of the same values, sharing none of them.
 
-    Its sublayers keep their names; functions, initializers and the like are shared.
+    Its sublayers keep their names; functions, initializers and the like are shared, and so are
+    variables that the layer was handed.
 
     Args:
         dtype: of all floats in the copy and of what it computes; None for the layer's own.
@@ -44,7 +41,8 @@ def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
     Raises:
         TypeError: the layer holds something that cannot be copied.
     """
-    writer = _Writer(buffer := io.BytesIO(), dtype)
+    trained = {id(v) for part in layer._flatten_layers() for v in part._trainable_variables}
+    writer = _Writer(buffer := io.BytesIO(), dtype, handed(layer), trained)
     try:
         writer.dump(layer)
         buffer.seek(0)
@@ -81,7 +79,8 @@ def _name_variables(layer: Any, new: Any) -> None:
 
     By its path Keras on PyTorch finds a variable whose gradient of the last step is to be cleared.
     """
-    for old, own in zip(layer.variables, new.variables, strict=True):
+    pairs = zip(layer.variables, new.variables, strict=True)
+    for old, own in (pair for pair in pairs if pair[0] is not pair[1]):
         own._path = f"{new.name}/{old.path.removeprefix(f'{layer.name}/')}"
     if keras.backend.backend() == "torch":  # its modules keep lists of their own
         for part in new._flatten_layers():
@@ -89,11 +88,19 @@ def _name_variables(layer: Any, new: Any) -> None:
 
 
 class _Writer(pickle.Pickler):
-    """Walks the object; variables and shared things are kept aside under a number."""
+    """Walks the object; variables and shared things are kept aside under a number.
 
-    def __init__(self, file: Any, dtype: str | None) -> None:
+    Args:
+        dtype: of all floats in the copy, or None.
+        shared: variables that are not copied, by id.
+        trained: ids of those that were made to be trained, frozen by now or not.
+    """
+
+    def __init__(
+        self, file: Any, dtype: str | None, shared: dict[int, Any], trained: set[int]
+    ) -> None:
         super().__init__(file)
-        self.dtype = dtype
+        self.dtype, self.shared, self.trained = dtype, shared, trained
         self.kept: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
         self.count = itertools.count()
@@ -110,12 +117,18 @@ class _Writer(pickle.Pickler):
         return self.numbers[id(x)]
 
     def _kept(self, x: Any) -> Any:
+        is_variable, dtype = isinstance(x, keras.Variable), self._dtype_of(x)
+        if dtype is None or id(x) in self.shared:
+            return x
+        return _copied(x, dtype, id(x) in self.trained) if is_variable else keras.ops.cast(x, dtype)
+
+    def _dtype_of(self, x: Any) -> str | None:
+        """The type of the copy of a variable or tensor; None for what is kept as it is."""
         is_variable = isinstance(x, keras.Variable)
         is_tensor = keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor)
-        changes = self.dtype is not None and (is_variable or is_tensor)
-        if not (changes and is_other_float(x.dtype, str(self.dtype))):
-            return _copied(x, x.dtype) if is_variable else x
-        return _copied(x, self.dtype) if is_variable else keras.ops.cast(x, self.dtype)
+        if self.dtype and (is_variable or is_tensor) and is_other_float(x.dtype, str(self.dtype)):
+            return self.dtype
+        return x.dtype if is_variable else None
 
     def reducer_override(self, x: Any) -> Any:
         if isinstance(x, KerasSaveable):
@@ -135,16 +148,19 @@ def _state(x: Any) -> dict:
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
 
 
-def _copied(variable: Any, dtype: Any) -> Any:
+def _copied(variable: Any, dtype: Any, is_trained: bool) -> Any:
     new = keras.Variable(
-        keras.ops.convert_to_tensor(variable),
+        keras.ops.copy(variable),  # on PyTorch, a variable takes the memory that it is given
         dtype=dtype,
-        trainable=variable.trainable,
+        # TensorFlow records no gradients of what is made untrainable, unfrozen later or not.
+        trainable=is_trained or variable.trainable,
         autocast=variable._autocast,
         aggregation=variable.aggregation,
         name=variable.name,
     )
     new.regularizer, new.constraint = variable.regularizer, variable.constraint
+    new.trainable = variable.trainable
+    new._path = variable.path  # says that a layer has made it
     return new
 
 

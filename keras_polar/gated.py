@@ -143,6 +143,7 @@ class GatedModel(keras.Model):
             ValueError: processes of JAX that train together disagree.
         """
         require_supported(self)
+        _warn_of_frozen_gates(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         watch = watch_processes(self, bound.arguments)
         with Run(self, bound.arguments.get("callbacks"), watch) as run:
@@ -158,9 +159,15 @@ class GatedModel(keras.Model):
         if self.stand_in is not None:
             self.stand_in.leave()
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.save`.
+
+        Raises:
+            ValueError: Keras could not load the file again.
+        """
+        _refuse_h5(self, filepath)
         with self._up_to_date(), alone():
-            super().save(*args, **kwargs)
+            super().save(filepath, *args, **kwargs)
 
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         with self._up_to_date(), alone():
@@ -228,3 +235,28 @@ def _is_called_by(function: Any) -> bool:
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def _warn_of_frozen_gates(gated: GatedModel) -> None:
+    """Loops over all layers freeze gates as well: then nothing says which units are to go."""
+    names = [g._gate.name for g in gated.groups if not g._gate.trainable and not g.settled]
+    if names:
+        warnings.warn(
+            f"fit: gates of {gated.name!r} are frozen, so that they cannot learn which units go: "
+            f"{', '.join(names)}. Freeze layers by name, or set gated.get_layer({names[0]!r})"
+            ".trainable = True before `compile`.",
+            stacklevel=3,
+        )
+
+
+def _refuse_h5(gated: GatedModel, filepath: Any) -> None:
+    names = [x.name for x in gated.operations if not isinstance(x, keras.layers.Layer)]
+    if names and str(filepath).endswith((".h5", ".hdf5")):
+        raise ValueError(
+            f"save of {gated.name!r}: Keras writes .h5 files with operations ({', '.join(names)}), "
+            f"but cannot load them; received {str(filepath)!r}. Save it as a .keras file."
+        )
+
+
+# The .h5 format of Keras looks a model's class up by its bare name.
+keras.saving.get_custom_objects()["GatedModel"] = GatedModel

@@ -190,7 +190,8 @@ class Mask(keras.layers.Layer):
             the end for units without a gate; None where the one gate fits as it is.
     """
 
-    def __init__(self, axis: int | None, index: list | None = None, **kwargs: Any) -> None:
+    # axis has a default as the .h5 format of Keras leaves out an axis that is None.
+    def __init__(self, axis: int | None = None, index: list | None = None, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)  # what passes through keeps its type
         self.axis = axis
         self.index = index

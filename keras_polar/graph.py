@@ -26,7 +26,8 @@ from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
-from keras_polar.duplicate import SETTINGS, duplicate
+from keras_polar.duplicate import duplicate
+from keras_polar.handed import SETTINGS, hand_on, handed_places, holds_variables
 from keras_polar.merging import Opened, with_attributes
 from keras_polar.opening import open_layer, run_functional
 from keras_polar.tracing import CannotOpen, Step, exact_shapes
@@ -374,10 +375,13 @@ def warn_of_ties(graph: Graph, caller: str) -> None:
     """Warns of trained variables that several operations use: a new model has one for each."""
     users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
-        given = [x for x in tree.flatten((call.args, call.kwargs)) if isinstance(x, keras.Variable)]
-        for variable in [*getattr(call.op, "trainable_variables", ()), *given]:
+        for variable in getattr(call.op, "trainable_variables", ()):
             _, found = users.setdefault(id(variable), (variable.path, {}))
             found[id(call.op)] = call.name
+    for call in graph.calls:  # given to an operation, a variable stays what it is
+        for x in tree.flatten((call.args, call.kwargs)):
+            if id(x) in users:
+                users[id(x)][1][id(call.op)] = call.name
     for path, found in users.values():
         if len(found) > 1:
             warnings.warn(
@@ -495,7 +499,9 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     try:
         config = _config_of(op)
         arrays = _without_arrays(op, config) if changes else {}
-        return _from_config(op, {**config, **arrays, "name": name, **changes})
+        new = _from_config(op, {**config, **arrays, "name": name, **changes})
+        hand_on(op, new)
+        return new
     except Exception as error:
         if not op.weights and not changes:
             return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
@@ -519,10 +525,13 @@ def _config_of(op: Any) -> dict:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(init).parameters.values()
         missing = [p.name for p in parameters if p.kind in named and p.name not in config]
-        lost = [n for n in missing if n in vars(op)]
+        given = {place[0]: v for place, v in handed_places(op).items() if len(place) == 1}
+        config |= {n: given[n] for n in missing if n in given}
+        lost = [n for n in missing if n in vars(op) and n not in given]
         if lost:
             raise TypeError(f"`get_config` lacks {', '.join(lost)}")
-    return config
+    # A config holds values at most: what is assigned to variables later would not arrive.
+    return config | {k: x for k, x in _live(op, config).items() if holds_variables(x)}
 
 
 def _without_arrays(op: Any, config: dict) -> dict:
@@ -634,11 +643,14 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
         return []
     layers = list(zip(_layers_of(source), _layers_of(target), strict=True))
     states = (_states(old, new) for old, new in layers)
-    pairs = [*_twins(source.variables, target.variables), *itertools.chain.from_iterable(states)]
+    twins = [*_twins(source.variables, target.variables), *itertools.chain.from_iterable(states)]
+    pairs = [(old, new) for old, new in twins if old is not new]  # some were handed to both
     for old, new in pairs:
         new.assign(cut(old, to_numpy(old)))
+        new.regularizer, new.constraint = old.regularizer, old.constraint
     for old, new in layers:
         new.trainable = old.trainable
+        new.activity_regularizer = old.activity_regularizer
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
     for old, new in pairs:
@@ -670,7 +682,7 @@ def _twins(old: list, new: list) -> Iterable[tuple[Any, Any]]:
 
 
 def _paths(variables: list) -> list[str]:
-    return [v.path.partition("/")[2] for v in variables]
+    return [v.path.partition("/")[2] or v.path for v in variables]
 
 
 def _layers_of(op: Any) -> list:

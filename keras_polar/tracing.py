@@ -18,6 +18,8 @@ from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
 from keras.src.utils.naming import to_snake_case
 
+from keras_polar.handed import handed
+
 
 class CannotOpen(Exception):
     """A layer whose `call` cannot be replaced by calls of its parts.
@@ -191,6 +193,7 @@ class Watch:
         self.inline = {id(x) for x in self.layers if x is root or opens(x)} - set(closed)
         # What no training changes may become a constant, unless the call itself changes it.
         self.buffers = {id(v) for x in self.layers for v in _made_untrainable(x)}
+        self.buffers -= handed(root).keys()  # what their owner may change at any time
         self.is_paused = False
         self.stack: list = []
         self.paths: dict[int, str] = {}

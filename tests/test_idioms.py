@@ -188,10 +188,11 @@ def torch_loader(model, folder):
 
 
 def partly_frozen(model, folder):
-    for layer in model.layers:
-        layer.trainable = layer.name == "logits"
+    body = [model.get_layer(name) for name in ("one", "two")]
+    for layer in body:
+        layer.trainable = False
     first = fitted(model)
-    for layer in model.layers:
+    for layer in body:
         layer.trainable = True
     return first, fitted(model), [np.abs(w).sum() for w in model.get_layer("one").get_weights()]
 

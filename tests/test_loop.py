@@ -98,8 +98,7 @@ class Meddle(keras.callbacks.Callback):
     def meddle(self, *args, logs=None):
         model = self.model if BACKEND == "jax" else self.gated  # by which its state is there
         self.count += 1
-        head = model.get_layer("head")
-        beta, kernel = model.get_layer("penalty").beta, getattr(head, "layer", head).kernel
+        beta, kernel = model.get_layer("penalty").beta, model.get_layer("head").kernel
         mask = next(g.mask for g in model.groups if g.name == "after")
         self.seen.append(to_numpy(beta) + np.abs(to_numpy(kernel)[mask]).sum())
         beta.assign(self.count)
