@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
