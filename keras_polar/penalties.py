@@ -80,7 +80,8 @@ def mask_penalties(gated: Any) -> None:
         unmask_penalties(layer)
     if any(map(_has_penalty, layers)):
         places = _Places(gated)
-        for site in places.coupling.sites:
+        # All calls of a shared layer have the same units.
+        for site in {id(s.op): s for s in places.coupling.sites}.values():
             if isinstance(site.op, keras.layers.Layer):
                 _wrap(places, site)
 
@@ -156,25 +157,22 @@ class _Places:
         sizes = np.array([self.gates[i].units for i in own])
         shift = np.zeros(len(self.gates), int)
         shift[own] = np.cumsum([0, *sizes[:-1]]) - (self.ends[own] - sizes)
-        return [self.gates[i] for i in own], np.where(
-            which >= 0, places + shift[which], sizes.sum()
-        ).astype("int32")
+        index = np.where(which >= 0, places + shift[which], sizes.sum())
+        return [self.gates[i] for i in own], index.astype("int32")
 
 
 def _wrap(places: _Places, site: Site) -> None:
     layer, outputs = site.op, site.outputs
     if layer.activity_regularizer is not None and len(outputs) == 1:
         units = places.open_units(site, compact(outputs[0]))
-        if units is not None and not isinstance(layer.activity_regularizer, MaskedRegularizer):
+        if units is not None:
             layer.activity_regularizer = MaskedRegularizer(layer.activity_regularizer, units)
     for variable in layer.variables:
         units = places.open_units(site, _along_axes(site, variable))
-        if units is None or isinstance(variable.regularizer, MaskedRegularizer):
-            continue
-        if variable.regularizer is not None:
+        if units is not None and variable.regularizer is not None:
             variable.regularizer = MaskedRegularizer(variable.regularizer, units)
         # Where an optimizer is given nothing but what it trains, it cannot look at gates.
-        if variable.constraint is not None and not IS_STATE_TAKEN:
+        if units is not None and variable.constraint is not None and not IS_STATE_TAKEN:
             variable.constraint = MaskedConstraint(variable.constraint, units)
 
 

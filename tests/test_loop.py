@@ -212,6 +212,15 @@ def penalised():
     )
 
 
+def penalised_twice():
+    """A layer that is called twice, penalised and held."""
+    options = {"kernel_constraint": keras.constraints.MaxNorm(0.4), "kernel_regularizer": L2}
+    shared = layers.Dense(16, activity_regularizer=L1, name="shared", **options)
+    inputs = keras.Input((8,))
+    x = layers.Add()([shared(layers.Dense(12)(inputs)), shared(layers.Dense(12)(inputs))])
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
 def penalised_sequence():
     inputs = keras.Input((8,))
     x = layers.Reshape((4, 2))(inputs)
@@ -232,7 +241,9 @@ def penalised_branches():
 
 
 @pytest.mark.parametrize("gate", ["static", "dynamic"])
-@pytest.mark.parametrize("build", [penalised, penalised_sequence, penalised_branches])
+@pytest.mark.parametrize(
+    "build", [penalised, penalised_twice, penalised_sequence, penalised_branches]
+)
 def test_penalties_count_what_is_open(build, gate, tmp_path):
     """Before the switch, after it, in the small model and in one that is loaded."""
     x, y = data()
