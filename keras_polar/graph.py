@@ -690,6 +690,15 @@ def _layers_of(op: Any) -> list:
     return list(op._flatten_layers())
 
 
+def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:
+    """Gives symbolic outputs the masks that Keras would give them in a call of the layer."""
+    if layer.supports_masking:
+        first = [*args, *kwargs.values()][0]
+        mask = kwargs.get("mask")
+        before = tree.map_structure(backend.get_keras_mask, first) if mask is None else mask
+        layer._set_mask_metadata(first, outputs, before)
+
+
 def only_loss(layer: Any, loss: Any) -> None:
     """`layer.add_loss(loss)` that forgets what the same call has added before.
 

@@ -14,7 +14,7 @@ import keras
 from keras import ops, tree
 
 from keras_polar.gates import PACKAGE
-from keras_polar.graph import Ref, forget_losses, variable_at
+from keras_polar.graph import Ref, forget_losses, hand_on_masks, variable_at
 
 
 class Substituted(keras.StatelessScope):
@@ -136,7 +136,9 @@ class InnerMask(keras.layers.Wrapper):
         training: Any = None,
         **tensors: Any,
     ) -> Any:
-        return self.layer.compute_output_spec(*args, **tensors, **(options or {}))
+        outputs = self.layer.compute_output_spec(*args, **tensors, **(options or {}))
+        hand_on_masks(self.layer, args, tensors, outputs)
+        return outputs
 
     def compute_mask(self, *args: Any, **kwargs: Any) -> None:
         """None: the layer has set the masks of its outputs."""

@@ -1,6 +1,5 @@
 """More tables for random models: layers that pool, resize, multiply or remember; users' layers."""
 
-import keras
 from keras import layers, ops
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from random_ops import layer, whole, window
@@ -178,15 +177,7 @@ def shared_block(x, y, n):
     return block(x) + block(ops.tanh(matched(x, y)))
 
 
-def model_per_step(x, y, n):
-    """A model for each place along the first axis of positions."""
-    inputs = keras.Input(x.shape[2:])
-    z = layers.Dense(channels(x))(layers.Dense(n, activation="relu")(inputs))
-    return layers.TimeDistributed(keras.Model(inputs, inputs + z))(x)
-
-
 LAYERS = {
-    "TimeDistributed of a model": (SPATIAL, model_per_step),
     "ReLU layer": (ANY, layer(lambda x, n: layers.ReLU(6))),
     "ELU": (ANY, layer(lambda x, n: layers.ELU())),
     "LeakyReLU": (ANY, layer(lambda x, n: layers.LeakyReLU())),

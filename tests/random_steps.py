@@ -238,7 +238,12 @@ def unrolled(z, x):
 
 
 def per_step(x, y, n):
-    return layers.TimeDistributed(layers.Dense(n, activation="tanh"))(x)
+    """A layer, or a model, for each place along the first axis of positions."""
+    if n % 2 == 0:
+        return layers.TimeDistributed(layers.Dense(n, activation="tanh"))(x)
+    inputs = keras.Input(x.shape[2:])
+    z = layers.Dense(channels(x))(layers.Dense(n, activation="relu")(inputs))
+    return layers.TimeDistributed(keras.Model(inputs, inputs + z))(x)
 
 
 # Ranks without the batch axis.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import check, close_half, randomise
 from keras import layers, ops
+from keras.src import backend
 
 import keras_polar
 from keras_polar.rules import read
@@ -458,12 +459,19 @@ class PassesMask(Parts):
 
 def test_a_mask_that_opening_would_lose_keeps_the_layer_whole():
     tokens = keras.Input((5,), dtype="int32")
-    x = PassesMask(name="whole")(layers.Embedding(4, 6, mask_zero=True)(tokens))
-    x = layers.GlobalAveragePooling1D()(x)
-    x = layers.Dense(3)(layers.Dense(8, name="free")(x))
+    embedded = layers.Embedding(4, 6, mask_zero=True)(tokens)
+    whole = PassesMask(name="whole")(embedded)
+    inputs = np.array([[1, 2, 0, 3, 0], [0, 0, 1, 1, 2]], "int32")
+    # By the mask of its output Keras weighs a model's losses.
+    x = layers.Dense(3)(layers.Dense(8, name="free")(whole))
     model = randomise(keras.Model(tokens, x))
     assert "implicit mask" in notes(model)["whole"]
-    inputs = np.array([[1, 2, 0, 3, 0], [0, 0, 1, 1, 2]], "int32")
+    gated, small = check(model, inputs=inputs)
+    assert all(backend.get_keras_mask(m.output) is not None for m in (model, gated, small))
+    # Here the only layer that uses it gets it as an argument.
+    pooled = layers.Dense(3)(layers.GlobalAveragePooling1D()(whole))
+    model = randomise(keras.Model(tokens, pooled))
+    assert not notes(model)
     check(model, inputs=inputs)
 
 
