@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_polar.graph import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
-from keras_polar.rules.base import sizes
+from keras_polar.rules.base import set_rows, sizes
 from keras_polar.units import Forest, Ids, Units, along, as_view, compact, nobody
 
 
@@ -98,6 +98,7 @@ def couple(graph: Graph, ignore: Iterable[str] = ()) -> Coupling:
 def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     ids: dict[int, Ids] = {i: nobody(sizes(graph.specs[i].shape)) for i in refs_in(graph.inputs)}
     shared: dict[int, dict] = {}
+    rows = dict.fromkeys(ids, 1)
     sites = []
     for call in graph.calls:
         # Calls of a layer without weights are nothing to each other.
@@ -105,6 +106,7 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
         site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
         site.outputs = [as_view(ids) for ids in _followed(site)]
         ids.update(zip(call.outputs, site.outputs, strict=True))
+        rows.update(dict.fromkeys(call.outputs, set_rows(site, [rows[i] for i in call.inputs])))
         sites.append(site)
     for i in refs_in(graph.outputs):
         units.pin(ids[i], "is an output of the model")

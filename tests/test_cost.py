@@ -100,6 +100,49 @@ def test_what_a_layer_computes_is_counted(name):
     assert macs(model_on(shape, layer)) == wanted
 
 
+class Windows(layers.Layer):
+    """As in window attention: the windows of an image stand in the batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.up, self.down = layers.Dense(12, name="up"), layers.Dense(6, name="down")
+
+    def build(self, shape):
+        self.up.build((None, 16, 6))
+        self.down.build((None, 16, 12))
+
+    def call(self, x):
+        x = ops.transpose(ops.reshape(x, (-1, 2, 4, 2, 4, 6)), (0, 1, 3, 2, 4, 5))
+        x = self.down(ops.relu(self.up(ops.reshape(x, (-1, 16, 6)))))
+        x = ops.transpose(ops.reshape(x, (-1, 2, 2, 4, 4, 6)), (0, 1, 3, 2, 4, 5))
+        return ops.reshape(x, (-1, 8, 8, 6))
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def time_first(x):
+    x = ops.transpose(x, (1, 0, 2))
+    x = ops.matmul(layers.Dense(5)(x), np.ones((5, 4), "float32"))
+    return ops.transpose(x, (1, 0, 2))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_all_windows_of_a_sample_are_counted(batch):
+    inputs = keras.Input(batch_shape=(batch, 8, 8, 6))
+    x = ops.concatenate([inputs, inputs], axis=0)
+    model = keras.Model(inputs, Windows()(inputs))
+    assert macs(model) == 64 * 6 * 12 * 2
+    assert macs(keras.Model(inputs, layers.Dense(7)(Windows()(inputs)))) == 64 * (144 + 42)
+    if batch is None:
+        assert macs(keras.Model(inputs, layers.Dense(7)(x))) == 2 * 64 * 42
+        check(randomise(model_on((8, 8, 6), Windows(), layers.Flatten(), layers.Dense(2))))
+
+
+def test_positions_in_front_of_the_batch_are_counted():
+    assert macs(model_on((3, 8), time_first)) == 3 * 8 * 5 + 3 * 5 * 4
+
+
 @pytest.mark.parametrize("kind", [OwnConv, Gram, LowRank, lambda: OwnDense(6)])
 def test_costs_of_users_layers_are_the_same_before_and_after_pruning(kind):
     steps = [layers.Dense(6), kind(), layers.Dense(8, activation="relu"), layers.Flatten()]

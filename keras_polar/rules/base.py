@@ -31,7 +31,7 @@ Example: the whole rule of a Dense layer::
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -112,6 +112,7 @@ class Site:
             with, and nothing else: zeros may stand there instead.
         refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
         parts: the calls that the operation consists of, as its rule has seen them.
+        rows: rows along the first axis that one sample takes (windows of an image, say).
     """
 
     call: Call
@@ -127,6 +128,7 @@ class Site:
     produces: list[str] = field(default_factory=list)
     refused: str = ""
     parts: list["Site"] = field(default_factory=list)
+    rows: int = 1
 
     @property
     def op(self) -> Any:
@@ -144,13 +146,14 @@ class Site:
     def macs(self) -> "list[Term] | None":
         """Multiply-accumulates per sample, once `flow` has been asked; None if nobody knows."""
         rule = rule_for(self.op)
-        return alone(self, rule) if self.refused else rule.macs(self)
+        found = alone(self, rule) if self.refused else rule.macs(self)
+        return found and [replace(t, macs=self.rows * t.macs) for t in found]
 
     def positions(self, tensor: int | None, but: int = -1, *, output: bool = False) -> int:
-        """Elements per sample of an input (or output) tensor with the axis `but` left out."""
+        """Elements per row of an input (or output) tensor with the axis `but` left out."""
         index = (self.call.outputs if output else self.call.inputs)[tensor or 0]
         shape = sizes(self.specs[index].shape)
-        return math.prod(shape[1:]) // shape[but]
+        return math.prod(shape) // shape[but]
 
     def given(self) -> dict[str, Any]:
         """The call's arguments by name, those left out not among them; tensors as `Ref`s."""
@@ -302,9 +305,10 @@ class Rule:
         return site.call.args, site.call.kwargs
 
     def macs(self, site: Site) -> list[Term] | None:
-        """Multiply-accumulates per sample of this call, as products of open units.
+        """Multiply-accumulates of this call, as products of open units.
 
-        None if it is not known how many: a rule that does not say it says that there are none.
+        For one sample, or for one row along the first axis where a sample takes several. None if it
+        is not known how many: a rule that does not say it says that there are none.
         """
         return []
 
@@ -315,6 +319,10 @@ class Rule:
     def applies(self, op: Any) -> bool:
         """Whether the rule knows this operation of its class (what a wrapper wraps, say)."""
         return True
+
+    def rows(self, site: Site, before: list[int]) -> int:
+        """Rows of the outputs that one sample takes, given those of the inputs."""
+        return max(before, default=1)
 
     def keeps_batch(self, site: Site) -> bool:
         """Whether sample i of the output comes from sample i of the input."""
@@ -359,6 +367,13 @@ def alone(site: Site, rule: Rule) -> list[Term] | None:
 def fixed_term(terms: Iterable[Term]) -> Term:
     """Multiply-accumulates of units that all stay."""
     return Term((), macs=sum(t.macs * math.prod(map(len, t.factors)) for t in terms))
+
+
+def set_rows(site: Site, before: list[int]) -> int:
+    """Tells a call how many rows a sample takes; returns how many in its outputs."""
+    after = rule_for(site.op).rows(site, before)
+    site.rows = max([after, *before])
+    return after
 
 
 class PinRule(Rule):

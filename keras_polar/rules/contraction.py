@@ -115,7 +115,9 @@ class ContractionRule(Rule):
         for operand in operands:
             for label, n in zip(operand.labels, operand.shape, strict=True):
                 size[label] = max(size.get(label, 1), n or 1)
-        fixed = math.prod(n for label, n in size.items() if label not in {*chosen, out[0]})
+        # The first axis is the batch, unless its size is known and that of another is not.
+        batch = out[:1] if site.output_shapes[0][:1] == (1,) else ()
+        fixed = math.prod(n for label, n in size.items() if label not in {*chosen, *batch})
         return [Term((site.axes["units"],) if chosen else (), macs=fixed)]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, tree
 
 from keras_polar.graph import Ref, op_class, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, add, line
+from keras_polar.rules.base import Kept, Rule, Site, add, line, sizes
 from keras_polar.units import Ids, varies
 
 
@@ -49,6 +49,14 @@ class ReshapeRule(MoveRule):
         if _unknown_after_units(site):
             return site.pin_all("an axis of unknown size follows the units")
         return super().flow(site)
+
+    def rows(self, site: Site, before: list[int]) -> int:
+        """No element is lost: what leaves the other axes goes to the first."""
+        shapes = [site.specs[i].shape for i in (*site.call.inputs[:1], *site.call.outputs)]
+        if self.first or self.attribute != "newshape" or any(None in s[1:] for s in shapes):
+            return super().rows(site, before)
+        elements = [math.prod(sizes(s)) for s in shapes]
+        return before[0] * elements[0] // elements[-1]
 
     def keeps_batch(self, site: Site) -> bool:
         if self.first:
@@ -123,6 +131,10 @@ class ConcatRule(Rule):
         if axis % len(shape) == 0:
             return site.pin_all("concatenates samples")
         return [concatenate(site.inputs, axis, shape)]
+
+    def rows(self, site: Site, before: list[int]) -> int:
+        is_first = self.axis(site.op) in (0, -len(site.output_shapes[0]))
+        return sum(before) if is_first else super().rows(site, before)
 
 
 class StackRule(Rule):

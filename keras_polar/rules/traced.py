@@ -24,6 +24,7 @@ from keras_polar.rules.base import (
     fixed_term,
     line,
     rule_for,
+    set_rows,
     sizes,
 )
 from keras_polar.rules.elementwise import MergeRule
@@ -211,8 +212,11 @@ def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
         axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
         ids = along(vectors[name], axes[0], shape) if axes else nobody(shape)
         table[id(symbol)] = ids
+    rows = dict.fromkeys(table, 1)
     for step in run.steps:
         inner = _site(site, step, table)
+        before = [rows[id(x)] for x in tensors_in((step.args, step.kwargs))]
+        rows.update(dict.fromkeys(map(id, step.outputs), set_rows(inner, before)))
         site.parts.append(inner)
         rule = rule_for(step.op)
         outputs = rule.flow(inner)
