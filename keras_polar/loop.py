@@ -15,6 +15,7 @@ import keras
 from keras_polar.backends import Reported
 from keras_polar.compaction import CannotCompact, Compaction
 from keras_polar.graph import to_numpy
+from keras_polar.processes import require_agreement
 
 _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
 
@@ -47,6 +48,9 @@ class Run:
         self.monitors = Monitors(self.theirs, is_fresh=not self._steps_done())
         may_compact = gated.consensus.compact and keras.backend.backend() != "torch"
         self.may_compact = may_compact and not any(map(sees_batches, self.theirs))
+        # Processes of JAX that trained networks of different sizes would wait for ever.
+        fact = {"callbacks that may look at batches": not self.may_compact}
+        require_agreement(fact, f"fit of {gated.name!r}")
 
     def _around(self, callbacks: Any, more: list) -> tuple[Any, list]:
         """The user's callbacks between the first and the last one, and they alone."""

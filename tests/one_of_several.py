@@ -60,12 +60,15 @@ def part(process, count, steps=STEPS):
 class After(keras.callbacks.Callback):
     """Does something after a step of the whole run."""
 
+    async_safe = True  # does not look at the model
+
     def __init__(self, step, what):
         super().__init__()
-        self.step, self.what = step, what
+        self.step, self.what, self.done = step, what, 0
 
     def on_train_batch_end(self, batch, logs=None):
-        if int(to_numpy(self.model.consensus.step)) == self.step:
+        self.done += 1
+        if self.done == self.step:
             self.what()
 
 
@@ -80,13 +83,22 @@ def fail():
 class Seen(keras.callbacks.Callback):
     """The loss after every step, and whether a smaller network trained in the end."""
 
-    def __init__(self):
+    async_safe = True
+
+    def __init__(self, gated):
         super().__init__()
-        self.losses, self.was_compacted = [], False
+        self.gated, self.by_step, self.was_compacted = gated, {}, False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        self.losses.append(logs["loss"])
-        self.was_compacted = self.model.stand_in is not None
+        self.by_step[self.epoch, batch] = logs["loss"]
+        self.was_compacted = self.gated.stand_in is not None
+
+    @property
+    def losses(self):
+        return [loss for _, loss in sorted(self.by_step.items())]
 
 
 def train(folder, process, count, gate="static", seed=0, steps=STEPS, end=None, saving=False):
@@ -95,7 +107,8 @@ def train(folder, process, count, gate="static", seed=0, steps=STEPS, end=None, 
     `end[2]` says whether that process is killed or fails.
     """
     require_agreement({"seed": seed})
-    gated, seen = compiled(gate), Seen()
+    gated = compiled(gate)
+    seen = Seen(gated)
     callbacks = [keras.callbacks.BackupAndRestore(folder / f"backup{process}"), seen]
     if end and end[0] == process:
         callbacks.append(After(end[1], {"kill": kill, "fail": fail}[end[2]]))
