@@ -198,7 +198,13 @@ class Stop(keras.callbacks.Callback):
         self.model.stop_training = True
 
 
+class Look(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        self.size = self.model.count_params()
+
+
 BEFORE = {
+    "callbacks": lambda gated, odd: fit(gated, odd, callbacks=[Look()] * odd),
     "batches": lambda gated, odd: fit(gated, odd, samples=16 - 8 * odd),
     "samples": lambda gated, odd: fit(gated, odd, samples=16 - 3 * odd),
     "batch size": lambda gated, odd: fit(gated, odd, 16 - 8 * odd, batch_size=8 - 4 * odd),

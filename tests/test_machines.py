@@ -113,6 +113,7 @@ def test_processes_that_disagree_end(wrong, tmp_path):
 
 
 SAID = {
+    "callbacks": ["callbacks that may look at batches: False (process 0), True (process 1)"],
     "batches": ["batches per epoch: 2 (process 0), 1 (process 1)", "x[:n]"],
     "samples": ["samples: 16 (process 0), 13 (process 1)", "x[:n]"],
     "batch size": ["batch_size: 8 (process 0), 4 (process 1)", "batches of one size"],
