@@ -1,5 +1,6 @@
 """The groups of a gated model, and what its gates say about the model without them."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -145,12 +146,17 @@ def flags_for(gated: Any, coupling: Coupling) -> np.ndarray:
     Units are found again by the names of the layers that make them: the order of calls may differ
     from the model that `apply` was given, and layers of closed branches are gone.
     """
-    produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
+    for group, roots, places in units_of(gated, coupling):
+        flags[roots] = group.mask[places]
+    return flags[coupling.roots]
+
+
+def units_of(gated: Any, coupling: Coupling) -> Iterator[tuple[GateGroup, np.ndarray, np.ndarray]]:
+    """The units of each group that each layer of the stripped model makes: roots, and places."""
+    produced = coupling.produced()
     for group in gated.groups:
         for layer in produced.keys() & group.members.keys():
             index = group.members[layer]
             index = np.arange(group.units) if index is None else np.asarray(index)
-            own = produced[layer][index >= 0]
-            flags[coupling.roots[own]] = group.mask[index[index >= 0]]
-    return flags[coupling.roots]
+            yield group, coupling.roots[produced[layer][index >= 0]], index[index >= 0]

@@ -20,7 +20,7 @@ from keras_polar.backends import IS_STATE_TAKEN
 from keras_polar.coupling import couple
 from keras_polar.gates import PACKAGE, Gate, Mask
 from keras_polar.graph import Graph, variable_at
-from keras_polar.groups import strip
+from keras_polar.groups import strip, units_of
 from keras_polar.rules import Site, read, rule_for
 from keras_polar.units import Ids, compact
 
@@ -118,15 +118,11 @@ class _Places:
 
     def _places(self, gated: Any) -> np.ndarray:
         """For every id its place, -1 for those without a gate."""
-        produced, roots = self.coupling.produced(), self.coupling.roots
-        found = np.full(len(roots), -1)
-        for group, end in zip(gated.groups, self.ends, strict=True):
-            for layer in produced.keys() & group.members.keys():
-                index = group.members[layer]
-                index = np.arange(group.units) if index is None else np.asarray(index)
-                ids = produced[layer][index >= 0]
-                found[roots[ids]] = end - group.units + index[index >= 0]
-        return found[roots]
+        found = np.full(len(self.coupling.roots), -1)
+        start = dict(zip((g.name for g in gated.groups), [0, *self.ends[:-1]], strict=True))
+        for group, roots, places in units_of(gated, self.coupling):
+            found[roots] = start[group.name] + places
+        return found[self.coupling.roots]
 
     def _closed_by(self, graph: Graph) -> dict[int, list[int]]:
         """id of an operation -> the gates without whose branch it would be gone."""
