@@ -8,6 +8,8 @@ weights (`OrthogonalRegularizer`), nor for the kernel of attention's queries, wh
 its keys get narrower.
 """
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -38,11 +40,17 @@ class OpenUnits:
 
     def of(self, x: Any) -> Any:
         """0/1, to be multiplied with an array, in its dtype."""
-        product = 1.0
-        for gates, places in self.masks:
-            known = ops.concatenate([*(g.consensus() for g in gates), ops.ones((1,))])
-            product = product * ops.take(known, places)
+        product = math.prod(itertools.starmap(_mask, self.masks), start=1.0)
         return ops.cast(product, x.dtype)
+
+
+def _mask(gates: list[Gate], places: np.ndarray) -> Any:
+    known = [gate.consensus() for gate in gates]
+    units = sum(gate.units for gate in gates)
+    # Most layers have all units of one gate in order: a gather in each step would cost time.
+    if places.size == units and (places.ravel() == np.arange(units)).all():
+        return ops.reshape(ops.concatenate(known) if len(known) > 1 else known[0], places.shape)
+    return ops.take(ops.concatenate([*known, ops.ones((1,))]), places)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
