@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 
 # Keras on JAX takes the state out of a model's variables while it trains, and hands each part of a
 # step what that part is to see of it.

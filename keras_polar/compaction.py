@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_polar.convert import Piece, small_twin
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.processes import assign
 
 # What JAX makes a training step of. It would take one method of one model for one function,

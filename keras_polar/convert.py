@@ -10,7 +10,8 @@ import numpy as np
 from keras import tree
 
 from keras_polar.coupling import Coupling, couple
-from keras_polar.graph import (
+from keras_polar.graph.quantized import why_altered
+from keras_polar.graph.trace import (
     Call,
     clone,
     copy_weights,
@@ -26,7 +27,6 @@ from keras_polar.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.inner import Substituted, masked_variables
 from keras_polar.penalties import unmask_penalties
 from keras_polar.precision import full_precision
-from keras_polar.quantized import why_altered
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.base import inner_vector
 from keras_polar.samples import difference, random_inputs

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.graph import Graph, refs_in
+from keras_polar.graph.trace import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
 from keras_polar.rules.base import set_rows, sizes
 from keras_polar.units import Forest, Ids, Units, along, as_view, compact, nobody

@@ -22,7 +22,7 @@ import numpy as np
 
 from keras_polar.cost import BLOCK, in_blocks
 from keras_polar.coupling import Coupling
-from keras_polar.graph import Ref, refs_in
+from keras_polar.graph.trace import Ref, refs_in
 from keras_polar.rules import Site, Term, rule_for
 from keras_polar.rules.base import line, sizes
 from keras_polar.units import Ids, varies

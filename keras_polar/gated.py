@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_polar.distribute import require_supported
 from keras_polar.gates import PACKAGE, Gate
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.groups import GateGroup
 from keras_polar.loop import Run
 from keras_polar.penalties import mask_penalties

@@ -10,7 +10,7 @@ import numpy as np
 from keras_polar.blocks import shorten
 from keras_polar.coupling import Coupling
 from keras_polar.gates import Gate, Mask
-from keras_polar.graph import Call, Graph, alive, bypass, refs_in, to_numpy
+from keras_polar.graph.trace import Call, Graph, alive, bypass, refs_in, to_numpy
 from keras_polar.inner import InnerMask, unpack
 from keras_polar.polarization import Consensus
 from keras_polar.rules import read

@@ -14,7 +14,7 @@ import keras
 from keras import ops, tree
 
 from keras_polar.gates import PACKAGE
-from keras_polar.graph import Ref, forget_losses, hand_on_masks, variable_at
+from keras_polar.graph.trace import Ref, forget_losses, hand_on_masks, variable_at
 
 
 class Substituted(keras.StatelessScope):

@@ -14,7 +14,7 @@ import keras
 
 from keras_polar.backends import Reported
 from keras_polar.compaction import CannotCompact, Compaction
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.processes import require_agreement
 
 _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")

@@ -9,7 +9,7 @@ from keras import ops
 from keras_polar.cost import Polynomial
 from keras_polar.distribute import global_mean
 from keras_polar.gates import PACKAGE
-from keras_polar.graph import only_loss
+from keras_polar.graph.trace import only_loss
 from keras_polar.schedule import Schedule
 
 

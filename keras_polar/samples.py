@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.graph import functional, to_numpy
+from keras_polar.graph.trace import functional, to_numpy
 
 UNKNOWN_SIZE = 32  # stands for a dimension the model leaves open, such as height and width
 

@@ -17,7 +17,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.gates import DynamicGate
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.processes import assign, require_agreement
 
 STEPS, BATCH, EPOCHS = 5, 16, 4

@@ -10,7 +10,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.compaction import Compaction
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.samples import difference
 
 BACKEND = keras.backend.backend()

@@ -7,7 +7,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.gates import DynamicGate
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="Keras distributes no training there")

@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import keras_polar
 from keras_polar.gates import GAIN, MOMENTUM, hard_step
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.polarization import polarization_loss
 
 BACKEND = keras.backend.backend()

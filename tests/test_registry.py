@@ -6,7 +6,7 @@ import keras
 import pytest
 
 from keras_polar import inspect as inspect_model
-from keras_polar.graph import OP_MODULES
+from keras_polar.graph.trace import OP_MODULES
 from keras_polar.rules.base import PinRule, find
 from keras_polar.rules.pinned import PINNED
 

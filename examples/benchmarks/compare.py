@@ -63,7 +63,7 @@ import reporting
 
 import keras_polar
 from keras_polar.coupling import couple
-from keras_polar.graph import to_numpy
+from keras_polar.graph.trace import to_numpy
 from keras_polar.plan import settle
 from keras_polar.rules import read
 from keras_polar.targets import budget_of

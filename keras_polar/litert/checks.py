@@ -13,9 +13,9 @@ import numpy as np
 
 from keras_polar.convert import convert
 from keras_polar.gated import GatedModel
-from keras_polar.graph import Call, Graph, refs_in, to_numpy, trace
+from keras_polar.graph.quantized import listed, quantized
+from keras_polar.graph.trace import Call, Graph, refs_in, to_numpy, trace
 from keras_polar.litert.write import IO, QUANTIZE
-from keras_polar.quantized import listed, quantized
 
 
 def checked_path(path: str | os.PathLike) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.graph import core_of
+from keras_polar.graph.trace import core_of
 from keras_polar.litert.checks import (
     check_finite,
     check_no_strings,

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.graph import Call, Graph, fill, op_class, refs_in, to_numpy
+from keras_polar.graph.trace import Call, Graph, fill, op_class, refs_in, to_numpy
 from keras_polar.precision import full_precision
 from keras_polar.rules import read
 from keras_polar.samples import random_inputs

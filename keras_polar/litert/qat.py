@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.graph import core_of
+from keras_polar.graph.trace import core_of
 from keras_polar.litert.checks import check_backend, check_finite, converted
 from keras_polar.litert.legacy import FLOAT_PATH, translated
 from keras_polar.litert.write import not_exportable, output_names, quiet, signature_names

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.duplicate import duplicate, is_other_float
-from keras_polar.graph import Call, Graph, clone, copy_weights, fill, rebuild, trace
+from keras_polar.graph.deepcopy import duplicate, is_other_float
+from keras_polar.graph.trace import Call, Graph, clone, copy_weights, fill, rebuild, trace
 
 PRECISION = "float32"  # what LiteRT's float kernels compute in
 

@@ -9,7 +9,7 @@ from typing import Any
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
-from keras_polar.graph import Call
+from keras_polar.graph.trace import Call
 from keras_polar.rules.base import Kept, Rule, Site, add
 from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
 from keras_polar.units import Ids

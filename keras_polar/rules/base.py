@@ -39,8 +39,8 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.graph import Call, Graph, Ref, Spec, has_parts, trace, variable_at
-from keras_polar.quantized import why_altered
+from keras_polar.graph.quantized import why_altered
+from keras_polar.graph.trace import Call, Graph, Ref, Spec, has_parts, trace, variable_at
 from keras_polar.units import Ids, Units, along, compact, look_up, nobody, varies
 
 

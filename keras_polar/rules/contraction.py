@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.graph import Ref, op_class, to_numpy
+from keras_polar.graph.trace import Ref, op_class, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, Term, add
 from keras_polar.units import Ids, along, nobody, varies
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from keras import KerasTensor, activations, layers, tree
 
-from keras_polar.graph import Call, Ref, op_class, refs_in, to_numpy
+from keras_polar.graph.symbolic.record import CannotOpen, Step, function_steps
+from keras_polar.graph.trace import Call, Ref, op_class, refs_in, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, add, find, line, rule_for
-from keras_polar.tracing import CannotOpen, Step, function_steps
 from keras_polar.units import Ids, nobody, varies
 
 ELEMENTWISE_ACTIVATIONS = frozenset(

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_polar.graph import Ref, op_class, to_numpy
+from keras_polar.graph.trace import Ref, op_class, to_numpy
 from keras_polar.rules.base import Kept, Rule, Site, Term, add
 from keras_polar.rules.elementwise import why_mixing
 from keras_polar.units import Ids, along, nobody

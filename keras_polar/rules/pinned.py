@@ -8,7 +8,7 @@ from typing import Any
 
 from keras import layers
 
-from keras_polar.graph import op_class
+from keras_polar.graph.trace import op_class
 from keras_polar.rules.base import PinRule, add, find
 from keras_polar.rules.traced import TracedPinRule
 

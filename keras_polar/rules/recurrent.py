@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from keras import layers, tree
 
-from keras_polar.graph import ConvLSTMCell, variable_at
+from keras_polar.graph.trace import ConvLSTMCell, variable_at
 from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
 from keras_polar.rules.elementwise import why_mixing
 from keras_polar.units import along

@@ -11,9 +11,10 @@ import keras
 import numpy as np
 from keras import KerasTensor
 
-from keras_polar.graph import Call, Ref, Spec, fill, refs_in, smaller_twin
-from keras_polar.merging import Opened
-from keras_polar.opening import Leaf, trace_leaf
+from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
+from keras_polar.graph.symbolic.merge import Opened
+from keras_polar.graph.symbolic.record import CannotOpen, tensors_in
+from keras_polar.graph.trace import Call, Ref, Spec, fill, refs_in, smaller_twin
 from keras_polar.rules.base import (
     Kept,
     PinRule,
@@ -28,7 +29,6 @@ from keras_polar.rules.base import (
     sizes,
 )
 from keras_polar.rules.elementwise import MergeRule
-from keras_polar.tracing import CannotOpen, tensors_in
 from keras_polar.units import Ids, Units, along, nobody, varies
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.graph import Call, Ref, Spec, functional
+from keras_polar.graph.trace import Call, Ref, Spec, functional
 from keras_polar.rules.base import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
 from keras_polar.units import Ids, varies
 

@@ -14,7 +14,7 @@ import numpy as np
 from keras import KerasTensor, tree
 from keras.src import backend
 
-from keras_polar.tracing import CannotOpen, Run, Step, tensors_in
+from keras_polar.graph.symbolic.record import CannotOpen, Run, Step, tensors_in
 
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.

@@ -19,8 +19,8 @@ import keras
 from keras import KerasTensor, tree
 from keras.src import backend
 
-from keras_polar.merging import BATCHES, LeafMerge, Merge, Opened
-from keras_polar.tracing import (
+from keras_polar.graph.symbolic.merge import BATCHES, LeafMerge, Merge, Opened
+from keras_polar.graph.symbolic.record import (
     CannotOpen,
     Reads,
     Run,

@@ -18,7 +18,7 @@ from keras.src.backend.common import global_state
 from keras.src.layers.layer import CallContext
 from keras.src.utils.naming import to_snake_case
 
-from keras_polar.handed import handed
+from keras_polar.graph.handed import handed
 
 
 class CannotOpen(Exception):

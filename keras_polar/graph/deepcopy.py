@@ -11,7 +11,7 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
-from keras_polar.handed import SETTINGS, handed
+from keras_polar.graph.handed import SETTINGS, handed
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 

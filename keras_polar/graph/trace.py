@@ -26,11 +26,11 @@ from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
 
-from keras_polar.duplicate import duplicate
-from keras_polar.handed import SETTINGS, hand_on, handed_places, holds_variables
-from keras_polar.merging import Opened, with_attributes
-from keras_polar.opening import open_layer, run_functional
-from keras_polar.tracing import CannotOpen, Step, exact_shapes
+from keras_polar.graph.deepcopy import duplicate
+from keras_polar.graph.handed import SETTINGS, hand_on, handed_places, holds_variables
+from keras_polar.graph.symbolic.expand import open_layer, run_functional
+from keras_polar.graph.symbolic.merge import Opened, with_attributes
+from keras_polar.graph.symbolic.record import CannotOpen, Step, exact_shapes
 
 DEEPEST = 100_000  # nodes in a row
 
