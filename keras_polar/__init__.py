@@ -19,9 +19,9 @@ from keras_polar.litert import (
     quantize_aware,
     run_tflite,
 )
-from keras_polar.registry import register
 from keras_polar.report import cost, inspect
 from keras_polar.rules import Rule
+from keras_polar.rules.registry import register
 from keras_polar.schedule import Schedule
 
 __all__ = [

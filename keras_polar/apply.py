@@ -23,7 +23,7 @@ from keras_polar.litert.table import latency_table as measure_latency
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
 from keras_polar.rules import Site, Term, read
-from keras_polar.rules.base import inner_vector, line
+from keras_polar.rules.rule import inner_vector, line
 from keras_polar.schedule import Schedule
 from keras_polar.targets import (
     Target,

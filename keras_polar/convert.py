@@ -28,9 +28,9 @@ from keras_polar.inner import Substituted, masked_variables
 from keras_polar.penalties import unmask_penalties
 from keras_polar.precision import full_precision
 from keras_polar.rules import Kept, Site, read, rule_for
-from keras_polar.rules.base import inner_vector
+from keras_polar.rules.ids import compact, varies
+from keras_polar.rules.rule import inner_vector
 from keras_polar.samples import difference, random_inputs
-from keras_polar.units import compact, varies
 
 
 def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:

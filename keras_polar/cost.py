@@ -18,8 +18,8 @@ from keras import ops
 from keras_polar.blocks import Block
 from keras_polar.coupling import Coupling, rules_of
 from keras_polar.rules import Rule, Site, Term
-from keras_polar.rules.base import weight_terms
-from keras_polar.units import Ids
+from keras_polar.rules.ids import Ids
+from keras_polar.rules.rule import weight_terms
 
 COUNTED = ("weights", "macs", "units")
 MEASURES = (*COUNTED, "latency")

@@ -24,8 +24,8 @@ from keras_polar.cost import BLOCK, in_blocks
 from keras_polar.coupling import Coupling
 from keras_polar.graph.trace import Ref, refs_in
 from keras_polar.rules import Site, Term, rule_for
-from keras_polar.rules.base import line, sizes
-from keras_polar.units import Ids, varies
+from keras_polar.rules.ids import Ids, varies
+from keras_polar.rules.rule import line, sizes
 
 LEVELS = 4  # widths that are timed, of the inputs and of the outputs
 _STEP = 8  # they are multiples of it

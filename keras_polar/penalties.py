@@ -24,7 +24,7 @@ from keras_polar.gates import PACKAGE, Gate, Mask
 from keras_polar.graph.trace import Graph, variable_at
 from keras_polar.groups import strip, units_of
 from keras_polar.rules import Site, read, rule_for
-from keras_polar.units import Ids, compact
+from keras_polar.rules.ids import Ids, compact
 
 
 class OpenUnits:

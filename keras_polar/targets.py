@@ -12,7 +12,7 @@ from keras_polar.cost import polynomial
 from keras_polar.coupling import Coupling, Group, off_batch, sites_of
 from keras_polar.plan import Budget, ranking, settle
 from keras_polar.rules import Site, Term
-from keras_polar.rules.base import inner_vector, line
+from keras_polar.rules.rule import inner_vector, line
 
 # Unless it is said otherwise, this part of the share that is to remain stays in every group.
 FLOOR = 0.25

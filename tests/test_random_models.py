@@ -15,7 +15,7 @@ from random_models import build, programs, seeded_program
 from keras_polar.coupling import couple
 from keras_polar.graph.trace import fill, op_class, refs_in, trace
 from keras_polar.rules import base, read
-from keras_polar.rules.base import find
+from keras_polar.rules.rule import find
 from keras_polar.samples import random_inputs
 
 # Keras says so of a Flatten behind a Masking.

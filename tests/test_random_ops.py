@@ -9,8 +9,8 @@ from random_steps import STEPS
 
 from keras_polar.coupling import why_fixed
 from keras_polar.graph.trace import op_class, trace
-from keras_polar.rules.base import _REGISTRY, opens
-from keras_polar.rules.pinned import PINNED
+from keras_polar.rules.rule import _REGISTRY, opens
+from keras_polar.rules.unprunable import PINNED
 
 NEVER_DRAWN = {
     layers.Layer: "stands for all layers without a rule, of which the steps have some",

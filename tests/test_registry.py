@@ -7,8 +7,8 @@ import pytest
 
 from keras_polar import inspect as inspect_model
 from keras_polar.graph.trace import OP_MODULES
-from keras_polar.rules.base import PinRule, find
-from keras_polar.rules.pinned import PINNED
+from keras_polar.rules.rule import PinRule, find
+from keras_polar.rules.unprunable import PINNED
 
 
 def layer_classes():

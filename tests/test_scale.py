@@ -13,7 +13,7 @@ from keras import layers
 from keras_polar.coupling import _make_rectangular, couple
 from keras_polar.graph.trace import rebuild, trace
 from keras_polar.rules import read
-from keras_polar.units import Forest, Units
+from keras_polar.rules.ids import Forest, Units
 
 
 def buffers(coupling):

@@ -26,7 +26,7 @@ from keras_polar.litert.split import convert_each
 from keras_polar.litert.twin import is_float32, twin
 from keras_polar.litert.write import not_exportable
 from keras_polar.rules import read
-from keras_polar.rules.base import sizes
+from keras_polar.rules.rule import sizes
 
 _WARM_UP = 5  # runs before the clock is read
 _AT_ONCE = 2**27  # bytes of files that take turns; the runtime holds as much again

@@ -3,18 +3,18 @@
 from keras_polar.rules import (  # noqa: F401
     applications,
     attention,
-    channelwise,
-    contraction,
-    einsum,
+    custom,
+    dense_conv,
+    einsum_dense,
     elementwise,
     embedding,
-    linear,
+    matmul,
     movement,
+    pooling_norm,
     recurrent,
-    traced,
     wrappers,
 )
-from keras_polar.rules import pinned as _pinned  # noqa: F401  (last: only what has no rule)
-from keras_polar.rules.base import Kept, Rule, Site, Term, is_unknown, read, rule_for
+from keras_polar.rules import unprunable as _unprunable  # noqa: F401  (last: only what has no rule)
+from keras_polar.rules.rule import Kept, Rule, Site, Term, is_unknown, read, rule_for
 
 __all__ = ["Kept", "Rule", "Site", "Term", "is_unknown", "read", "rule_for"]

@@ -10,9 +10,9 @@ from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 from keras_polar.graph.trace import Call
-from keras_polar.rules.base import Kept, Rule, Site, add
 from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
-from keras_polar.units import Ids
+from keras_polar.rules.ids import Ids
+from keras_polar.rules.rule import Kept, Rule, Site, add
 
 
 class LayerScaleRule(Rule):

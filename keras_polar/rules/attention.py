@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
-from keras_polar.units import along, nobody
+from keras_polar.rules.ids import along, nobody
+from keras_polar.rules.rule import Kept, Rule, Site, Term, add, sizes
 
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")
 

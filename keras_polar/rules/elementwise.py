@@ -9,8 +9,8 @@ from keras import KerasTensor, activations, layers, tree
 
 from keras_polar.graph.symbolic.record import CannotOpen, Step, function_steps
 from keras_polar.graph.trace import Call, Ref, op_class, refs_in, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, add, find, line, rule_for
-from keras_polar.units import Ids, nobody, varies
+from keras_polar.rules.ids import Ids, nobody, varies
+from keras_polar.rules.rule import Kept, Rule, Site, add, find, line, rule_for
 
 ELEMENTWISE_ACTIVATIONS = frozenset(
     getattr(activations, name)

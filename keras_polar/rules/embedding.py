@@ -5,8 +5,8 @@ from typing import Any
 
 from keras import layers
 
-from keras_polar.rules.base import Kept, Rule, Site, Term, add
-from keras_polar.units import Ids, nobody
+from keras_polar.rules.ids import Ids, nobody
+from keras_polar.rules.rule import Kept, Rule, Site, Term, add
 
 
 class EmbeddingRule(Rule):

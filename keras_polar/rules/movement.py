@@ -8,8 +8,8 @@ import numpy as np
 from keras import layers, tree
 
 from keras_polar.graph.trace import Ref, op_class, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, add, line, sizes
-from keras_polar.units import Ids, varies
+from keras_polar.rules.ids import Ids, varies
+from keras_polar.rules.rule import Kept, Rule, Site, add, line, sizes
 
 
 class MoveRule(Rule):

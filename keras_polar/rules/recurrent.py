@@ -12,9 +12,9 @@ import numpy as np
 from keras import layers, tree
 
 from keras_polar.graph.trace import ConvLSTMCell, variable_at
-from keras_polar.rules.base import Kept, Rule, Site, Term, add, sizes
 from keras_polar.rules.elementwise import why_mixing
-from keras_polar.units import along
+from keras_polar.rules.ids import along
+from keras_polar.rules.rule import Kept, Rule, Site, Term, add, sizes
 
 # Cell -> how many gates stand side by side in the last axis of its weights.
 GATES = {layers.LSTMCell: 4, layers.GRUCell: 3, layers.SimpleRNNCell: 1}

@@ -8,8 +8,8 @@ import numpy as np
 from keras import layers
 
 from keras_polar.graph.trace import Call, Ref, Spec, functional
-from keras_polar.rules.base import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
-from keras_polar.units import Ids, varies
+from keras_polar.rules.ids import Ids, varies
+from keras_polar.rules.rule import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
 
 
 class TimeDistributedRule(Rule):

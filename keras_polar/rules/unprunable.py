@@ -9,8 +9,8 @@ from typing import Any
 from keras import layers
 
 from keras_polar.graph.trace import op_class
-from keras_polar.rules.base import PinRule, add, find
-from keras_polar.rules.traced import TracedPinRule
+from keras_polar.rules.custom import TracedPinRule
+from keras_polar.rules.rule import PinRule, add, find
 
 LAYERS = {
     "is an abstract base class": "Wrapper StackedRNNCells InputLayer",

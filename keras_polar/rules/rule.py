@@ -41,7 +41,7 @@ from keras import tree
 
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import Call, Graph, Ref, Spec, has_parts, trace, variable_at
-from keras_polar.units import Ids, Units, along, compact, look_up, nobody, varies
+from keras_polar.rules.ids import Ids, Units, along, compact, look_up, nobody, varies
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.rules.base import PinRule, Rule, add, find
+from keras_polar.rules.rule import PinRule, Rule, add, find
 
 
 def register(layer_class: type, rule: Rule | None = None, *, like: type | None = None) -> None:

@@ -15,7 +15,9 @@ from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
 from keras_polar.graph.symbolic.merge import Opened
 from keras_polar.graph.symbolic.record import CannotOpen, tensors_in
 from keras_polar.graph.trace import Call, Ref, Spec, fill, refs_in, smaller_twin
-from keras_polar.rules.base import (
+from keras_polar.rules.elementwise import MergeRule
+from keras_polar.rules.ids import Ids, Units, along, nobody, varies
+from keras_polar.rules.rule import (
     Kept,
     PinRule,
     Rule,
@@ -28,8 +30,6 @@ from keras_polar.rules.base import (
     set_rows,
     sizes,
 )
-from keras_polar.rules.elementwise import MergeRule
-from keras_polar.units import Ids, Units, along, nobody, varies
 
 
 class TracedRule(Rule):

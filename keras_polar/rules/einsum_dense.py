@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.base import Kept, Rule, Site, Term, add, alone, sizes
-from keras_polar.rules.linear import activated
-from keras_polar.units import Ids, along, nobody, varies
+from keras_polar.rules.dense_conv import activated
+from keras_polar.rules.ids import Ids, along, nobody, varies
+from keras_polar.rules.rule import Kept, Rule, Site, Term, add, alone, sizes
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 from keras import layers
 
 from keras_polar.graph.trace import Ref, op_class, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, add
-from keras_polar.rules.linear import channel_axis, spread
-from keras_polar.units import Ids, along, nobody, varies
+from keras_polar.rules.dense_conv import channel_axis, spread
+from keras_polar.rules.ids import Ids, along, nobody, varies
+from keras_polar.rules.rule import Kept, Rule, Site, add
 
 
 class SpatialRule(Rule):

@@ -8,9 +8,9 @@ import numpy as np
 from keras import layers
 
 from keras_polar.graph.trace import Ref, op_class, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, Term, add
 from keras_polar.rules.elementwise import why_mixing
-from keras_polar.units import Ids, along, nobody
+from keras_polar.rules.ids import Ids, along, nobody
+from keras_polar.rules.rule import Kept, Rule, Site, Term, add
 
 
 def channel_axis(op: Any) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 from keras import layers
 
 from keras_polar.graph.trace import Ref, op_class, to_numpy
-from keras_polar.rules.base import Kept, Rule, Site, Term, add
-from keras_polar.units import Ids, along, nobody, varies
+from keras_polar.rules.ids import Ids, along, nobody, varies
+from keras_polar.rules.rule import Kept, Rule, Site, Term, add
 
 Labels = tuple[tuple, ...]  # one tuple of labels per operand, then one for the result
 
