@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_polar.cost import MEASURES, sizes_known, unknown_macs
-from keras_polar.coupling import Coupling, couple, why_fixed
+from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel
 from keras_polar.gates import DynamicGate, Gate, Mask
 from keras_polar.graph.quantized import why_altered

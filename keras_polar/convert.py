@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.coupling import Coupling, couple
+from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import (
     Call,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_polar.blocks import Block
-from keras_polar.coupling import Coupling, rules_of
+from keras_polar.coupling.branches import Block
+from keras_polar.coupling.coupling import Coupling, rules_of
 from keras_polar.rules import Rule, Site, Term
 from keras_polar.rules.ids import Ids
 from keras_polar.rules.rule import weight_terms

@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.blocks import shorten
-from keras_polar.coupling import Coupling
+from keras_polar.coupling.branches import shorten
+from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates import Gate, Mask
 from keras_polar.graph.trace import Call, Graph, alive, bypass, refs_in, to_numpy
 from keras_polar.inner import InnerMask, unpack

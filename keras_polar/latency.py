@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.coupling import Coupling
+from keras_polar.coupling.coupling import Coupling
 from keras_polar.fused import Fused, fused
 from keras_polar.rules import Term
 

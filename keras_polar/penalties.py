@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from keras_polar.backends import IS_STATE_TAKEN
-from keras_polar.coupling import couple
+from keras_polar.coupling.coupling import couple
 from keras_polar.gates import PACKAGE, Gate, Mask
 from keras_polar.graph.trace import Graph, variable_at
 from keras_polar.groups import strip, units_of

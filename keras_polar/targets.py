@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.blocks import Block, find_blocks
 from keras_polar.cost import polynomial
-from keras_polar.coupling import Coupling, Group, off_batch, sites_of
+from keras_polar.coupling.branches import Block, find_blocks
+from keras_polar.coupling.coupling import Coupling, Group, off_batch, sites_of
 from keras_polar.plan import Budget, ranking, settle
 from keras_polar.rules import Site, Term
 from keras_polar.rules.rule import inner_vector, line

@@ -68,7 +68,7 @@ def check_loads_alone(small, tmp_path):
 
 def predicted(model, counts, measure):
     from keras_polar.cost import polynomial
-    from keras_polar.coupling import couple
+    from keras_polar.coupling.coupling import couple
     from keras_polar.rules import read
 
     return polynomial(couple(read(model)), measure)(counts)

@@ -10,7 +10,7 @@ from random_first import FIRST_ELSEWHERE
 from random_models import side_by_side
 
 import keras_polar
-from keras_polar.coupling import why_fixed
+from keras_polar.coupling.coupling import why_fixed
 from keras_polar.samples import difference, random_inputs
 
 

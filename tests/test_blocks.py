@@ -9,7 +9,7 @@ from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 import keras_polar
-from keras_polar.blocks import find_blocks
+from keras_polar.coupling.branches import find_blocks
 from keras_polar.rules import read
 from keras_polar.samples import difference, random_inputs
 

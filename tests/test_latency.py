@@ -15,7 +15,7 @@ from keras import layers, ops
 
 import keras_polar
 from keras_polar.cost import Polynomial, polynomial
-from keras_polar.coupling import couple
+from keras_polar.coupling.coupling import couple
 from keras_polar.fused import fused
 from keras_polar.latency import coefficients
 from keras_polar.litert.run import interpreter

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from keras import layers, tree
 from random_models import build, programs, seeded_program
 
-from keras_polar.coupling import couple
+from keras_polar.coupling.coupling import couple
 from keras_polar.graph.trace import fill, op_class, refs_in, trace
 from keras_polar.rules import base, read
 from keras_polar.rules.rule import find

@@ -7,7 +7,7 @@ from keras import layers
 from random_models import ALL_STEPS, SIZE, SLOW, TABLES, side_by_side
 from random_steps import STEPS
 
-from keras_polar.coupling import why_fixed
+from keras_polar.coupling.coupling import why_fixed
 from keras_polar.graph.trace import op_class, trace
 from keras_polar.rules.rule import _REGISTRY, opens
 from keras_polar.rules.unprunable import PINNED

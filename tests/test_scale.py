@@ -10,7 +10,7 @@ import pytest
 from helpers import check, randomise
 from keras import layers
 
-from keras_polar.coupling import _make_rectangular, couple
+from keras_polar.coupling.coupling import _make_rectangular, couple
 from keras_polar.graph.trace import rebuild, trace
 from keras_polar.rules import read
 from keras_polar.rules.ids import Forest, Units

@@ -62,7 +62,7 @@ import packed
 import reporting
 
 import keras_polar
-from keras_polar.coupling import couple
+from keras_polar.coupling.coupling import couple
 from keras_polar.graph.trace import to_numpy
 from keras_polar.plan import settle
 from keras_polar.rules import read

@@ -83,7 +83,7 @@ def measure(build: Callable) -> dict:
     import tensorflow
 
     import keras_polar
-    from keras_polar.coupling import couple
+    from keras_polar.coupling.coupling import couple
     from keras_polar.rules import read
 
     sys.setrecursionlimit(100_000)  # Keras walks a model recursively, one frame per layer in a row

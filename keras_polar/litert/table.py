@@ -17,7 +17,7 @@ from rich.progress import track
 
 from keras_polar.convert import Cutter
 from keras_polar.cost import sizes_known
-from keras_polar.coupling import Coupling, couple
+from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.fused import Fused, fused
 from keras_polar.latency import LatencyTable
 from keras_polar.litert.benchmark import loaded, timed_runs
