@@ -10,8 +10,8 @@ from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
+from keras_polar.costs.latency import LatencyTable
 from keras_polar.gated import GatedModel
-from keras_polar.latency import LatencyTable
 from keras_polar.litert import (
     benchmark_tflite,
     export_tflite,

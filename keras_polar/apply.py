@@ -10,7 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.cost import MEASURES, sizes_known, unknown_macs
+from keras_polar.costs.latency import LatencyTable
+from keras_polar.costs.polynomial import MEASURES, sizes_known, unknown_macs
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel
 from keras_polar.gates import DynamicGate, Gate, Mask
@@ -18,7 +19,6 @@ from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import Call, clone, copy_weights, fill, rebuild, unused, warn_of_ties
 from keras_polar.groups import is_gated
 from keras_polar.inner import InnerMask, pack
-from keras_polar.latency import LatencyTable
 from keras_polar.litert.table import latency_table as measure_latency
 from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.cost import Polynomial
+from keras_polar.costs.polynomial import Polynomial
 
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
 MANY = 500  # groups; among so many the ranking alone comes close enough

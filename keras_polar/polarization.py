@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_polar.cost import Polynomial
+from keras_polar.costs.polynomial import Polynomial
 from keras_polar.distribute import global_mean
 from keras_polar.gates import PACKAGE
 from keras_polar.graph.trace import only_loss

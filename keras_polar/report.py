@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_polar.cost import COUNTED, Cost, CostRow, counted, polynomial
+from keras_polar.costs.polynomial import COUNTED, Cost, CostRow, counted, polynomial
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read

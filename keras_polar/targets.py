@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.cost import polynomial
+from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.branches import Block, find_blocks
 from keras_polar.coupling.coupling import Coupling, Group, off_batch, sites_of
 from keras_polar.plan import Budget, ranking, settle

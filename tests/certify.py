@@ -6,7 +6,7 @@ from helpers import randomise
 from random_models import build
 
 import keras_polar
-from keras_polar.cost import polynomial
+from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.coupling import _signatures, couple
 from keras_polar.rules import read
 from keras_polar.samples import difference, random_inputs

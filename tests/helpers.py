@@ -67,7 +67,7 @@ def check_loads_alone(small, tmp_path):
 
 
 def predicted(model, counts, measure):
-    from keras_polar.cost import polynomial
+    from keras_polar.costs.polynomial import polynomial
     from keras_polar.coupling.coupling import couple
     from keras_polar.rules import read
 

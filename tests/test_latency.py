@@ -14,10 +14,10 @@ from helpers import randomise, small_resnet
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.cost import Polynomial, polynomial
+from keras_polar.costs.fusion import fused
+from keras_polar.costs.latency import coefficients
+from keras_polar.costs.polynomial import Polynomial, polynomial
 from keras_polar.coupling.coupling import couple
-from keras_polar.fused import fused
-from keras_polar.latency import coefficients
 from keras_polar.litert.run import interpreter
 from keras_polar.litert.split import convert_each
 from keras_polar.rules import read

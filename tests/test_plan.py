@@ -9,7 +9,7 @@ from helpers import small_resnet
 from keras import layers
 
 import keras_polar
-from keras_polar.cost import Polynomial
+from keras_polar.costs.polynomial import Polynomial
 from keras_polar.plan import Budget, ranking, settle
 
 CHAIN = Polynomial((3, 1, 5), ((0, -1), (0, 1), (1, -1)))  # 3a + ab + 5b

@@ -133,7 +133,7 @@ def failure_of(row: dict) -> str:
 
 def predicted(model, gated) -> int:
     """Weights of the converted model, from the cost polynomial of the original one."""
-    from keras_polar.cost import polynomial
+    from keras_polar.costs.polynomial import polynomial
     from keras_polar.coupling.coupling import couple
     from keras_polar.rules import read
 

@@ -16,10 +16,10 @@ from keras import tree
 from rich.progress import track
 
 from keras_polar.convert import Cutter
-from keras_polar.cost import sizes_known
+from keras_polar.costs.fusion import Fused, fused
+from keras_polar.costs.latency import LatencyTable
+from keras_polar.costs.polynomial import sizes_known
 from keras_polar.coupling.coupling import Coupling, couple
-from keras_polar.fused import Fused, fused
-from keras_polar.latency import LatencyTable
 from keras_polar.litert.benchmark import loaded, timed_runs
 from keras_polar.litert.run import check_positive
 from keras_polar.litert.split import convert_each

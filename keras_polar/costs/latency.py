@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_polar.costs.fusion import Fused, fused
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.fused import Fused, fused
 from keras_polar.rules import Term
 
 FORMAT = 1  # of the file

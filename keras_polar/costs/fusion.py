@@ -20,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.cost import BLOCK, in_blocks
+from keras_polar.costs.polynomial import BLOCK, in_blocks
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.trace import Ref, refs_in
 from keras_polar.rules import Site, Term, rule_for
