@@ -20,11 +20,11 @@ from keras_polar.graph.trace import Call, clone, copy_weights, fill, rebuild, un
 from keras_polar.groups import is_gated
 from keras_polar.inner import InnerMask, pack
 from keras_polar.litert.table import latency_table as measure_latency
-from keras_polar.plan import Budget
 from keras_polar.polarization import Consensus
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.rule import inner_vector, line
 from keras_polar.schedule import Schedule
+from keras_polar.selection.select import Budget
 from keras_polar.targets import (
     Target,
     below_usual,

@@ -17,9 +17,9 @@ from keras_polar.graph.trace import to_numpy
 from keras_polar.groups import GateGroup
 from keras_polar.loop import Run
 from keras_polar.penalties import mask_penalties
-from keras_polar.plan import Budget, ranking, settle
 from keras_polar.polarization import Consensus
 from keras_polar.processes import alone, watch_processes
+from keras_polar.selection.select import Budget, ranking, settle
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -80,7 +80,7 @@ class GatedModel(keras.Model):
         """Fixes the consensus at the requested sparsity; `fit` does it on schedule.
 
         Units are ranked by how open their gates have been, group by group (see
-        `keras_polar.plan.ranking`). Groups whose mask was set by hand keep it.
+        `keras_polar.selection.select.ranking`). Groups whose mask was set by hand keep it.
 
         Raises:
             FloatingPointError: trained values are not finite, so that there is no consensus.

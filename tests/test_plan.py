@@ -10,7 +10,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.costs.polynomial import Polynomial
-from keras_polar.plan import Budget, ranking, settle
+from keras_polar.selection.select import Budget, ranking, settle
 
 CHAIN = Polynomial((3, 1, 5), ((0, -1), (0, 1), (1, -1)))  # 3a + ab + 5b
 

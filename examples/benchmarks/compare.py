@@ -64,8 +64,8 @@ import reporting
 import keras_polar
 from keras_polar.coupling.coupling import couple
 from keras_polar.graph.trace import to_numpy
-from keras_polar.plan import settle
 from keras_polar.rules import read
+from keras_polar.selection.select import settle
 from keras_polar.targets import budget_of
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it

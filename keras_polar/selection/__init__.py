@@ -1,0 +1,1 @@
+"""From scores to the units that are kept: NumPy alone."""
