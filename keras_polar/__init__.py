@@ -12,6 +12,7 @@ from keras_polar.apply import apply
 from keras_polar.convert import convert, remove
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.gated import GatedModel
+from keras_polar.gates.schedule import Schedule
 from keras_polar.litert import (
     benchmark_tflite,
     export_tflite,
@@ -22,7 +23,6 @@ from keras_polar.litert import (
 from keras_polar.report import cost, inspect
 from keras_polar.rules import Rule
 from keras_polar.rules.registry import register
-from keras_polar.schedule import Schedule
 
 __all__ = [
     "GatedModel",

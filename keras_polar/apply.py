@@ -14,16 +14,16 @@ from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.polynomial import MEASURES, sizes_known, unknown_macs
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gated import GatedModel
-from keras_polar.gates import DynamicGate, Gate, Mask
+from keras_polar.gates.gate import DynamicGate, Gate, Mask
+from keras_polar.gates.groups import is_gated
+from keras_polar.gates.objective import Consensus
+from keras_polar.gates.schedule import Schedule
+from keras_polar.gates.weight_mask import InnerMask, pack
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import Call, clone, copy_weights, fill, rebuild, unused, warn_of_ties
-from keras_polar.groups import is_gated
-from keras_polar.inner import InnerMask, pack
 from keras_polar.litert.table import latency_table as measure_latency
-from keras_polar.polarization import Consensus
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.rule import inner_vector, line
-from keras_polar.schedule import Schedule
 from keras_polar.selection.select import Budget
 from keras_polar.targets import (
     Target,

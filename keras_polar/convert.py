@@ -10,6 +10,8 @@ import numpy as np
 from keras import tree
 
 from keras_polar.coupling.coupling import Coupling, couple
+from keras_polar.gates.groups import flags_for, is_gated, require_gated, stripped
+from keras_polar.gates.weight_mask import Substituted, masked_variables
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import (
     Call,
@@ -23,8 +25,6 @@ from keras_polar.graph.trace import (
     variable_at,
     warn_of_ties,
 )
-from keras_polar.groups import flags_for, is_gated, require_gated, stripped
-from keras_polar.inner import Substituted, masked_variables
 from keras_polar.penalties import unmask_penalties
 from keras_polar.precision import full_precision
 from keras_polar.rules import Kept, Site, read, rule_for

@@ -12,12 +12,12 @@ import numpy as np
 from keras import ops
 
 from keras_polar.distribute import require_supported
-from keras_polar.gates import PACKAGE, Gate
+from keras_polar.gates.gate import PACKAGE, Gate
+from keras_polar.gates.groups import GateGroup
+from keras_polar.gates.objective import Consensus
 from keras_polar.graph.trace import to_numpy
-from keras_polar.groups import GateGroup
 from keras_polar.loop import Run
 from keras_polar.penalties import mask_penalties
-from keras_polar.polarization import Consensus
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.select import Budget, ranking, settle
 

@@ -20,9 +20,9 @@ from keras import ops
 
 from keras_polar.backends import IS_STATE_TAKEN
 from keras_polar.coupling.coupling import couple
-from keras_polar.gates import PACKAGE, Gate, Mask
+from keras_polar.gates.gate import PACKAGE, Gate, Mask
+from keras_polar.gates.groups import strip, units_of
 from keras_polar.graph.trace import Graph, variable_at
-from keras_polar.groups import strip, units_of
 from keras_polar.rules import Site, read, rule_for
 from keras_polar.rules.ids import Ids, compact
 

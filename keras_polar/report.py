@@ -11,7 +11,7 @@ from rich.table import Table
 
 from keras_polar.costs.polynomial import COUNTED, Cost, CostRow, counted, polynomial
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
-from keras_polar.groups import is_gated, stripped
+from keras_polar.gates.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
 from keras_polar.targets import blocks_of
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import keras_polar
-from keras_polar.gates import DynamicGate
+from keras_polar.gates.gate import DynamicGate
 from keras_polar.graph.trace import to_numpy
 
 BACKEND = keras.backend.backend()

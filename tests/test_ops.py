@@ -7,7 +7,7 @@ from helpers import check, randomise
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.gates import DynamicGate, Gate
+from keras_polar.gates.gate import DynamicGate, Gate
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import numpy as np
 
 def settled(gated, seed=0):
     """The gated network, settled as `fit` would, on channels that chance ranks."""
-    from keras_polar.gates import Gate
+    from keras_polar.gates.gate import Gate
 
     rng = np.random.default_rng(seed)
     for layer in gated.layers:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from keras_polar.gates import PACKAGE
+from keras_polar.gates.gate import PACKAGE
 from keras_polar.graph.trace import Ref, forget_losses, hand_on_masks, variable_at
 
 
