@@ -9,7 +9,7 @@ import keras_polar
 from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.coupling import _signatures, couple
 from keras_polar.rules import read
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 from keras_polar.targets import blocks_of
 
 

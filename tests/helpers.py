@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 import keras_polar
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 
 def randomise(model, seed=0):

@@ -8,7 +8,7 @@ from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 import keras_polar
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 NAMES = sorted(n for n in dir(keras.applications) if n[0].isupper())
 SIZES = {"InceptionResNetV2": 96, "InceptionV3": 96, "Xception": 96}

@@ -7,7 +7,7 @@ from helpers import check, close_half, model_of, predicted, randomise
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 ATTENTION = {"num_heads": 4, "key_dim": 6, "name": "attention"}
 GROUPED = {"head_dim": 6, "name": "attention"}

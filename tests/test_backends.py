@@ -11,7 +11,7 @@ from random_models import side_by_side
 
 import keras_polar
 from keras_polar.coupling.coupling import why_fixed
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 
 @pytest.mark.parametrize("gate", ["dynamic", "static"])

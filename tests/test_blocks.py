@@ -11,7 +11,7 @@ from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 import keras_polar
 from keras_polar.coupling.branches import find_blocks
 from keras_polar.rules import read
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 
 def blocks_of(model):

@@ -11,7 +11,7 @@ from keras import layers
 import keras_polar
 from keras_polar.compaction import Compaction
 from keras_polar.graph.trace import to_numpy
-from keras_polar.samples import difference
+from keras_polar.surgery.certificate import difference
 
 BACKEND = keras.backend.backend()
 optimizers = keras.optimizers

@@ -11,7 +11,7 @@ from keras.src import backend
 
 import keras_polar
 from keras_polar.rules import read
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 
 class Block(layers.Layer):

@@ -7,7 +7,7 @@ from helpers import check, model_of
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.samples import difference
+from keras_polar.surgery.certificate import difference
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((16, 6)).astype("float32")

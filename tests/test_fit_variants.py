@@ -7,7 +7,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.graph.trace import to_numpy
-from keras_polar.samples import difference
+from keras_polar.surgery.certificate import difference
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 SAMPLES, BATCH, EPOCHS = 320, 32, 4

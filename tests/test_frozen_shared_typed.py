@@ -13,7 +13,7 @@ from helpers import model_of, randomise, small_resnet
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.samples import difference
+from keras_polar.surgery.certificate import difference
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((32, 5, 8)).astype("float32")

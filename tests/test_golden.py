@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_polar
-from keras_polar.samples import difference
+from keras_polar.surgery.certificate import difference
 
 GOLDEN = Path(__file__).parent / "golden"
 

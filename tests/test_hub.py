@@ -8,7 +8,7 @@ import pytest
 from helpers import check, randomise
 
 import keras_polar
-from keras_polar.samples import random_inputs
+from keras_polar.surgery.certificate import random_inputs
 
 pytest.importorskip("keras_hub")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))

@@ -13,7 +13,7 @@ from keras import layers
 
 import keras_polar
 from keras_polar.litert.legacy import translated
-from keras_polar.samples import random_inputs
+from keras_polar.surgery.certificate import random_inputs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_model_optimization") is None,

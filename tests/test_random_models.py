@@ -16,7 +16,7 @@ from keras_polar.coupling.coupling import couple
 from keras_polar.graph.trace import fill, op_class, refs_in, trace
 from keras_polar.rules import base, read
 from keras_polar.rules.rule import find
-from keras_polar.samples import random_inputs
+from keras_polar.surgery.certificate import random_inputs
 
 # Keras says so of a Flatten behind a Masking.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")

@@ -10,7 +10,7 @@ from helpers import check, close_half, randomise
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 KINDS = {
     "lstm": layers.LSTM,

@@ -13,7 +13,7 @@ from helpers import randomise
 from keras import layers
 
 import keras_polar
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
 
 
 class Ledger:

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_polar
-from keras_polar.samples import difference
+from keras_polar.surgery.certificate import difference
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

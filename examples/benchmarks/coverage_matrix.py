@@ -92,7 +92,7 @@ def measure(build: Callable) -> dict:
     import keras
 
     import keras_polar
-    from keras_polar.samples import difference, random_inputs
+    from keras_polar.surgery.certificate import difference, random_inputs
 
     model = randomise(build())
     found = keras_polar.inspect(model)

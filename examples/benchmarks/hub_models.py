@@ -782,7 +782,7 @@ def certified(model: keras.Model) -> str:
     import numpy as np
 
     import keras_polar
-    from keras_polar.samples import difference, random_inputs
+    from keras_polar.surgery.certificate import difference, random_inputs
 
     found = keras_polar.inspect(model)
     share = sum(r.weights_share for r in found.rows if r.prunable)

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.samples import UNKNOWN_SIZE
+from keras_polar.surgery.certificate import UNKNOWN_SIZE
 
 _RANDOM_SAMPLES = 8  # enough to see an error, few enough to cost nothing beside the conversion
 

@@ -13,7 +13,7 @@ import numpy as np
 from keras_polar.graph.trace import Call, Graph, fill, op_class, refs_in, to_numpy
 from keras_polar.precision import full_precision
 from keras_polar.rules import read
-from keras_polar.samples import random_inputs
+from keras_polar.surgery.certificate import random_inputs
 
 TOLERANCE, TOLERANCE_HALF = 1e-4, 2e-2  # relative to the largest output
 

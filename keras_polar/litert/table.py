@@ -15,7 +15,6 @@ import numpy as np
 from keras import tree
 from rich.progress import track
 
-from keras_polar.convert import Cutter
 from keras_polar.costs.fusion import Fused, fused
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.polynomial import sizes_known
@@ -27,6 +26,7 @@ from keras_polar.litert.twin import is_float32, twin
 from keras_polar.litert.write import not_exportable
 from keras_polar.rules import read
 from keras_polar.rules.rule import sizes
+from keras_polar.surgery.convert import Cutter
 
 _WARM_UP = 5  # runs before the clock is read
 _AT_ONCE = 2**27  # bytes of files that take turns; the runtime holds as much again

@@ -25,12 +25,12 @@ from keras_polar.graph.trace import (
     variable_at,
     warn_of_ties,
 )
-from keras_polar.penalties import unmask_penalties
 from keras_polar.precision import full_precision
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.ids import compact, varies
 from keras_polar.rules.rule import inner_vector
-from keras_polar.samples import difference, random_inputs
+from keras_polar.surgery.certificate import difference, random_inputs
+from keras_polar.surgery.penalties import unmask_penalties
 
 
 def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:

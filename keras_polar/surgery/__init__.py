@@ -1,0 +1,1 @@
+"""From kept units to a physically smaller model."""
