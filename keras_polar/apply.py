@@ -21,7 +21,7 @@ from keras_polar.gates.schedule import Schedule
 from keras_polar.gates.weight_mask import InnerMask, pack
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import Call, clone, copy_weights, fill, rebuild, unused, warn_of_ties
-from keras_polar.litert.table import latency_table as measure_latency
+from keras_polar.litert.measure_latency import latency_table as measure_latency
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.rule import inner_vector, line
 from keras_polar.selection.select import Budget

@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import keras_polar
 from keras_polar.litert import export_tflite, run_tflite
-from keras_polar.litert.twin import is_float32, twin
+from keras_polar.litert.float32_twin import is_float32, twin
 
 SHAPE = (4, 4, 3)
 PRECISIONS = ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]

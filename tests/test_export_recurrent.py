@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 from keras_polar.litert import export_tflite, run_tflite
-from keras_polar.litert.write import MOST_STEPS
+from keras_polar.litert.converter import MOST_STEPS
 
 STEPS = 3
 SEQUENCE, VIDEO = (STEPS, 4), (STEPS, 5, 2)

@@ -12,7 +12,7 @@ from keras import layers
 import keras_polar
 from keras_polar.litert import export_tflite, run_tflite
 from keras_polar.litert.compare import compared
-from keras_polar.litert.data import Samples, read_samples
+from keras_polar.litert.samples import Samples, read_samples
 
 CLASSES = 5
 

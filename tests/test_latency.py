@@ -18,8 +18,8 @@ from keras_polar.costs.fusion import fused
 from keras_polar.costs.latency import coefficients
 from keras_polar.costs.polynomial import Polynomial, polynomial
 from keras_polar.coupling.coupling import couple
-from keras_polar.litert.run import interpreter
-from keras_polar.litert.split import convert_each
+from keras_polar.litert.runtime import interpreter
+from keras_polar.litert.split_model import convert_each
 from keras_polar.rules import read
 
 pytestmark = pytest.mark.skipif(

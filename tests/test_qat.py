@@ -12,7 +12,7 @@ from helpers import randomise
 from keras import layers
 
 import keras_polar
-from keras_polar.litert.legacy import translated
+from keras_polar.litert.tf_keras_twin import translated
 from keras_polar.surgery.certificate import random_inputs
 
 pytestmark = pytest.mark.skipif(

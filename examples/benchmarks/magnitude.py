@@ -8,7 +8,7 @@ import cifar10
 import numpy as np
 
 from keras_polar.graph.trace import to_numpy
-from keras_polar.litert.legacy import translated
+from keras_polar.litert.tf_keras_twin import translated
 
 
 def train(model, data, *, sparsity, ramp, steps, epochs, learning_rate, weight_decay):

@@ -6,10 +6,10 @@ package can be imported on any Keras backend.
 
 from keras_polar.litert.benchmark import Latency, benchmark_tflite
 from keras_polar.litert.export import export_tflite
+from keras_polar.litert.measure_latency import latency_table
 from keras_polar.litert.qat import quantize_aware
 from keras_polar.litert.report import ExportReport, TensorInfo
-from keras_polar.litert.run import run_tflite
-from keras_polar.litert.table import latency_table
+from keras_polar.litert.runtime import run_tflite
 
 __all__ = [
     "ExportReport",

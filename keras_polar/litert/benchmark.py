@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.litert.data import random_array
-from keras_polar.litert.run import check_positive, interpreter, open_shape
+from keras_polar.litert.runtime import check_positive, interpreter, open_shape
+from keras_polar.litert.samples import random_array
 
 _PEAK = Path(__file__).with_name("peak.py")  # a script for a process of its own
 

@@ -8,7 +8,13 @@ from typing import Any
 import keras
 
 from keras_polar.graph.trace import core_of
-from keras_polar.litert.checks import (
+from keras_polar.litert.compare import compare, difference_of, signature
+from keras_polar.litert.converter import not_exportable, write
+from keras_polar.litert.float32_twin import is_float32, twin
+from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
+from keras_polar.litert.report import ExportReport
+from keras_polar.litert.samples import Samples, random_samples, read_samples
+from keras_polar.litert.validation import (
     check_finite,
     check_no_strings,
     check_not_quantized,
@@ -18,12 +24,6 @@ from keras_polar.litert.checks import (
     draft_of,
     put_in_place,
 )
-from keras_polar.litert.compare import compare, difference_of, signature
-from keras_polar.litert.data import Samples, random_samples, read_samples
-from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
-from keras_polar.litert.report import ExportReport
-from keras_polar.litert.twin import is_float32, twin
-from keras_polar.litert.write import not_exportable, write
 
 _REPRESENTATIVE = 500  # samples; ranges of activations hardly change with more
 _NO_DATA = (

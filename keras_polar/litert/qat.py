@@ -11,9 +11,9 @@ from typing import Any
 import keras
 
 from keras_polar.graph.trace import core_of
-from keras_polar.litert.checks import check_backend, check_finite, converted
-from keras_polar.litert.legacy import FLOAT_PATH, translated
-from keras_polar.litert.write import not_exportable, output_names, quiet, signature_names
+from keras_polar.litert.converter import not_exportable, output_names, quiet, signature_names
+from keras_polar.litert.tf_keras_twin import FLOAT_PATH, translated
+from keras_polar.litert.validation import check_backend, check_finite, converted
 
 
 def quantize_aware(model: keras.Model) -> Any:

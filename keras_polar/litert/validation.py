@@ -14,7 +14,7 @@ import numpy as np
 from keras_polar.gated import GatedModel
 from keras_polar.graph.quantized import listed, quantized
 from keras_polar.graph.trace import Call, Graph, refs_in, to_numpy, trace
-from keras_polar.litert.write import IO, QUANTIZE
+from keras_polar.litert.converter import IO, QUANTIZE
 from keras_polar.surgery.convert import convert
 
 

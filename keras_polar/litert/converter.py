@@ -14,8 +14,8 @@ from typing import Any
 import keras
 
 from keras_polar.litert.calibration import check_runs, convert_apart, is_dangerous
-from keras_polar.litert.data import Samples, fixed_batch, input_names
-from keras_polar.litert.twin import has_loops, steps_of, twin
+from keras_polar.litert.float32_twin import has_loops, steps_of, twin
+from keras_polar.litert.samples import Samples, fixed_batch, input_names
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 IO = (None, "float32")

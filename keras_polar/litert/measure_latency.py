@@ -20,10 +20,10 @@ from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.polynomial import sizes_known
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.litert.benchmark import loaded, timed_runs
-from keras_polar.litert.run import check_positive
-from keras_polar.litert.split import convert_each
-from keras_polar.litert.twin import is_float32, twin
-from keras_polar.litert.write import not_exportable
+from keras_polar.litert.converter import not_exportable
+from keras_polar.litert.float32_twin import is_float32, twin
+from keras_polar.litert.runtime import check_positive
+from keras_polar.litert.split_model import convert_each
 from keras_polar.rules import read
 from keras_polar.rules.rule import sizes
 from keras_polar.surgery.convert import Cutter

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from keras_polar.litert.write import quiet
+from keras_polar.litert.converter import quiet
 
 
 def convert_each(models: Sequence[Any]) -> list[bytes]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.litert.data import matches
 from keras_polar.litert.report import TensorInfo
+from keras_polar.litert.samples import matches
 
 
 def run_tflite(
