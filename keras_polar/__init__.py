@@ -8,9 +8,7 @@ keras_polar.export_tflite(small, "small.tflite")
 
 from keras_polar import callbacks, plots
 from keras_polar._version import __version__
-from keras_polar.apply import apply
 from keras_polar.costs.latency import LatencyTable
-from keras_polar.gated import GatedModel
 from keras_polar.gates.schedule import Schedule
 from keras_polar.litert import (
     benchmark_tflite,
@@ -23,6 +21,8 @@ from keras_polar.report import cost, inspect
 from keras_polar.rules import Rule
 from keras_polar.rules.registry import register
 from keras_polar.surgery.convert import convert, remove
+from keras_polar.training.apply import apply
+from keras_polar.training.model import GatedModel
 
 __all__ = [
     "GatedModel",

@@ -13,7 +13,7 @@ from keras_polar.costs.polynomial import COUNTED, Cost, CostRow, counted, polyno
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gates.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
-from keras_polar.targets import blocks_of
+from keras_polar.training.gate_specs import blocks_of
 
 WIDTH = 120
 

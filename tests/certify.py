@@ -10,7 +10,7 @@ from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.coupling import _signatures, couple
 from keras_polar.rules import read
 from keras_polar.surgery.certificate import difference, random_inputs
-from keras_polar.targets import blocks_of
+from keras_polar.training.gate_specs import blocks_of
 
 
 def certify(program, seed=0):

@@ -8,7 +8,7 @@ from keras import layers, ops
 
 import keras_polar
 from keras_polar.graph.trace import to_numpy
-from keras_polar.loop import sees_batches
+from keras_polar.training.loop import sees_batches
 
 BACKEND = keras.backend.backend()
 HOOKS = {

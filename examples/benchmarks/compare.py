@@ -66,7 +66,7 @@ from keras_polar.coupling.coupling import couple
 from keras_polar.graph.trace import to_numpy
 from keras_polar.rules import read
 from keras_polar.selection.select import settle
-from keras_polar.targets import budget_of
+from keras_polar.training.gate_specs import budget_of
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4

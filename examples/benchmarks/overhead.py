@@ -26,7 +26,7 @@ import models
 import reporting
 
 import keras_polar
-from keras_polar.compaction import Compaction
+from keras_polar.training.compaction import Compaction
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 WARM_UP_ROUNDS = 3

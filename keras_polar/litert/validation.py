@@ -11,11 +11,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.gated import GatedModel
 from keras_polar.graph.quantized import listed, quantized
 from keras_polar.graph.trace import Call, Graph, refs_in, to_numpy, trace
 from keras_polar.litert.converter import IO, QUANTIZE
 from keras_polar.surgery.convert import convert
+from keras_polar.training.model import GatedModel
 
 
 def checked_path(path: str | os.PathLike) -> Path:

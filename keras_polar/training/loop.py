@@ -13,9 +13,9 @@ from typing import Any
 import keras
 
 from keras_polar.backends import Reported
-from keras_polar.compaction import CannotCompact, Compaction
 from keras_polar.graph.trace import to_numpy
 from keras_polar.processes import require_agreement
+from keras_polar.training.compaction import CannotCompact, Compaction
 
 _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
 

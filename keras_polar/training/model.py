@@ -16,10 +16,10 @@ from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.objective import Consensus
 from keras_polar.graph.trace import to_numpy
-from keras_polar.loop import Run
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.select import Budget, ranking, settle
 from keras_polar.surgery.penalties import mask_penalties
+from keras_polar.training.loop import Run
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -13,7 +13,6 @@ import numpy as np
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.polynomial import MEASURES, sizes_known, unknown_macs
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
-from keras_polar.gated import GatedModel
 from keras_polar.gates.gate import DynamicGate, Gate, Mask
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.objective import Consensus
@@ -25,7 +24,7 @@ from keras_polar.litert.measure_latency import latency_table as measure_latency
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.rule import inner_vector, line
 from keras_polar.selection.select import Budget
-from keras_polar.targets import (
+from keras_polar.training.gate_specs import (
     Target,
     below_usual,
     blocks_of,
@@ -33,6 +32,7 @@ from keras_polar.targets import (
     targets,
     usual_floors,
 )
+from keras_polar.training.model import GatedModel
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels", "blocks")

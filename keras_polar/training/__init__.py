@@ -1,0 +1,1 @@
+"""The run: `apply`, `fit`, settling, compaction."""
