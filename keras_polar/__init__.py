@@ -10,6 +10,7 @@ from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.gates.schedule import Schedule
+from keras_polar.inspection import cost, inspect
 from keras_polar.litert import (
     benchmark_tflite,
     export_tflite,
@@ -17,7 +18,6 @@ from keras_polar.litert import (
     quantize_aware,
     run_tflite,
 )
-from keras_polar.report import cost, inspect
 from keras_polar.rules import Rule
 from keras_polar.rules.registry import register
 from keras_polar.surgery.convert import convert, remove

@@ -19,9 +19,9 @@ from absl.flags import argparse_flags
 
 from keras_polar._version import __version__
 from keras_polar.gates.groups import require_gated
+from keras_polar.inspection import cost, inspect, table_text
 from keras_polar.litert import benchmark_tflite, export_tflite
 from keras_polar.litert.validation import draft_of, put_in_place
-from keras_polar.report import cost, inspect, table_text
 from keras_polar.surgery.convert import convert
 
 ARGUMENTS: dict[str, dict] = {

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.report import cost
+from keras_polar.inspection import cost
 
 GREY = "#c8ccd2"
 BLUE = "#2563a8"

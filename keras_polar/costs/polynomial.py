@@ -213,12 +213,12 @@ class Cost:
     unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        from keras_polar.report import cost_table, table_text
+        from keras_polar.inspection import cost_table, table_text
 
         return table_text(*cost_table(self))
 
     def _repr_html_(self) -> str:
-        from keras_polar.report import cost_table, table_html
+        from keras_polar.inspection import cost_table, table_html
 
         return table_html(*cost_table(self))
 

@@ -69,7 +69,7 @@ class TimeDistributedRule(Rule):
 
 
 def _model_macs(model: Any) -> list[Term] | None:
-    from keras_polar.report import cost
+    from keras_polar.inspection import cost
 
     found = cost(model)
     return [Term((), macs=found.macs)] if found.sizes_known and not found.unknown else None
