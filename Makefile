@@ -12,7 +12,8 @@ INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
 # What runs on every backend of Keras.
-ANYWHERE := $(addprefix tests/test_,backends.py gradients.py fit_variants.py distribute.py precision.py frozen_shared_typed.py)
+ANYWHERE := $(addprefix tests/,gates/test_gradients.py graph/test_frozen_shared_typed.py surgery/test_precision.py \
+	$(addprefix training/test_,backends.py fit_variants.py distribute.py))
 # PyPI's build for Linux brings CUDA along; another one: `make test-torch TORCH=torch==2.13.0+cpu`.
 TORCH ?= torch
 
@@ -66,7 +67,7 @@ test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax test-torch ## 
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
-	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE) tests/test_compaction.py tests/test_machines.py
+	KERAS_BACKEND=jax $(RUN) -m pytest -m "not slow" $(ANYWHERE) tests/training/test_compaction.py tests/training/test_machines.py
 
 test-torch: $(INSTALLED_TORCH)
 	KERAS_BACKEND=torch $(RUN) -m pytest -m "not slow" $(ANYWHERE)

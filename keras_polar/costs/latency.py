@@ -23,7 +23,7 @@ from keras_polar.coupling.coupling import Coupling
 from keras_polar.rules import Term
 
 FORMAT = 1  # of the file
-SIZES = 5  # of a piece, see fused.py
+SIZES = 5  # of a piece, see fusion.py
 PICOSECONDS = 1000  # per nanosecond
 _FULL = 10.0  # how much more the full width counts than others: the dense network has to be right
 

@@ -1,6 +1,6 @@
 """A functional model as a flat list of calls.
 
-Here and in tracing.py, merging.py and opening.py is all that touches Keras internals.
+Here, and in symbolic/, is all that touches Keras internals.
 
 `trace` turns a functional or Sequential model, nested models included, into a `Graph`: plain
 data that says which operation is called on which tensors, in order. `rebuild` runs such a graph

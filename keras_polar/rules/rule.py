@@ -436,7 +436,7 @@ def add(rule: Rule, *classes: type) -> None:
 def rule_for(op: Any) -> Rule:
     """The rule of an operation; the one that pins everything if there is none."""
     is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
-    otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see traced.py
+    otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see custom.py
     rule = _REGISTRY.get(type(op), otherwise)
     if rule is UNKNOWN:
         return rule

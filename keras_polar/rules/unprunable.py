@@ -1,7 +1,7 @@
 """Operations without a rule of their own, each with the reason: units in front of them stay.
 
 Together with the registered rules this list is complete for the Keras it was written against:
-`tests/test_registry.py` fails when a layer or operation is in neither.
+`tests/rules/test_registry.py` fails when a layer or operation is in neither.
 """
 
 from typing import Any

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute"),
 ]
-SCRIPT = Path(__file__).with_name("under_strategy.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "under_strategy.py"
 
 
 def start(*arguments):

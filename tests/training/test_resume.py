@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="slow; one backend will do"),
 ]
-SCRIPT = Path(__file__).with_name("interrupted_run.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "interrupted_run.py"
 # When the run is killed, in the middle of an epoch -> after which step. The smaller network takes
 # over between steps 48 and 49.
 KILLED = {"warm-up": 13, "pressure": 27, "at the switch": 48, "just after it": 49, "after": 65}

@@ -16,8 +16,8 @@ from helpers import free_ports
 from keras_polar.processes import _batches, require_agreement
 
 pytestmark = pytest.mark.skipif(not find_spec("jax"), reason="several processes train on JAX")
-SCRIPT = Path(__file__).with_name("one_of_several.py")
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "distributed.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "one_of_several.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "distributed.py"
 LIMIT = 250  # seconds; JAX notices after 100 that a process is gone
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from keras_polar import Schedule, export_tflite
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(script, *arguments):

@@ -17,7 +17,7 @@ import pytest
 
 import keras_polar
 
-COLAB = Path(__file__).resolve().parents[1] / "examples" / "colab"
+COLAB = Path(__file__).resolve().parents[2] / "examples" / "colab"
 REPOSITORY = "https://colab.research.google.com/github/keras-polar/keras_polar/blob/main"
 NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
 MAX_BYTES = 300_000

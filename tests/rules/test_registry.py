@@ -35,13 +35,13 @@ def test_every_class_has_a_rule_or_a_reason(classes):
     missing = sorted(c.__name__ for c in found if find(c) is None)
     assert not missing, (
         f"Keras {keras.__version__} has classes that are neither registered nor listed with a "
-        f"reason in keras_polar/rules/pinned.py: {', '.join(missing)}. Write a rule or list them."
+        f"reason in keras_polar/rules/unprunable.py: {', '.join(missing)}. Write a rule or list them."
     )
 
 
 def test_no_class_has_both_a_rule_and_a_reason():
     stale = sorted(c.__name__ for c in PINNED if not isinstance(find(c), PinRule))
-    assert not stale, f"Delete from keras_polar/rules/pinned.py: {', '.join(stale)}."
+    assert not stale, f"Delete from keras_polar/rules/unprunable.py: {', '.join(stale)}."
 
 
 def test_inspect_gives_the_reason_of_a_listed_operation():

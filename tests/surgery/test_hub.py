@@ -11,7 +11,7 @@ import keras_polar
 from keras_polar.surgery.certificate import random_inputs
 
 pytest.importorskip("keras_hub")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from hub_models import BACKBONES
 
 QUICK = ("BertBackbone", "LlamaBackbone", "EfficientNetBackbone", "ViTBackbone")
