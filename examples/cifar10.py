@@ -19,7 +19,7 @@ import reporting
 from absl import app, flags, logging
 
 import keras_polar
-from keras_polar.precision import full_precision
+from keras_polar.backends import full_precision
 
 with contextlib.suppress(ImportError):  # benchmarks on JAX have their own pipeline
     import tensorflow as tf

@@ -1,12 +1,12 @@
 """What differs between TensorFlow, JAX and PyTorch while Keras' training loop runs."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
-
-from keras_polar.graph.trace import to_numpy
 
 # Keras on JAX takes the state out of a model's variables while it trains, and hands each part of a
 # step what that part is to see of it.
@@ -55,3 +55,99 @@ class Reported:
         for step, watched in self.steps:
             if self.model.train_function is watched:
                 self.model.train_function = step
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, products and convolutions of float32 are computed in float32.
+
+    TensorFlow, JAX and PyTorch round their factors to TF32 on GPUs since Ampere, JAX to bfloat16
+    on TPUs. Networks that are equal to float32 round-off then differ by up to 1e-3.
+    """
+    settings = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+    set_precision = settings.get(keras.backend.backend())
+    if set_precision is None:  # NumPy, OpenVINO: no accelerator
+        yield
+        return
+    restore = set_precision()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _tensorflow() -> Callable[[], Any]:
+    import tensorflow as tf
+
+    config = tf.config.experimental
+    before = config.tensor_float_32_execution_enabled()
+    config.enable_tensor_float_32_execution(False)
+    return lambda: config.enable_tensor_float_32_execution(before)
+
+
+def _jax() -> Callable[[], Any]:
+    import jax
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.default_matmul_precision("float32"))
+    return stack.close
+
+
+def _torch() -> Callable[[], Any]:
+    import torch
+
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    def restore() -> None:
+        cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+    cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    return restore
+
+
+def global_mean(x: Any) -> Any:
+    """The mean of `x` over all replicas, differentiable; `x` itself where there is one.
+
+    Outside TensorFlow a batch is one (possibly sharded) array and needs no help.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return x
+    return context.all_reduce(tf.distribute.ReduceOp.MEAN, x)
+
+
+def require_supported(model: Any) -> None:
+    """Raises a NotImplementedError if Keras cannot train under the model's strategy."""
+    strategy = getattr(model, "distribute_strategy", None)  # Keras on TensorFlow has it
+    found = _unsupported(strategy) if strategy is not None else ""
+    if found:
+        raise NotImplementedError(
+            f"fit of {model.name!r}: Keras {keras.__version__} cannot train under {found} (see "
+            "github.com/keras-team/keras/issues/20585). Use tf.distribute.MirroredStrategy on "
+            "one machine, or KERAS_BACKEND=jax with keras.distribution on several."
+        )
+
+
+def _unsupported(strategy: Any) -> str:
+    import tensorflow as tf
+
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return "ParameterServerStrategy"
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        tasks = strategy.cluster_resolver.cluster_spec().as_dict().items()
+        workers = sum(len(addresses) for kind, addresses in tasks if kind in ("chief", "worker"))
+        return f"MultiWorkerMirroredStrategy with {workers} workers" if workers > 1 else ""
+    return ""
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """A variable or tensor as a NumPy array."""
+    # By way of a tensor: NumPy 2 warns about converting a TensorFlow variable directly.
+    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x))

@@ -19,10 +19,11 @@ from absl.flags import argparse_flags
 
 from keras_polar._version import __version__
 from keras_polar.gates.groups import require_gated
-from keras_polar.inspection import cost, inspect, table_text
+from keras_polar.inspection import cost, inspect
 from keras_polar.litert import benchmark_tflite, export_tflite
 from keras_polar.litert.validation import draft_of, put_in_place
 from keras_polar.surgery.convert import convert
+from keras_polar.tables import table_text
 
 ARGUMENTS: dict[str, dict] = {
     "model": {"help": "a model that Keras saved (.keras)"},

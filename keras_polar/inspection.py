@@ -1,21 +1,17 @@
 """Tables: what a model costs, and which of its units can be pruned."""
 
-import html
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from keras_polar.costs.polynomial import COUNTED, Cost, CostRow, counted, polynomial
+from keras_polar.costs.count import Cost, counted
+from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gates.groups import is_gated, stripped
 from keras_polar.rules import is_unknown, read
+from keras_polar.tables import table_html, table_text
 from keras_polar.training.gate_specs import blocks_of
-
-WIDTH = 120
 
 
 def cost(model: Any) -> Cost:
@@ -41,71 +37,6 @@ def cost(model: Any) -> Cost:
 
 def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
     return couple(stripped(model) if is_gated(model) else read(model), ignore)
-
-
-def cost_table(found: Cost) -> tuple:
-    """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
-    # Rows of a layer that is called several times become one.
-    layers: dict[str, list[CostRow]] = {}
-    for row in found.rows:
-        layers.setdefault(row.name, []).append(row)
-    rows = [
-        (
-            *(r.name, r.kind, str(r.output_shape), f"{r.weights:,}"),
-            *(f"{r.macs:,}" if r.macs_known else "?", f"{r.units:,}"),
-        )
-        for r in map(_together, layers.values())
-        if r.weights or r.macs or not r.macs_known
-    ]
-    macs = f"{found.macs:,}" + " + ?" * bool(found.unknown)
-    total = ("total", "", "", f"{found.weights:,}", macs, f"{found.units:,}")
-    notes = [
-        "" if found.sizes_known else "MACs per position: sizes of the input are not known",
-        f"MACs that cannot be counted: {', '.join(found.unknown)}" if found.unknown else "",
-    ]
-    return ["layer", "kind", "output", *COUNTED], [*rows, total], ". ".join(filter(None, notes))
-
-
-def _together(rows: Sequence[CostRow]) -> CostRow:
-    costs = {m: sum(getattr(r, m) for r in rows) for m in COUNTED}
-    return replace(rows[0], macs_known=all(r.macs_known for r in rows), **costs)
-
-
-def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
-    """A table as plain text; numbers are aligned to the right."""
-    table = Table(caption=note or None)
-    rows = list(rows)
-    for column, justify in zip(columns, _justified(columns, rows), strict=True):
-        table.add_column(column, justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=WIDTH, record=False, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
-def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
-    """The same table for a notebook."""
-    rows = list(rows)
-    sides = _justified(columns, rows)
-    lines = [_html_row("th", columns, sides), *(_html_row("td", row, sides) for row in rows)]
-    caption = f"<caption>{html.escape(note)}</caption>" if note else ""
-    return f"<table>{caption}{''.join(lines)}</table>"
-
-
-def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
-    found = (
-        f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
-        for cell, side in zip(cells, sides, strict=True)
-    )
-    return f"<tr>{''.join(found)}</tr>"
-
-
-def _justified(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Any]:
-    """ "right" for columns of numbers, "left" for others."""
-    numbers = [all(r[i][:1] in "0123456789?" for r in rows if r[i]) for i in range(len(columns))]
-    return ["right" if is_number else "left" for is_number in numbers]
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ import packed
 import reporting
 
 import keras_polar
+from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import couple
-from keras_polar.graph.trace import to_numpy
 from keras_polar.rules import read
 from keras_polar.selection.select import settle
 from keras_polar.training.gate_specs import budget_of

@@ -7,7 +7,7 @@ there, and its weights are brought back.
 import cifar10
 import numpy as np
 
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 from keras_polar.litert.tf_keras_twin import translated
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from keras_polar.costs.polynomial import BLOCK, in_blocks
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.graph.trace import Ref, refs_in
+from keras_polar.graph.ir import Ref, refs_in
 from keras_polar.rules import Site, Term, rule_for
 from keras_polar.rules.ids import Ids, varies
 from keras_polar.rules.rule import line, sizes

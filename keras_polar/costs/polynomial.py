@@ -5,7 +5,6 @@ group alone: a polynomial (bilinear for convolutions and Dense layers), exact fo
 and differentiable in between.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_polar.costs.count import COUNTED, terms
 from keras_polar.coupling.branches import Block
-from keras_polar.coupling.coupling import Coupling, rules_of
-from keras_polar.rules import Rule, Site, Term
+from keras_polar.coupling.coupling import Coupling
+from keras_polar.rules import Term
 from keras_polar.rules.ids import Ids
-from keras_polar.rules.rule import weight_terms
 
-COUNTED = ("weights", "macs", "units")
 MEASURES = (*COUNTED, "latency")
 # Kernels compute so many output channels at a time; what is left over can take as long as all.
 BLOCK = 16
@@ -156,102 +154,4 @@ def _times(products: Counter, form: dict) -> Counter:
     return out
 
 
-def terms(coupling: Coupling) -> list[tuple[int, Term]]:
-    """Every cost term of a graph, with its call; weights and units of a shared layer once."""
-    seen: set[int] = set()
-    found = []
-    for i, (site, rule) in enumerate(rules_of(coupling)):
-        found += [(i, t) for t in site_terms(site, rule, first_call=id(site.op) not in seen)]
-        seen.add(id(site.op))
-    return found
-
-
-def site_terms(site: Site, rule: Rule, first_call: bool = True) -> list[Term]:
-    """The cost terms of one call."""
-    own = []
-    if first_call:
-        own += weight_terms(site, rule.weights(site.op))
-        own += [Term((site.axes[p],), units=1) for p in site.produces]
-    return own + (site.macs or [])
-
-
 # --- counted layer by layer ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CostRow:
-    """The cost of one layer; a shared layer's weights stand at its first call."""
-
-    name: str
-    kind: str
-    output_shape: tuple
-    weights: int
-    macs: int
-    units: int
-    macs_known: bool = True
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model costs; `rows` has one entry per layer.
-
-    Attributes:
-        weights: as `model.count_params()`.
-        macs: multiply-accumulates for one sample: products that are summed up, as in convolutions,
-            Dense layers and attention, not those of single elements or of weights among each
-            other. Unknown spatial sizes count as 1; `sizes_known` says whether there are any.
-        units: channels and neurons that weight layers produce.
-        unknown: names of the layers whose multiply-accumulates nobody can count; they are not in
-            `macs`, and their rows have `macs_known=False`.
-    """
-
-    weights: int
-    macs: int
-    units: int
-    sizes_known: bool
-    rows: tuple[CostRow, ...]
-    unknown: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        from keras_polar.inspection import cost_table, table_text
-
-        return table_text(*cost_table(self))
-
-    def _repr_html_(self) -> str:
-        from keras_polar.inspection import cost_table, table_html
-
-        return table_html(*cost_table(self))
-
-
-def counted(coupling: Coupling) -> Cost:
-    """The cost of a coupled graph, layer by layer."""
-    seen: set[int] = set()
-    rows = []
-    for site, rule in rules_of(coupling):
-        rows.append(_row(site, site_terms(site, rule, id(site.op) not in seen)))
-        seen.add(id(site.op))
-    totals = {m: sum(getattr(r, m) for r in rows) for m in COUNTED}
-    unknown = tuple(unknown_macs(coupling))
-    return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows), unknown=unknown)
-
-
-def unknown_macs(coupling: Coupling) -> dict[str, Site]:
-    """The layers whose multiply-accumulates are not known, by name."""
-    return {s.name: s for s in coupling.sites if s.macs is None}
-
-
-def sizes_known(coupling: Coupling) -> bool:
-    """Whether all that a layer reads and computes has a static shape (but for the batch)."""
-    computed = [s.call for s in coupling.sites if s.produces or s.macs]
-    tensors = {i for call in computed for i in (*call.inputs, *call.outputs)}
-    return all(None not in coupling.graph.specs[i].shape[1:] for i in tensors)
-
-
-def _row(site: Site, own: list[Term]) -> CostRow:
-    def total(measure: str) -> int:
-        return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
-
-    shape = site.specs[site.call.outputs[0]].shape
-    kind = type(site.op).__name__
-    costs = total("weights"), total("macs"), total("units")
-    return CostRow(site.name, kind, shape, *costs, macs_known=site.macs is not None)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from keras_polar.graph.trace import Call, Graph, refs_in
+from keras_polar.graph.ir import Call, Graph, refs_in
 from keras_polar.rules import rule_for
 
 

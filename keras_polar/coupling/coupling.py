@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.graph.trace import Graph, refs_in
+from keras_polar.graph.ir import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
 from keras_polar.rules.ids import Forest, Ids, Units, along, as_view, compact, nobody
 from keras_polar.rules.rule import set_rows, sizes

@@ -7,12 +7,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.backends import to_numpy
 from keras_polar.coupling.branches import shorten
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.gate import Gate, Mask
 from keras_polar.gates.objective import Consensus
 from keras_polar.gates.weight_mask import InnerMask, unpack
-from keras_polar.graph.trace import Call, Graph, alive, bypass, refs_in, to_numpy
+from keras_polar.graph.ir import Call, Graph, alive, bypass, refs_in
 from keras_polar.rules import read
 
 

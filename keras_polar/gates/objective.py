@@ -6,11 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_polar.backends import global_mean
 from keras_polar.costs.polynomial import Polynomial
-from keras_polar.distribute import global_mean
 from keras_polar.gates.gate import PACKAGE
 from keras_polar.gates.schedule import Schedule
-from keras_polar.graph.trace import only_loss
+from keras_polar.graph.keras_private import only_loss
 
 
 def polarization_loss(open_rates: Any, weights: Any) -> Any:

@@ -14,7 +14,9 @@ import keras
 from keras import ops, tree
 
 from keras_polar.gates.gate import PACKAGE
-from keras_polar.graph.trace import Ref, forget_losses, hand_on_masks, variable_at
+from keras_polar.graph.clone import variable_at
+from keras_polar.graph.ir import Ref
+from keras_polar.graph.keras_private import forget_losses, hand_on_masks
 
 
 class Substituted(keras.StatelessScope):

@@ -7,11 +7,15 @@ import types
 from typing import Any
 
 import keras
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.utils.backend_utils import DynamicBackend
-from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
 from keras_polar.graph.handed import SETTINGS, handed
+from keras_polar.graph.keras_private import (
+    DynamicBackend,
+    KerasSaveable,
+    TrackedDict,
+    TrackedList,
+    TrackedSet,
+)
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 

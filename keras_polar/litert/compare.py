@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.backends import full_precision
 from keras_polar.litert.converter import output_names, signature_names
 from keras_polar.litert.report import Comparison, TensorInfo
 from keras_polar.litert.runtime import interpreter, run_batches, signature_runner, tensor_infos
 from keras_polar.litert.samples import Samples, fixed_batch
-from keras_polar.precision import full_precision
 
 _BATCH = 64
 

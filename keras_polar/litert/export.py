@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.graph.trace import core_of
+from keras_polar.graph.keras_private import core_of
 from keras_polar.litert.compare import compare, difference_of, signature
 from keras_polar.litert.converter import not_exportable, write
 from keras_polar.litert.float32_twin import is_float32, twin

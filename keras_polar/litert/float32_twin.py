@@ -10,8 +10,11 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.deepcopy import duplicate, is_other_float
-from keras_polar.graph.trace import Call, Graph, clone, copy_weights, fill, rebuild, trace
+from keras_polar.graph.ir import Call, Graph, fill
+from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.trace import trace
 
 PRECISION = "float32"  # what LiteRT's float kernels compute in
 

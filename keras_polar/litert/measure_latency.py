@@ -15,9 +15,9 @@ import numpy as np
 from keras import tree
 from rich.progress import track
 
+from keras_polar.costs.count import sizes_known
 from keras_polar.costs.fusion import Fused, fused
 from keras_polar.costs.latency import LatencyTable
-from keras_polar.costs.polynomial import sizes_known
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.litert.benchmark import loaded, timed_runs
 from keras_polar.litert.converter import not_exportable

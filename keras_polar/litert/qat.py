@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.graph.trace import core_of
+from keras_polar.graph.keras_private import core_of
 from keras_polar.litert.converter import not_exportable, output_names, quiet, signature_names
 from keras_polar.litert.tf_keras_twin import FLOAT_PATH, translated
 from keras_polar.litert.validation import check_backend, check_finite, converted

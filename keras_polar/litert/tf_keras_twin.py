@@ -10,8 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.graph.trace import Call, Graph, fill, op_class, refs_in, to_numpy
-from keras_polar.precision import full_precision
+from keras_polar.backends import full_precision, to_numpy
+from keras_polar.graph.ir import Call, Graph, fill, refs_in
+from keras_polar.graph.keras_private import op_class
 from keras_polar.rules import read
 from keras_polar.surgery.certificate import random_inputs
 

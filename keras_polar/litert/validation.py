@@ -11,8 +11,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.backends import to_numpy
+from keras_polar.graph.ir import Call, Graph, refs_in
 from keras_polar.graph.quantized import listed, quantized
-from keras_polar.graph.trace import Call, Graph, refs_in, to_numpy, trace
+from keras_polar.graph.trace import trace
 from keras_polar.litert.converter import IO, QUANTIZE
 from keras_polar.surgery.convert import convert
 from keras_polar.training.model import GatedModel

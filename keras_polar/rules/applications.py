@@ -6,10 +6,8 @@ model of theirs loads wherever Keras is.
 
 from typing import Any
 
-from keras.src.applications.convnext import LayerScale, StochasticDepth
-from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
-
-from keras_polar.graph.trace import Call
+from keras_polar.graph.ir import Call
+from keras_polar.graph.keras_private import CustomScaleLayer, LayerScale, StochasticDepth
 from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
 from keras_polar.rules.ids import Ids
 from keras_polar.rules.rule import Kept, Rule, Site, add

@@ -11,10 +11,11 @@ import keras
 import numpy as np
 from keras import KerasTensor
 
+from keras_polar.graph.clone import smaller_twin
+from keras_polar.graph.ir import Call, Ref, Spec, fill, refs_in
 from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
 from keras_polar.graph.symbolic.merge import Opened
 from keras_polar.graph.symbolic.record import CannotOpen, tensors_in
-from keras_polar.graph.trace import Call, Ref, Spec, fill, refs_in, smaller_twin
 from keras_polar.rules.elementwise import MergeRule
 from keras_polar.rules.ids import Ids, Units, along, nobody, varies
 from keras_polar.rules.rule import (

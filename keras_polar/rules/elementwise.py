@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from keras import KerasTensor, activations, layers, tree
 
+from keras_polar.backends import to_numpy
+from keras_polar.graph.ir import Call, Ref, refs_in
+from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.symbolic.record import CannotOpen, Step, function_steps
-from keras_polar.graph.trace import Call, Ref, op_class, refs_in, to_numpy
 from keras_polar.rules.ids import Ids, nobody, varies
 from keras_polar.rules.rule import Kept, Rule, Site, add, find, line, rule_for
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from keras import layers, tree
 
-from keras_polar.graph.trace import Ref, op_class, to_numpy
+from keras_polar.backends import to_numpy
+from keras_polar.graph.ir import Ref
+from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.ids import Ids, varies
 from keras_polar.rules.rule import Kept, Rule, Site, add, line, sizes
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from keras import layers, tree
 
-from keras_polar.graph.trace import ConvLSTMCell, variable_at
+from keras_polar.graph.clone import variable_at
+from keras_polar.graph.keras_private import ConvLSTMCell
 from keras_polar.rules.elementwise import why_mixing
 from keras_polar.rules.ids import along
 from keras_polar.rules.rule import Kept, Rule, Site, Term, add, sizes

@@ -39,8 +39,11 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_polar.graph.clone import variable_at
+from keras_polar.graph.ir import Call, Graph, Ref, Spec
+from keras_polar.graph.keras_private import has_parts
 from keras_polar.graph.quantized import why_altered
-from keras_polar.graph.trace import Call, Graph, Ref, Spec, has_parts, trace, variable_at
+from keras_polar.graph.trace import trace
 from keras_polar.rules.ids import Ids, Units, along, compact, look_up, nobody, varies
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from keras import layers
 
-from keras_polar.graph.trace import op_class
+from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.custom import TracedPinRule
 from keras_polar.rules.rule import PinRule, add, find
 

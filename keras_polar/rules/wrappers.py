@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.graph.trace import Call, Ref, Spec, functional
+from keras_polar.graph.ir import Call, Ref, Spec
+from keras_polar.graph.keras_private import functional
 from keras_polar.rules.ids import Ids, varies
 from keras_polar.rules.rule import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
 

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.graph.trace import functional, to_numpy
+from keras_polar.backends import to_numpy
+from keras_polar.graph.keras_private import functional
 
 UNKNOWN_SIZE = 32  # stands for a dimension the model leaves open, such as height and width
 

@@ -9,23 +9,15 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_polar.backends import full_precision, to_numpy
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.groups import flags_for, is_gated, require_gated, stripped
 from keras_polar.gates.weight_mask import Substituted, masked_variables
+from keras_polar.graph.clone import clone, copy_weights, variable_at
+from keras_polar.graph.ir import Call, fill, refs_in, unused
 from keras_polar.graph.quantized import why_altered
-from keras_polar.graph.trace import (
-    Call,
-    clone,
-    copy_weights,
-    fill,
-    rebuild,
-    refs_in,
-    to_numpy,
-    unused,
-    variable_at,
-    warn_of_ties,
-)
-from keras_polar.precision import full_precision
+from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.trace import warn_of_ties
 from keras_polar.rules import Kept, Site, read, rule_for
 from keras_polar.rules.ids import compact, varies
 from keras_polar.rules.rule import inner_vector

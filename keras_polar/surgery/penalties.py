@@ -22,7 +22,8 @@ from keras_polar.backends import IS_STATE_TAKEN
 from keras_polar.coupling.coupling import couple
 from keras_polar.gates.gate import PACKAGE, Gate, Mask
 from keras_polar.gates.groups import strip, units_of
-from keras_polar.graph.trace import Graph, variable_at
+from keras_polar.graph.clone import variable_at
+from keras_polar.graph.ir import Graph
 from keras_polar.rules import Site, read, rule_for
 from keras_polar.rules.ids import Ids, compact
 

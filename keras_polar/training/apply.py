@@ -10,16 +10,20 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.costs.count import sizes_known, unknown_macs
 from keras_polar.costs.latency import LatencyTable
-from keras_polar.costs.polynomial import MEASURES, sizes_known, unknown_macs
+from keras_polar.costs.polynomial import MEASURES
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gates.gate import DynamicGate, Gate, Mask
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.objective import Consensus
 from keras_polar.gates.schedule import Schedule
 from keras_polar.gates.weight_mask import InnerMask, pack
+from keras_polar.graph.clone import clone, copy_weights
+from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.graph.quantized import why_altered
-from keras_polar.graph.trace import Call, clone, copy_weights, fill, rebuild, unused, warn_of_ties
+from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.trace import warn_of_ties
 from keras_polar.litert.measure_latency import latency_table as measure_latency
 from keras_polar.rules import Site, Term, read
 from keras_polar.rules.rule import inner_vector, line

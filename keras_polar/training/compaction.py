@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 from keras_polar.processes import assign
 from keras_polar.surgery.convert import Piece, small_twin
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.backends import Reported
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import Reported, to_numpy
 from keras_polar.processes import require_agreement
 from keras_polar.training.compaction import CannotCompact, Compaction
 

@@ -11,11 +11,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_polar.distribute import require_supported
+from keras_polar.backends import require_supported, to_numpy
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.objective import Consensus
-from keras_polar.graph.trace import to_numpy
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.select import Budget, ranking, settle
 from keras_polar.surgery.penalties import mask_penalties

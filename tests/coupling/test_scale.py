@@ -11,7 +11,8 @@ from helpers import check, randomise
 from keras import layers
 
 from keras_polar.coupling.coupling import _make_rectangular, couple
-from keras_polar.graph.trace import rebuild, trace
+from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.trace import trace
 from keras_polar.rules import read
 from keras_polar.rules.ids import Forest, Units
 

@@ -13,9 +13,11 @@ from keras import layers, tree
 from random_models import build, programs, seeded_program
 
 from keras_polar.coupling.coupling import couple
-from keras_polar.graph.trace import fill, op_class, refs_in, trace
+from keras_polar.graph.ir import fill, refs_in
+from keras_polar.graph.keras_private import op_class
+from keras_polar.graph.trace import trace
 from keras_polar.rules import read
-from keras_polar.rules.rule import find
+from keras_polar.rules.rule import _REGISTRY, find
 from keras_polar.surgery.certificate import random_inputs
 
 # Keras says so of a Flatten behind a Masking.
@@ -241,6 +243,6 @@ def test_the_oracle_notices_a_wrong_rule(owner, monkeypatch):
     rule = find(owner)
     wrong = object.__new__(type("Wrong", (type(rule),), {"flow": mirrored, "right": rule}))
     wrong.__dict__.update(rule.__dict__)
-    monkeypatch.setitem(registry._REGISTRY, owner, wrong)
+    monkeypatch.setitem(_REGISTRY, owner, wrong)
     with pytest.raises(AssertionError, match="reach"):
         compare_with_oracle(program)

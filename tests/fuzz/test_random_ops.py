@@ -8,7 +8,8 @@ from random_models import ALL_STEPS, SIZE, SLOW, TABLES, side_by_side
 from random_steps import STEPS
 
 from keras_polar.coupling.coupling import why_fixed
-from keras_polar.graph.trace import op_class, trace
+from keras_polar.graph.keras_private import op_class
+from keras_polar.graph.trace import trace
 from keras_polar.rules.rule import _REGISTRY, opens
 from keras_polar.rules.unprunable import PINNED
 

@@ -6,9 +6,9 @@ import pytest
 from keras import layers, ops
 
 import keras_polar
+from keras_polar.backends import to_numpy
 from keras_polar.gates.gate import GAIN, MOMENTUM, hard_step
 from keras_polar.gates.objective import polarization_loss
-from keras_polar.graph.trace import to_numpy
 
 BACKEND = keras.backend.backend()
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

@@ -14,7 +14,7 @@ from helpers import small_resnet
 from sklearn.datasets import load_digits
 
 import keras_polar
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 64, 10, 8
 # Of 80 steps: warm-up until 16, full pressure from 32, settled after 48.

@@ -16,8 +16,8 @@ import numpy as np
 from keras import layers
 
 import keras_polar
+from keras_polar.backends import to_numpy
 from keras_polar.gates.gate import DynamicGate
-from keras_polar.graph.trace import to_numpy
 from keras_polar.processes import assign, require_agreement
 
 STEPS, BATCH, EPOCHS = 5, 16, 4

@@ -5,7 +5,7 @@ from random_layers import kernel, one_step, point
 from random_ops import units_second
 from random_steps import IMAGE, IMAGES, PLANE, SIZE, SPATIAL, VOLUME, channels, ranked
 
-from keras_polar.graph.trace import op_class
+from keras_polar.graph.keras_private import op_class
 
 
 def first(make, ranks=SPATIAL):

@@ -20,7 +20,7 @@ from random_steps import (
     unrolled,
 )
 
-from keras_polar.graph.trace import op_class
+from keras_polar.graph.keras_private import op_class
 
 # --- positions: pooling, resizing, images -----------------------------------------------------
 

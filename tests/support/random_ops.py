@@ -10,7 +10,7 @@ from keras import layers, ops
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from random_steps import ANY, IMAGE, IMAGES, SIZE, SPATIAL, channels, constant, matched, space
 
-from keras_polar.graph.trace import op_class
+from keras_polar.graph.keras_private import op_class
 
 
 def layer(make):

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_polar
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 
 
 def central_storage():

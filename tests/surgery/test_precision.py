@@ -5,8 +5,8 @@ import pytest
 from helpers import small_resnet
 
 import keras_polar
+from keras_polar.backends import full_precision
 from keras_polar.litert import compare
-from keras_polar.precision import full_precision
 
 BACKEND = keras.backend.backend()
 

@@ -9,7 +9,7 @@ from helpers import close_half, randomise, small_resnet
 from keras import layers
 
 import keras_polar
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 from keras_polar.surgery.certificate import difference
 from keras_polar.training.compaction import Compaction
 

@@ -6,8 +6,8 @@ import pytest
 from keras import layers
 
 import keras_polar
+from keras_polar.backends import to_numpy
 from keras_polar.gates.gate import DynamicGate
-from keras_polar.graph.trace import to_numpy
 
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="Keras distributes no training there")

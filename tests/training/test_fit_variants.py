@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import keras_polar
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 from keras_polar.surgery.certificate import difference
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -7,7 +7,7 @@ from helpers import small_resnet
 from keras import layers, ops
 
 import keras_polar
-from keras_polar.graph.trace import to_numpy
+from keras_polar.backends import to_numpy
 from keras_polar.training.loop import sees_batches
 
 BACKEND = keras.backend.backend()

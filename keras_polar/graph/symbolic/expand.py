@@ -17,8 +17,8 @@ from typing import Any
 
 import keras
 from keras import KerasTensor, tree
-from keras.src import backend
 
+from keras_polar.graph.keras_private import backend
 from keras_polar.graph.symbolic.merge import BATCHES, LeafMerge, Merge, Opened
 from keras_polar.graph.symbolic.record import (
     CannotOpen,

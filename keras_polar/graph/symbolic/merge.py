@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 from keras import KerasTensor, tree
-from keras.src import backend
 
+from keras_polar.graph.keras_private import backend
 from keras_polar.graph.symbolic.record import CannotOpen, Run, Step, tensors_in
 
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a

@@ -13,12 +13,9 @@ from typing import Any
 
 import keras
 from keras import KerasTensor, tree
-from keras.src import backend
-from keras.src.backend.common import global_state
-from keras.src.layers.layer import CallContext
-from keras.src.utils.naming import to_snake_case
 
 from keras_polar.graph.handed import handed
+from keras_polar.graph.keras_private import CallContext, backend, global_state, to_snake_case
 
 
 class CannotOpen(Exception):

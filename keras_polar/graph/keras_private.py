@@ -1,0 +1,129 @@
+"""Every name of Keras that is not public and that this library needs, once; and what to do with it."""
+
+from typing import Any
+
+import keras
+from keras import tree
+from keras.src import backend
+from keras.src.activations import activations
+from keras.src.applications.convnext import LayerScale, StochasticDepth
+from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+from keras.src.backend.common import global_state
+from keras.src.layers.layer import CallContext
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
+from keras.src.models.functional import Functional
+from keras.src.ops import core, einops, image, linalg, math, nn
+from keras.src.ops import numpy as keras_numpy
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils.backend_utils import DynamicBackend
+from keras.src.utils.naming import to_snake_case
+from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
+
+# What has no public name, for the other modules.
+__all__ = [
+    "CallContext",
+    "ConvLSTMCell",
+    "CustomScaleLayer",
+    "DynamicBackend",
+    "Functional",
+    "KerasSaveable",
+    "LayerScale",
+    "StochasticDepth",
+    "TrackedDict",
+    "TrackedList",
+    "TrackedSet",
+    "backend",
+    "core_of",
+    "forget_losses",
+    "functional",
+    "global_state",
+    "hand_on_masks",
+    "has_parts",
+    "layers_of",
+    "only_loss",
+    "op_class",
+    "to_snake_case",
+]
+
+OP_MODULES = (keras_numpy, nn, core, math, image, linalg, einops, activations)
+
+
+def op_class(name: str) -> type:
+    """The class behind a function of `keras.ops`: `op_class("Add")` is what `x + y` records."""
+    for module in OP_MODULES:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"keras.ops has no operation class named {name!r}.")
+
+
+def functional(model: Any) -> Any:
+    """The functional core of a Functional or Sequential model; None for anything else."""
+    if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
+        return model._functional if model.built else None
+    is_plain = isinstance(model, Functional) and type(model).call is Functional.call
+    return model if is_plain else None
+
+
+def core_of(model: Any) -> Any:
+    """The functional core of a Functional or built Sequential model; TypeError for others."""
+    core_model = functional(model)
+    if core_model is None:
+        raise TypeError(_not_functional(model))
+    return core_model
+
+
+def _not_functional(model: Any) -> str:
+    what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
+    if isinstance(model, keras.Sequential) and not model.built:
+        return (
+            f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
+            "first layer, or call `model.build(input_shape)`."
+        )
+    if isinstance(model, keras.Model):
+        return (
+            f"{what} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make it "
+            "functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+        )
+    return f"{what}. Pass a `keras.Model` built from `keras.Input` tensors."
+
+
+def has_parts(op: Any) -> bool:
+    """Whether a layer has sublayers."""
+    return isinstance(op, keras.layers.Layer) and bool(op._layers)
+
+
+def layers_of(op: Any) -> list:
+    # Parents first: setting `trainable` on a parent overwrites that of its children.
+    return list(op._flatten_layers())
+
+
+def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:
+    """Gives symbolic outputs the masks that Keras would give them in a call of the layer."""
+    if layer.supports_masking:
+        first = [*args, *kwargs.values()][0]
+        mask = kwargs.get("mask")
+        before = tree.map_structure(backend.get_keras_mask, first) if mask is None else mask
+        layer._set_mask_metadata(first, outputs, before)
+
+
+def only_loss(layer: Any, loss: Any) -> None:
+    """`layer.add_loss(loss)` that forgets what the same call has added before.
+
+    Under tf.distribute the replicas run in threads that share the layer's list of losses. Called
+    after the last synchronisation of a forward pass, this leaves each replica with its own.
+
+    Keras adds it up with the loss of `compile`, which comes in `keras.config.floatx()`.
+    """
+    layer._losses.clear()
+    layer.add_loss(keras.ops.cast(loss, keras.config.floatx()))
+
+
+def forget_losses(layer: Any) -> None:
+    """What a layer has added is another one's from now on, and is not counted twice.
+
+    Keras on JAX tells whose a loss is by its id, whatever layer added it last, and remembers the
+    ids of all steps that were ever traced.
+    """
+    for part in layers_of(layer):
+        part._losses.clear()
+        part._loss_ids.clear()
