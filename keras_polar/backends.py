@@ -151,3 +151,58 @@ def to_numpy(x: Any) -> np.ndarray:
     """A variable or tensor as a NumPy array."""
     # By way of a tensor: NumPy 2 warns about converting a TensorFlow variable directly.
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x))
+
+
+def gradient_function(function: Callable[..., Any]) -> Callable[..., list[np.ndarray]]:
+    """(points, *others) -> the gradients of a scalar with respect to each of the points.
+
+    Args:
+        function: gets a list of tensors, the points, and whatever else is handed on; returns a
+            scalar tensor. It is compiled where the backend compiles.
+    """
+    makers = {"tensorflow": _tensorflow_gradients, "jax": _jax_gradients, "torch": _torch_gradients}
+    backend = keras.backend.backend()
+    if backend not in makers:
+        raise NotImplementedError(
+            f"Keras on {backend!r} has no gradients. Set KERAS_BACKEND to one of "
+            f"{', '.join(makers)} in a new process."
+        )
+    gradients = makers[backend](function)
+
+    def on_arrays(points: Sequence[Any], *others: Any) -> list[np.ndarray]:
+        tensors = [ops.convert_to_tensor(x) for x in points]
+        return [to_numpy(g) for g in gradients(tensors, *map(ops.convert_to_tensor, others))]
+
+    return on_arrays
+
+
+def _tensorflow_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    @tf.function
+    def gradients(points: list, *others: Any) -> list:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(points)
+            value = function(points, *others)
+        return tape.gradient(value, points, unconnected_gradients="zero")
+
+    return gradients
+
+
+def _jax_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(jax.grad(function))
+
+
+def _torch_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    def gradients(points: list, *others: Any) -> Any:
+        points = [x.detach().requires_grad_() for x in points]
+        with torch.enable_grad():
+            return torch.autograd.grad(
+                function(points, *others), points, allow_unused=True, materialize_grads=True
+            )
+
+    return gradients
