@@ -81,11 +81,12 @@ def gate_gradients(
 
         gradients = gate_gradients(couple(read(model)), loss, images, labels)
     """
-    model = probed(coupling)
+    model, inputs = probed(coupling), coupling.graph.inputs
     units = [group.units for group in coupling.groups]
 
     def total(probes: list, *flat: Any) -> Any:
         batch_x, batch_y = tree.pack_sequence_as((x, y), list(flat))
+        batch_x = tree.pack_sequence_as(inputs, tree.flatten(batch_x))
         return ops.sum(loss(batch_y, model([batch_x, probes], training=False)))
 
     gradients, arrays = gradient_function(total), tree.flatten((x, y))

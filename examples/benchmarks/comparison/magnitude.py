@@ -11,16 +11,15 @@ from keras_polar.backends import to_numpy
 from keras_polar.litert.tf_keras_twin import translated
 
 
-def train(model, data, *, sparsity, ramp, steps, epochs, learning_rate, weight_decay):
+def train(model, data, *, sparsity, ramp, steps, learning_rate, weight_decay):
     """Trains `model` and zeroes the smallest weights of every kernel on the way.
 
     Args:
         model: a Keras 3 model; it gets the weights of the pruned one.
-        data: batches, as `fit` takes them.
+        data: batches without end, as `fit` takes them.
         sparsity: share of each kernel's weights that end as zeros.
         ramp: first and last step of tfmot's polynomial schedule.
         steps: training steps altogether.
-        epochs: training epochs.
         learning_rate: its peak.
         weight_decay: L2 penalty on kernels; translation leaves regularizers behind.
 
@@ -34,7 +33,7 @@ def train(model, data, *, sparsity, ramp, steps, epochs, learning_rate, weight_d
     pruned = tfmot.sparsity.keras.prune_low_magnitude(twin, pruning_schedule=schedule)
     _compile(pruned, learning_rate, steps)
     update = tfmot.sparsity.keras.UpdatePruningStep()
-    pruned.fit(data, epochs=epochs, verbose=2, callbacks=[update])
+    pruned.fit(data, steps_per_epoch=steps, verbose=2, callbacks=[update])
     stripped = tfmot.sparsity.keras.strip_pruning(pruned)
     for layer in model.layers:
         layer.set_weights(stripped.get_layer(layer.name).get_weights())

@@ -240,10 +240,12 @@ class Run:
         self.setting, self.data, self.seed = setting, data, seed
         self.dense_dir, self.options = dense_dir, frozenset(options)
         self.macs, self.notes, self.rng = 0, {}, np.random.default_rng(seed)
+        self.teacher = None
         make = epochs_on_jax.Examples if ON_JAX else cifar10.training_pipeline
         self.batches = make(*data.train, batch_size=setting.batch_size, seed=seed)
         self.cuts_at = setting.settles_at if "late" in self.options else setting.cuts_at
-        self.teacher = self.dense_network() if "teacher" in self.options else None
+        if "teacher" in self.options:
+            self.teacher = self.dense_network()
 
     def start(self):
         """The network that a run begins with."""
@@ -258,7 +260,7 @@ class Run:
         return self.setting.settles_at if "restart" in self.options else 0
 
     def dense_network(self):
-        """A copy of the trained dense network; its training is counted."""
+        """A copy of the trained dense network; its training is counted, once."""
         path = self.setting.dense_path(self.dense_dir or ".", self.seed)
         if not path.exists():
             raise FileNotFoundError(
@@ -266,7 +268,8 @@ class Run:
                 "the same --model, --seeds and --dense_dir."
             )
         network = keras.saving.load_model(path, compile=False)
-        self.macs += self._of_training(network, self.setting.dense_steps)
+        if not self.macs:
+            self.macs = self._of_training(network, self.setting.dense_steps)
         return network
 
     def train(self, model, first=0, last=None, total=None, peak=None, restart=None):
@@ -287,7 +290,7 @@ class Run:
         epochs, rest = divmod(last - first, self.setting.steps_per_epoch)
         shape = (1, last - first) if rest else (epochs, self.setting.steps_per_epoch)
         course = dict(zip(("epochs", "steps_per_epoch"), shape, strict=True))
-        trained.fit(self.batches.repeat(), verbose=2, **course)
+        trained.fit(self.batches.repeat(), shuffle=False, verbose=2, **course)  # shuffled already
 
     def _on_jax(self, model, rate, first, last):
         if self.teacher:

@@ -1,93 +1,107 @@
-"""What compare.py has left in JSON files, as rows of tables."""
+"""What has been run, one JSON object per line and run, and what it says: means and differences."""
 
-import json
+import dataclasses
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-COLUMNS = (
-    "method",
-    "accuracy, %",
-    "seeds",
-    "weights",
-    "not zero",
-    "MACs",
-    "training TMACs",
-    ".tflite, kB",
-    "latency",
-)
-# What the network and its training are, and what is removed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from json_lines import add_row, read_lines
+
+# What the network and its training are; what is removed; what only our methods depend on.
 TRAINING = (
+    "regime",
     "model",
     "width",
     "image_size",
     "train_images",
-    "epochs",
     "batch_size",
+    "epochs",
     "learning_rate",
-    "evaluate_on",
+    "weight_decay",
+    "steps",
+    "fit_rate",
 )
 TARGET = ("measure", "sparsity")
-OPTIONS = ("schedule", "round_to", "max_sparsity")  # of our methods alone
-OURS = ("dynamic", "static", "both", "masked")
+OPTIONS = ("schedule", "round_to", "max_sparsity", "gate")
+IDENTITY = (*TRAINING, *TARGET, *OPTIONS, "method", "seed")
+LEVEL = 0.95  # of intervals
+
+
+def identity(run):
+    """What tells a run from all others: two with the same are one, run twice."""
+    return tuple(run.get(key) for key in IDENTITY)
+
+
+def described(setting, method, seed, *, ours, removes):
+    """The fields of a run that its identity is made of; None for what it does not depend on."""
+    run = {"method": method, "seed": seed, **dataclasses.asdict(setting)}
+    free = (*(() if ours else OPTIONS), *(() if removes else TARGET))
+    return run | {key: None for key in free if key in run}
 
 
 def load(folder):
-    """All results in a folder, as dicts; None stands for what a method does not depend on."""
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))]
-    return [r | dict.fromkeys(_indifferent(r["method"])) for r in found]
+    """All results of a folder; the later of two with the same identity."""
+    runs = (run for path in sorted(Path(folder).glob("*.jsonl")) for run in read_lines(path))
+    return list({identity(run): run for run in runs}.values())
 
 
-def _indifferent(method):
-    if method in OURS:
-        return ()
-    return (*TARGET, *OPTIONS) if method == "dense" else OPTIONS
-
-
-def table_rows(runs, methods, setting):
-    """Rows of a setting, in the order of `methods`: one per method and options of it."""
-    own = [r for r in runs if _belongs(r, setting)]
-    ordered = [[r for r in own if r["method"] == method] for method in methods]
-    return [_row(alike) for found in ordered for _, alike in grouped(found, OPTIONS)]
-
-
-def _belongs(run, setting):
-    """Whether a run is one of a setting, as far as its method depends on it."""
-    same = all(run[k] == setting[k] for k in TRAINING)
-    return same and all(run[k] in (None, setting[k]) for k in TARGET)
+def add(folder, run):
+    """Appends a result to the file of its regime and network."""
+    add_row(Path(folder) / f"{run['regime']}_{run['model']}.jsonl", run)
 
 
 def grouped(runs, keys):
     """Pairs of what the runs of a group have in common, and the runs."""
-    found = defaultdict(list)
+    groups = defaultdict(list)
     for run in runs:
-        found[tuple(run[k] for k in keys)].append(run)
-    pairs = sorted(found.items(), key=lambda pair: str(pair[0]))
+        groups[tuple(run.get(k) for k in keys)].append(run)
+    pairs = sorted(groups.items(), key=lambda pair: str(pair[0]))
     return [(dict(zip(keys, values, strict=True)), own) for values, own in pairs]
+
+
+def of_target(runs, target):
+    """Runs in which that was removed, and those to which it does not matter."""
+    return [r for r in runs if all(r.get(k) in (None, target[k]) for k in TARGET)]
 
 
 def name(run):
     """The method, with its options."""
-    return ", ".join([run["method"], *(f"{k}={run[k]}" for k in OPTIONS if run[k])])
+    return ", ".join([run["method"], *(f"{k}={run[k]}" for k in OPTIONS if run.get(k))])
 
 
-def _row(runs):
-    mean = {k: np.mean([r[k] for r in runs]) for k, v in runs[0].items() if type(v) in (int, float)}
-    kept = [f"{100 * mean[k]:.1f} %" for k in ("kept_weights", "nonzero", "kept_macs")]
-    effort, size = mean["training_macs"] / 1e12, mean.get("tflite_bytes", np.nan) / 1e3
-    time = f"{mean.get('tflite_latency_ratio', np.nan):.2f} x"
-    accuracies, seeds = spread(runs), str(len(runs))
-    return (name(runs[0]), accuracies, seeds, *kept, f"{effort:.1f}", f"{size:.0f}", time)
+def mean(runs, key):
+    """The mean over the runs that have a value; None if none has."""
+    values = [r[key] for r in runs if r.get(key) is not None]
+    return float(np.mean(values)) if values else None
 
 
-def spread(runs):
-    """Mean accuracy and, of several runs, their sample standard deviation, as text."""
-    mean, deviation = accuracy(runs)
-    return f"{mean:.2f} ± {deviation:.2f}" if len(runs) > 1 else f"{mean:.2f}"
+def deviation(runs, key):
+    """Sample standard deviation; None of less than two."""
+    values = [r[key] for r in runs if r.get(key) is not None]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def accuracy(runs):
-    """Mean and sample standard deviation in percent; no deviation of a single run."""
-    values = 100 * np.array([r["accuracy"] for r in runs])
-    return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+def difference(runs, control, key):
+    """The mean of what runs are ahead of a control's runs of the same seeds.
+
+    Returns:
+        (mean, half of its 95 % interval by Student's t, pairs); the half is None for one pair.
+        None without a pair.
+    """
+    known = {r["seed"]: r[key] for r in control if r.get(key) is not None}
+    pairs = [r[key] - known[r["seed"]] for r in runs if r.get(key) is not None and r["seed"] in known]
+    if not pairs:
+        return None
+    half = _half_interval(np.array(pairs)) if len(pairs) > 1 else None
+    return float(np.mean(pairs)), half, len(pairs)
+
+
+def _half_interval(values):
+    from scipy.stats import t  # slow to import
+
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return float(t.ppf(0.5 + LEVEL / 2, len(values) - 1) * error)
