@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from rows import add_row, read_rows
+from json_lines import add_row, read_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

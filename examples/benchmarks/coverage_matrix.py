@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
+from json_lines import add_row, read_rows
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "coverage.jsonl"

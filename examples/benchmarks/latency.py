@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from by_chance import settled
+from json_lines import add_row, read_rows
 from rich.progress import track
-from rows import add_row, read_rows
+from settle_by_chance import settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from absl import app, flags
-from by_chance import settled
+from settle_by_chance import settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from json_lines import add_row, read_rows
 from rich.progress import track
-from rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "scaling.jsonl"

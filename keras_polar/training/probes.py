@@ -33,7 +33,7 @@ def probed(coupling: Coupling) -> keras.Model:
     for spec in specs:
         _check_per_sample(spec)
     inserter = _ProbeInserter(coupling, specs)
-    return rebuild(coupling.graph, inserter.visit, inserter.model)
+    return rebuild(coupling.graph, inserter.visit, inserter.model)  # type: ignore[arg-type]
 
 
 def _check_per_sample(spec: Target) -> None:

@@ -1,5 +1,6 @@
 """The examples run to their end and leave what they promise."""
 
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_polar
 from keras_polar import Schedule, export_tflite
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -62,20 +64,128 @@ sys.modules |= dict.fromkeys(missing.split(","))
 runpy.run_path(script, run_name="__main__")
 """
 
+
+@pytest.fixture
+def comparison(monkeypatch):
+    """Imports a module of the comparison as its scripts do; they are forgotten afterwards."""
+    folder = EXAMPLES / "benchmarks" / "comparison"
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if EXAMPLES in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+            del sys.modules[name]
+
+
+def test_comparison_page_is_up_to_date(comparison):
+    report, results = comparison("report"), comparison("results")
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.page(page, results.load(report.RESULTS)) == page, "run comparison/report.py"
+
+
+def test_page_without_markers_is_refused(comparison):
+    with pytest.raises(ValueError, match="results: end"):
+        comparison("report").page("<!-- results: begin -->\n", [])
+
+
+def test_differences_are_paired(comparison):
+    """The spread between seeds is not that of differences; seeds without a pair do not count."""
+    difference = comparison("results").difference
+    control = [{"seed": s, "test": a} for s, a in enumerate([0.5, 0.7, 0.6])]
+    runs = [{"seed": s, "test": a} for s, a in [(0, 0.51), (1, 0.72), (2, 0.63), (7, 0.1)]]
+    mean, half, pairs = difference(runs, control, "test")
+    assert (pairs, mean) == (3, pytest.approx(0.02))
+    assert half == pytest.approx(4.303 * 0.01 / np.sqrt(3), rel=1e-3)  # t of 2 degrees of freedom
+    assert difference(runs[:1], control, "test") == (pytest.approx(0.01), None, 1)
+    assert difference(runs[3:], control, "test") is None
+    assert difference(runs, control, "held_out") is None
+
+
+def test_results_are_appended_and_the_later_of_two_counts(comparison, tmp_path):
+    results = comparison("results")
+    run = {"regime": "trained", "model": "resnet8", "method": "static", "seed": 0, "test": 0.5}
+    results.add(tmp_path, run)
+    results.add(tmp_path, run | {"seed": 1})
+    (path,) = tmp_path.iterdir()
+    with path.open("a") as file:
+        file.write('{"regime": "trai')  # interrupted
+    assert len(results.load(tmp_path)) == 2
+    results.add(tmp_path, run | {"test": 0.6})
+    assert [r["test"] for r in results.load(tmp_path)] == [0.6, 0.5]
+
+
+def test_runs_of_controls_do_not_depend_on_our_options(comparison):
+    results, setting = comparison("results"), comparison("protocol").Setting(schedule="0.1")
+    other = comparison("protocol").Setting(schedule="0.2", sparsity=0.7)
+
+    def same(**options):
+        own = [results.described(s, "x", 0, **options) for s in (setting, other)]
+        return results.identity(own[0]) == results.identity(own[1])
+
+    assert same(ours=False, removes=False)  # the dense network
+    assert not same(ours=False, removes=True)
+    assert not same(ours=True, removes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("l2", "No method"), ("static+teacher", "static has no option teacher")]
+)
+def test_methods_that_are_not_there(name, message, comparison):
+    with pytest.raises(ValueError, match=message):
+        comparison("methods").parsed(name)
+
+
+def test_residual_streams_are_kept_whole(comparison):
+    """What `inside` leaves: every group that several layers write."""
+    methods, protocol = comparison("methods"), comparison("protocol")
+    setting = protocol.recipe("scratch", "resnet8", width=8)
+    run = protocol.Run(setting, protocol.load(setting, fake=True), 0)
+    small = methods._cut(run, setting.build(), 0.5, methods.random, "inside")
+    kept = {r.name: r.units for r in keras_polar.cost(small).rows if r.units}
+    for stage, width in ((1, 8), (2, 16), (3, 32)):
+        assert kept[f"stage{stage}_block1_conv2"] == width
+        assert kept[f"stage{stage}_block1_conv1"] < width
+    shares = keras_polar.cost(small).macs / keras_polar.cost(setting.build()).macs
+    assert shares == pytest.approx(0.5, abs=0.02)
+
+
+def test_learning_rate_begins_anew(comparison):
+    rate = comparison("protocol").Rate(0.1, total=100, restart=40)
+    plain = comparison("protocol").Rate(0.1, total=100)
+    again = comparison("protocol").Rate(0.1, total=60)
+    for step in (0, 5, 39):
+        assert float(rate(step)) == float(plain(step))
+    for step in (40, 43, 99):
+        assert float(rate(step)) == pytest.approx(float(again(step - 40)), abs=1e-7)
+    rest = comparison("protocol").Rate(0.1, total=100, first=30)
+    assert float(rest(9)) == float(plain(39))
+
+
+COMPARISON = "benchmarks/comparison/run.py"
+TINY = (
+    *("--fake_data", "--model=resnet8", "--image_size=8", "--batch_size=64"),
+    *("--train_images=256", "--evaluation_images=100", "--seeds=0", "--measure=macs"),
+)
 COMPARED = {
-    *("dense", "narrow", "narrow_longer", "shallow", "dynamic", "static", "both", "masked"),
-    *("random", "l1", "three_stage", "slimming", "polarized_slimming", "density", "gradual"),
-    *("relevance", "group_norm"),
+    *("dense", "narrow", "narrow_longer", "narrow_inside", "shallow"),
+    *("dynamic", "static", "both", "masked", "random_even", "l1_even", "l1_inside"),
+    *("three_stage", "slimming", "polarized_slimming", "density_even", "gradual"),
+    *("relevance_even", "group_norm_free", "static+restart", "l1_even+restart"),
 }
 
 
+def compared(folder):
+    """Method -> what its run has left."""
+    rows = (json.loads(r) for path in folder.iterdir() for r in path.read_text().splitlines())
+    return {row["method"]: row for row in rows}
+
+
 @pytest.mark.slow
-def test_comparison(tmp_path):
-    small = "--model=resnet8", "--image_size=8", "--epochs=4", "--batch_size=64", "--round_to=1"
-    few = "--train_images=256", "--test_images=100", "--seeds=0", "--measure=macs"
+def test_comparison_from_scratch(tmp_path):
     arguments = f"--methods={','.join(sorted(COMPARED))}", f"--results_dir={tmp_path}"
-    run("benchmarks/compare.py", "--fake_data", *small, *few, *arguments)
-    results = {r["method"]: r for r in map(json.loads, map(Path.read_text, tmp_path.iterdir()))}
+    run(COMPARISON, *TINY, "--regime=scratch", "--epochs=4", *arguments)
+    results = compared(tmp_path)
     assert set(results) == COMPARED
     dense = results.pop("dense")
     assert dense["kept_weights"] == dense["kept_macs"] == 1
@@ -83,20 +193,48 @@ def test_comparison(tmp_path):
     narrow, longer = results.pop("narrow"), results.pop("narrow_longer")
     assert narrow["kept_macs"] == longer["kept_macs"]
     assert longer["kept_macs"] == pytest.approx(0.5, abs=0.1)  # no width for every target
-    # Whole epochs of one, whole epochs until the cut of the other.
-    assert longer["training_macs"] == pytest.approx(results["l1"]["training_macs"], rel=0.15)
+    assert longer["training_macs"] == pytest.approx(results["l1_even"]["training_macs"], rel=0.15)
     kept = {method: r["kept_macs"] for method, r in results.items()}
     assert kept == {method: pytest.approx(0.5, abs=0.01) for method in kept}
     # Whole until the gates settle; three stages cost more than one.
     settle, effort = Schedule().settle, {m: r["training_macs"] for m, r in results.items()}
-    for method in ("static", "dynamic", "both"):
+    for method in ("static", "dynamic", "both", "static+restart"):
         share = settle + (1 - settle) * results[method]["kept_macs"]
         assert effort[method] == pytest.approx(share * dense["training_macs"])
     assert effort["masked"] == dense["training_macs"] < effort["three_stage"]
 
 
+@pytest.mark.slow
+def test_comparison_of_trained_networks(tmp_path):
+    few = *TINY, "--epochs=2", "--steps=6", f"--dense_dir={tmp_path}/dense"
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(COMPARISON, *few, "--methods=dense", f"--results_dir={tmp_path}/none")
+    assert "--train_dense" in failed.value.stderr
+    run(COMPARISON, *few, "--train_dense")
+    names = {
+        *("as_trained", "dense", "dense+teacher", "random_inside", "l1_even", "narrow"),
+        *("l1_even+teacher", "l1_even+late", "fisher_per_cost", "taylor_inside", "static"),
+    }
+    wanted = f"--methods={','.join(sorted(names))}", f"--results_dir={tmp_path}/results"
+    run(COMPARISON, *few, *wanted)
+    results = compared(tmp_path / "results")
+    assert set(results) == names
+    trained = json.loads((tmp_path / "dense" / "resnet8_s0.json").read_text())
+    assert results["as_trained"]["test"] == pytest.approx(trained["test"])
+    effort = {name: r["training_macs"] for name, r in results.items()}
+    spent, full = effort["as_trained"], effort["dense"]  # 8 steps, and 6 more
+    assert full == pytest.approx(spent * 14 / 8)
+    assert effort["dense+teacher"] == pytest.approx(full + spent * 6 / 8 / 3)
+    for name in ("l1_even", "fisher_per_cost", "random_inside"):
+        assert effort[name] == pytest.approx(spent + (full - spent) / 2, rel=0.02)
+    assert effort["l1_even"] < effort["l1_even+late"] < full
+    before = next((tmp_path / "results").iterdir()).read_text()
+    run(COMPARISON, *few, *wanted)  # repeats nothing
+    assert next((tmp_path / "results").iterdir()).read_text() == before
+
+
 def packed(path, **images):
-    """A file as `packed.py` writes it, of noise."""
+    """A file as `packed_data.py` writes it, of noise."""
     from PIL import Image
 
     rng, arrays = np.random.default_rng(0), {}
@@ -116,29 +254,25 @@ def packed(path, **images):
 def test_comparison_on_jax_without_tensorflow(tmp_path):
     packed(tmp_path / "data.npz", train=128, test=50)
     arguments = (
-        *("--model=resnet8", "--width=8", "--image_size=8", "--epochs=5", "--batch_size=64"),
-        *("--train_images=128", "--test_images=50", "--seeds=0", "--measure=macs"),
-        *("--methods=dense,static,l1", f"--packed={tmp_path}/data.npz"),
+        *("--regime=scratch", "--model=resnet8", "--width=8", "--image_size=8", "--epochs=5"),
+        *("--batch_size=64", "--train_images=128", "--evaluation_images=50", "--seeds=0"),
+        *("--measure=macs", "--methods=dense,static,l1_even", f"--packed={tmp_path}/data.npz"),
         *(f"--results_dir={tmp_path}/results", f"--models_dir={tmp_path}/models"),
     )
-
-    def results():
-        found = map(json.loads, map(Path.read_text, (tmp_path / "results").glob("*.json")))
-        return {r["method"]: r for r in found}
-
-    script = EXAMPLES / "benchmarks/compare.py"
+    script = EXAMPLES / COMPARISON
     command = [sys.executable, "-c", ALONE, "tensorflow", script, *arguments]
-    on_jax = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(script.parent)}
+    path = [str(script.parent), os.environ.get("PYTHONPATH", "")]
+    on_jax = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.pathsep.join(path)}
     subprocess.run(command, check=True, capture_output=True, env=on_jax)
-    trained = results()
+    trained = compared(tmp_path / "results")
     full = trained["dense"]["training_macs"]
-    for method in ("static", "l1"):
+    for method in ("static", "l1_even"):
         kept = trained[method]["kept_macs"]
         assert kept == pytest.approx(0.5, abs=0.02)
         assert trained[method]["training_macs"] == pytest.approx((0.4 + 0.6 * kept) * full)
     assert all("tflite_bytes" not in r for r in trained.values())
-    run("benchmarks/compare.py", *arguments)  # measures the files, trains nothing
-    for method, result in results().items():
+    run(COMPARISON, *arguments, "--tflite")  # measures the files, trains nothing
+    for method, result in compared(tmp_path / "results").items():
         sizes = result.pop("tflite_bytes"), result.pop("tflite_latency_ratio")
         assert min(sizes) > 0
         assert result == trained[method]

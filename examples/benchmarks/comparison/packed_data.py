@@ -1,7 +1,7 @@
 """CIFAR-10 as one file of 18 MB, for machines without tensorflow-datasets.
 
-    python examples/benchmarks/packed.py --data_dir=FOLDER --output=cifar10.npz
-    python examples/benchmarks/compare.py --packed=cifar10.npz ...
+    python examples/benchmarks/comparison/packed_data.py --data_dir=FOLDER --output=cifar10.npz
+    python examples/benchmarks/comparison/run.py --packed=cifar10.npz ...
 
 The images stay as they are encoded in the dataset (PNG, or JPEG in a folder prepared so); one
 after the other, they are compressed once more.

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from absl import app, flags
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import methods
 import reporting
 import results
 
+BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
 PAGE = BENCHMARKS.parents[1] / "docs" / "comparison.md"
 MARKERS = "<!-- results: begin -->\n", "<!-- results: end -->\n"
@@ -39,10 +39,12 @@ NAMED = ("width", "image_size", "train_images", "epochs", "steps", "fit_rate")  
 
 
 def table(runs):
-    """Columns and rows of the runs of one training and target; columns without a value are left
-    out. One row per method and options of it, in the order of `methods.METHODS`."""
-    ordered = sorted(runs, key=lambda r: _place(r["method"]))
-    alike = [own for _, own in results.grouped(ordered, ("method", *results.OPTIONS))]
+    """Columns and rows of the runs of one training and target.
+
+    One row per method and options of it, in the order of `methods.METHODS`; columns in which
+    nothing would stand are left out.
+    """
+    alike = [own for _, own in results.grouped(runs, ("method", *results.OPTIONS))]
     alike.sort(key=lambda own: _place(own[0]["method"]))
     controls = {c: [r for r in runs if r["method"] == c] for c in CONTROLS}
     columns = _columns(controls)
@@ -62,8 +64,8 @@ def _columns(controls):
     for key, where in IMAGES.items():
         columns[f"{where}, %"] = lambda own, key=key: _accuracy(own, key)
         for control, others in controls.items():
-            columns[f"{where}: ahead of {control}"] = (
-                lambda own, key=key, others=others: _ahead(own, others, key)
+            columns[f"{where}: ahead of {control}"] = lambda own, key=key, others=others: _ahead(
+                own, others, key
             )
     for title, (key, form) in SHOWN.items():
         columns[title] = lambda own, key=key, form=form: _mean(own, key, form)
@@ -78,14 +80,18 @@ def _accuracy(runs, key):
 
 
 def _ahead(runs, control, key):
-    """The mean difference in points and its 95 % interval; of less than two pairs none."""
+    """The mean difference in points and its 95 % interval, which takes two pairs.
+
+    Says how many pairs there are where some seeds have none.
+    """
     if runs[0]["method"] == (control[0]["method"] if control else ""):
         return ""
     found = results.difference(runs, control, key)
     if found is None:
         return ""
-    mean, half, _ = found
-    return f"{100 * mean:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    mean, half, pairs = found
+    text = f"{100 * mean:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    return text + ("" if pairs == len(runs) else f" ({pairs} of {len(runs)} seeds)")
 
 
 def _mean(runs, key, form):
@@ -143,9 +149,9 @@ def _described(runs):
 
 
 def _trainings(runs):
-    """Pairs of a training and its runs; those of which something was removed. Trained ones first."""
+    """Pairs of a training and its runs, if something was removed; trained networks first."""
     pairs = results.grouped(runs, results.TRAINING)
-    pruned = [(t, own) for t, own in pairs if _targets(own)]
+    pruned = [(training, own) for training, own in pairs if _targets(own)]
     return sorted(pruned, key=lambda pair: pair[0]["regime"] != "trained")
 
 
@@ -178,11 +184,11 @@ def _command(setting):
 
 
 def _picture(training):
-    words = [training["regime"], training["model"]]
-    words += [f"w{training['width']}"] if training["width"] else []
+    words = ["compare"] + (["trained"] if training["regime"] == "trained" else [])
+    words += [training["model"]] + ([f"w{training['width']}"] if training["width"] else [])
     words += [f"{training['image_size']}px", training["train_images"], f"e{training['epochs']}"]
     words += [f"steps{training['steps']}"] if training["steps"] else []
-    return f"images/compare_{'_'.join(map(str, words))}.png"
+    return f"images/{'_'.join(map(str, words))}.png"
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ def draw_ahead(runs, title):
         panel.set_title(_removed(target), fontsize="medium")
         panel.set_xlabel(f"points ahead of {control} on the same seeds")
     panels[0].legend(loc="lower right")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title.replace(", trained", ",\ntrained"), fontsize="medium")
     return figure
 
 
@@ -276,7 +282,7 @@ def _draw_target(panel, runs, control):
     known = [n for n in rows if found["held_out"][n]]
     ordered = sorted(known, key=lambda n: found["held_out"][n][0])
     for i, (key, label) in enumerate(IMAGES.items()):
-        means, halves = zip(*((found[key][n][0], found[key][n][1] or 0) for n in ordered))
+        means, halves = ([found[key][n][j] or 0 for n in ordered] for j in (0, 1))
         places = [place + 0.2 * (0.5 - i) for place in range(len(ordered))]
         bars = {"fmt": "o", "ms": 4, "capsize": 2, "label": label}
         panel.errorbar([100 * m for m in means], places, xerr=[100 * h for h in halves], **bars)

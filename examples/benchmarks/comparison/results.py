@@ -93,7 +93,9 @@ def difference(runs, control, key):
         None without a pair.
     """
     known = {r["seed"]: r[key] for r in control if r.get(key) is not None}
-    pairs = [r[key] - known[r["seed"]] for r in runs if r.get(key) is not None and r["seed"] in known]
+    pairs = [
+        r[key] - known[r["seed"]] for r in runs if r.get(key) is not None and r["seed"] in known
+    ]
     if not pairs:
         return None
     half = _half_interval(np.array(pairs)) if len(pairs) > 1 else None
