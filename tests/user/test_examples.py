@@ -211,6 +211,9 @@ def test_comparison_of_trained_networks(tmp_path):
         run(COMPARISON, *few, "--methods=dense", f"--results_dir={tmp_path}/none")
     assert "--train_dense" in failed.value.stderr
     run(COMPARISON, *few, "--train_dense")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(COMPARISON, *few, "--epochs=3", "--methods=dense", f"--results_dir={tmp_path}/none")
+    assert "'epochs': 2" in failed.value.stderr
     names = {
         *("as_trained", "dense", "dense+teacher", "random_inside", "l1_even", "narrow"),
         *("l1_even+teacher", "l1_even+late", "fisher_per_cost", "taylor_inside", "static"),

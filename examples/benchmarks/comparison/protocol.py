@@ -27,6 +27,17 @@ import keras_polar
 
 HELD_OUT = 10_000  # the last of the training images: no run trains on them
 SAMPLE = 512  # training images that a criterion of activations may look at
+# What a dense network depends on.
+OF_DENSE = (
+    "model",
+    "width",
+    "image_size",
+    "train_images",
+    "batch_size",
+    "epochs",
+    "learning_rate",
+    "weight_decay",
+)
 TEMPERATURE, OF_LABELS = 4.0, 0.1  # of a teacher's logits; the labels' share in the loss beside it
 
 ON_JAX = keras.backend.backend() == "jax"
@@ -267,6 +278,7 @@ class Run:
                 f"{path}: no trained dense network. Train it first: run.py --train_dense with "
                 "the same --model, --seeds and --dense_dir."
             )
+        _check_recipe(self.setting, path)
         network = keras.saving.load_model(path, compile=False)
         if not self.macs:
             self.macs = self._of_training(network, self.setting.dense_steps)
@@ -308,6 +320,18 @@ class Run:
             macs += keras_polar.cost(self.teacher).macs
         images = self.setting.train_images / self.setting.steps_per_epoch
         return round(macs * steps * images)
+
+
+def _check_recipe(setting, path):
+    """Whether a dense network was trained as the setting says."""
+    trained = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    wanted = dataclasses.asdict(setting)
+    other = {k: trained[k] for k in OF_DENSE if trained[k] != wanted[k]}
+    if other:
+        raise ValueError(
+            f"{path} was trained with {other}, the setting has { ({k: wanted[k] for k in other}) }. "
+            "Give another --dense_dir, or the flags that it was trained with."
+        )
 
 
 def compile_classifier(model, rate):

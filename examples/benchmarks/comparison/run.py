@@ -179,8 +179,9 @@ def main(argv):
     if options.list:
         print("".join(f"{name}: {row.what}\n" for name, row in methods.METHODS.items()))
         return print("".join(f"+{name}: {what}\n" for name, what in methods.OPTIONS.items()))
-    if options.fake_data and not options["results_dir"].present:
-        raise app.UsageError("--fake_data leaves no real results: give another --results_dir.")
+    leaves = "dense_dir" if options.train_dense else "results_dir"
+    if options.fake_data and not options[leaves].present:
+        raise app.UsageError(f"--fake_data leaves nothing real: give another --{leaves}.")
     setting = setting_of(options)
     data = protocol.load(
         setting, options.data_dir, options.packed, options.fake_data, options.evaluation_images
