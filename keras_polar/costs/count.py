@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from keras_polar.coupling.coupling import Coupling, rules_of
 from keras_polar.rules import Rule, Site, Term
-from keras_polar.rules.rule import weight_terms
+from keras_polar.rules.call_site import weight_terms
 from keras_polar.tables import table_html, table_text
 
 COUNTED = ("weights", "macs", "units")

@@ -23,9 +23,9 @@ import numpy as np
 from keras_polar.costs.polynomial import BLOCK, in_blocks
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.ir import Ref, refs_in
-from keras_polar.rules import Site, Term, rule_for
+from keras_polar.rules import Site, Term
+from keras_polar.rules.call_site import line, sizes
 from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.rule import line, sizes
 
 LEVELS = 4  # widths that are timed, of the inputs and of the outputs
 _STEP = 8  # they are multiples of it
@@ -121,7 +121,7 @@ def fused(coupling: Coupling) -> list[Fused]:
     ends: dict[int, list[int]] = {}  # tensor -> the chain that a follower would join
     for i, site in enumerate(coupling.sites):
         own = set(site.call.inputs)
-        chain = ends.get(next(iter(own))) if len(own) == 1 and rule_for(site.op).fuses else None
+        chain = ends.get(next(iter(own))) if len(own) == 1 and site.rule.fuses else None
         if chain is None:
             chain = []
             chains.append(chain)

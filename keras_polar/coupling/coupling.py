@@ -18,8 +18,8 @@ import numpy as np
 
 from keras_polar.graph.ir import Graph, refs_in
 from keras_polar.rules import Rule, Site, rule_for
+from keras_polar.rules.call_site import set_rows, sizes
 from keras_polar.rules.ids import Forest, Ids, Units, along, as_view, compact, nobody
-from keras_polar.rules.rule import set_rows, sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,9 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     for call in graph.calls:
         # Calls of a layer without weights are nothing to each other.
         axes = shared.setdefault(id(call.op), {}) if getattr(call.op, "weights", ()) else {}
-        site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
+        site = Site(
+            call, graph.specs, units, [ids[i] for i in call.inputs], axes, rule_for(call.op)
+        )
         site.outputs = [as_view(ids) for ids in _followed(site)]
         ids.update(zip(call.outputs, site.outputs, strict=True))
         rows.update(dict.fromkeys(call.outputs, set_rows(site, [rows[i] for i in call.inputs])))
@@ -116,7 +118,7 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
 def _followed(site: Site) -> list[Ids]:
     """What the rule says; all of a call's units stay if it does not fit the tensors' shapes."""
     try:
-        return rule_for(site.op).flow(site)
+        return site.rule.flow(site)
     except (IndexError, TypeError, ValueError) as error:
         site.reads, site.produces = [], []
         why = f"units cannot be followed through it: {error}"
@@ -315,4 +317,4 @@ def off_batch(coupling: Coupling) -> set[int]:
 
 def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:
     """Every call with its rule."""
-    return [(site, rule_for(site.op)) for site in coupling.sites]
+    return [(site, site.rule) for site in coupling.sites]

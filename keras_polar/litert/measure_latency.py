@@ -25,7 +25,7 @@ from keras_polar.litert.float32_twin import is_float32, twin
 from keras_polar.litert.runtime import check_positive
 from keras_polar.litert.split_model import convert_each
 from keras_polar.rules import read
-from keras_polar.rules.rule import sizes
+from keras_polar.rules.call_site import sizes
 from keras_polar.surgery.convert import Cutter
 
 _WARM_UP = 5  # runs before the clock is read

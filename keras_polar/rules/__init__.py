@@ -1,6 +1,7 @@
 """The rules: all that the library knows about each operation. Importing it registers them."""
 
 from keras_polar.rules import (  # noqa: F401
+    activations,
     applications,
     attention,
     custom,
@@ -12,9 +13,12 @@ from keras_polar.rules import (  # noqa: F401
     movement,
     pooling_norm,
     recurrent,
+    reductions,
     wrappers,
 )
 from keras_polar.rules import unprunable as _unprunable  # noqa: F401  (last: only what has no rule)
-from keras_polar.rules.rule import Kept, Rule, Site, Term, is_unknown, read, rule_for
+from keras_polar.rules.call_site import Site
+from keras_polar.rules.registry import is_unknown, read, rule_for
+from keras_polar.rules.rule import Kept, Rule, Term
 
 __all__ = ["Kept", "Rule", "Site", "Term", "is_unknown", "read", "rule_for"]

@@ -8,9 +8,11 @@ from typing import Any
 
 from keras_polar.graph.ir import Call
 from keras_polar.graph.keras_private import CustomScaleLayer, LayerScale, StochasticDepth
+from keras_polar.rules.call_site import Site
 from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
 from keras_polar.rules.ids import Ids
-from keras_polar.rules.rule import Kept, Rule, Site, add
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule
 
 
 class LayerScaleRule(Rule):

@@ -7,8 +7,10 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_polar.rules.call_site import Site, sizes
 from keras_polar.rules.ids import along, nobody
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add, sizes
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule, Term
 
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")
 

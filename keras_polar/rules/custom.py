@@ -16,21 +16,11 @@ from keras_polar.graph.ir import Call, Ref, Spec, fill, refs_in
 from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
 from keras_polar.graph.symbolic.merge import Opened
 from keras_polar.graph.symbolic.record import CannotOpen, tensors_in
+from keras_polar.rules.call_site import Site, fixed_term, line, set_rows, sizes
 from keras_polar.rules.elementwise import MergeRule
 from keras_polar.rules.ids import Ids, Units, along, nobody, varies
-from keras_polar.rules.rule import (
-    Kept,
-    PinRule,
-    Rule,
-    Site,
-    Term,
-    add,
-    fixed_term,
-    line,
-    rule_for,
-    set_rows,
-    sizes,
-)
+from keras_polar.rules.registry import add, rule_for
+from keras_polar.rules.rule import Kept, PinRule, Rule, Term
 
 
 class TracedRule(Rule):
@@ -107,7 +97,7 @@ def traced_macs(site: Site) -> list[Term] | None:
     try:
         leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
         run = trace_leaf(leaf, leaf, {}, False if site.op._call_has_training_arg else None)
-        twin = Site(site.call, site.specs, Units(), site.inputs, {})
+        twin = Site(site.call, site.specs, Units(), site.inputs, {}, site.rule)
         _through(twin, run, {})
     except (CannotOpen, IndexError, TypeError, ValueError):
         return None
@@ -219,9 +209,8 @@ def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
         before = [rows[id(x)] for x in tensors_in((step.args, step.kwargs))]
         rows.update(dict.fromkeys(map(id, step.outputs), set_rows(inner, before)))
         site.parts.append(inner)
-        rule = rule_for(step.op)
-        outputs = rule.flow(inner)
-        if inner.reads or inner.produces or not _adapts(rule):
+        outputs = inner.rule.flow(inner)
+        if inner.reads or inner.produces or not _adapts(inner.rule):
             for ids in inner.inputs:
                 site.pin(ids, f"computes with its units ({type(step.op).__name__})")
         table.update((id(x), ids) for x, ids in zip(step.outputs, outputs, strict=True))
@@ -251,7 +240,8 @@ def _site(site: Site, step: Any, table: dict) -> _Inner:
     specs = [Spec(tuple(x.shape), x.dtype) for x in tensors]
     specs += [Spec(tuple(s), x.dtype) for s, x in zip(step.shapes, step.outputs, strict=True)]
     call = Call(step.op, step.op.name, site.call.path, args, kwargs, inputs, outputs)
-    return _Inner(call, tuple(specs), site.units, [table[id(x)] for x in tensors], {})
+    ids = [table[id(x)] for x in tensors]
+    return _Inner(call, tuple(specs), site.units, ids, {}, rule_for(step.op))
 
 
 add(TracedRule(), keras.layers.Layer)

@@ -10,23 +10,12 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.elementwise import why_mixing
-from keras_polar.rules.ids import Ids, along, nobody
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add
-
-
-def channel_axis(op: Any) -> int:
-    """Axis of the channels, by the operation's `data_format` (None: Keras' global setting)."""
-    found = getattr(op, "data_format", "channels_last") or keras.config.image_data_format()
-    return 1 if found == "channels_first" else -1
-
-
-def activated(site: Site, ids: Ids) -> list[Ids]:
-    """The ids after the layer's own activation; pinned if that might mix channels."""
-    why = why_mixing(getattr(site.op, "activation", None))
-    if why:
-        site.pin(ids, why)
-    return [ids]
+from keras_polar.rules.activations import activated
+from keras_polar.rules.call_site import Site
+from keras_polar.rules.common import channel_axis, spread
+from keras_polar.rules.ids import Ids, nobody
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule, Term
 
 
 class DenseRule(Rule):
@@ -213,12 +202,6 @@ class DepthwiseKernelRule(KernelRule):
         vector = site.follow("in", axis)
         out = np.repeat(vector, self._kernel(site).shape[-1])
         return [spread(site, site.set_axis("out", out), axis)]
-
-
-def spread(site: Site, vector: Ids, axis: int) -> Ids:
-    """The first output's ids: `vector` along `axis`, constant along all other axes."""
-    shape = site.output_shapes[0]
-    return along(vector, axis % len(shape), shape)
 
 
 add(DenseRule(), layers.Dense)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.dense_conv import activated
+from keras_polar.rules.activations import activated
+from keras_polar.rules.call_site import Site, alone, sizes
 from keras_polar.rules.ids import Ids, along, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add, alone, sizes
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule, Term
 
 
 @dataclass(frozen=True)

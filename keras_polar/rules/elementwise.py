@@ -1,27 +1,17 @@
 """Operations that act on every element alone, on one tensor or on several."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import KerasTensor, activations, layers, tree
+from keras import layers, tree
 
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Call, Ref, refs_in
 from keras_polar.graph.keras_private import op_class
-from keras_polar.graph.symbolic.record import CannotOpen, Step, function_steps
+from keras_polar.rules.call_site import Site, line
 from keras_polar.rules.ids import Ids, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, add, find, line, rule_for
-
-ELEMENTWISE_ACTIVATIONS = frozenset(
-    getattr(activations, name)
-    for name in (
-        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear "
-        "log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus "
-        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
-    ).split()
-)
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule
 
 
 class ElementwiseRule(Rule):
@@ -31,14 +21,6 @@ class ElementwiseRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         return [np.broadcast_to(site.inputs[0], site.output_shapes[0])]
-
-
-class ActivationRule(ElementwiseRule):
-    """Any function: element-wise, or it may mix the units."""
-
-    def flow(self, site: Site) -> list[Ids]:
-        why = why_mixing(site.op.activation)
-        return site.pin_all(why) if why else super().flow(site)
 
 
 class DropoutRule(ElementwiseRule):
@@ -139,49 +121,6 @@ def cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
     return array
 
 
-def why_mixing(activation: Any) -> str:
-    """Why the units before an activation (None, function or layer) stay; "" if they need not."""
-    if activation is None or is_elementwise(activation):
-        return ""
-    name = getattr(activation, "__name__", type(activation).__name__)
-    return f"activation {name!r} is not known to act element by element"
-
-
-def is_elementwise(activation: Any) -> bool:
-    """Whether an activation (function or layer) is known to act on each element alone."""
-    if isinstance(activation, layers.Activation):
-        return is_elementwise(activation.activation)
-    if isinstance(activation, layers.Layer):
-        return isinstance(find(type(activation)), ElementwiseRule)
-    return activation in ELEMENTWISE_ACTIVATIONS or acts_elementwise(activation)
-
-
-@functools.lru_cache(maxsize=256)
-def acts_elementwise(function: Callable) -> bool:
-    """Whether a function of one tensor consists of element-wise operations and scalars.
-
-    The scalars have to be the same for any number of units.
-    """
-    try:
-        runs = [function_steps(function, units) for units in (5, 7)]
-    except CannotOpen:
-        return False
-    return _scalars(runs[0]) == _scalars(runs[1]) and all(map(_is_elementwise, runs[0]))
-
-
-def _scalars(steps: list[Step]) -> list:
-    flat = tree.flatten([(step.args, step.kwargs) for step in steps])
-    return [x for x in flat if isinstance(x, (int, float))]
-
-
-def _is_elementwise(step: Step) -> bool:
-    rule, flat = rule_for(step.op), tree.flatten((step.args, step.kwargs))
-    constants = [x for x in flat if hasattr(x, "shape") and not isinstance(x, KerasTensor)]
-    if type(rule) in (MergeRule, SumRule):
-        return all(np.size(x) == 1 for x in constants)
-    return type(rule) is ElementwiseRule and not constants
-
-
 class MergeLayerRule(MergeRule):
     """The merge layers line up tensors of different ranks in a way of their own: pinned."""
 
@@ -255,7 +194,6 @@ _MERGE = (
     "Where BinaryCrossentropy"
 ).split()
 
-add(ActivationRule(), layers.Activation)
 add(DropoutRule(), layers.Dropout, layers.AlphaDropout)
 add(
     ElementwiseRule(),

@@ -5,8 +5,10 @@ from typing import Any
 
 from keras import layers
 
+from keras_polar.rules.call_site import Site
 from keras_polar.rules.ids import Ids, nobody
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule, Term
 
 
 class EmbeddingRule(Rule):

@@ -15,8 +15,10 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
+from keras_polar.rules.call_site import Site
 from keras_polar.rules.ids import Ids, along, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule, Term
 
 Labels = tuple[tuple, ...]  # one tuple of labels per operand, then one for the result
 

@@ -10,8 +10,10 @@ from keras import layers, tree
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
+from keras_polar.rules.call_site import Site, line, sizes
 from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.rule import Kept, Rule, Site, add, line, sizes
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule
 
 
 class MoveRule(Rule):

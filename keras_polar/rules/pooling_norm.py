@@ -9,9 +9,11 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.dense_conv import channel_axis, spread
+from keras_polar.rules.call_site import Site
+from keras_polar.rules.common import axes_of, channel_axis, spread, widest
 from keras_polar.rules.ids import Ids, along, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, add
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule
 
 
 class SpatialRule(Rule):
@@ -92,7 +94,7 @@ class AlongRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         ids, *others = site.inputs
-        axes = _axes(self.axes(site.op, ids.ndim), ids.ndim)
+        axes = axes_of(self.axes(site.op, ids.ndim), ids.ndim)
         if 0 in axes or any(len(s) != ids.ndim for s in site.output_shapes):
             return site.pin_all("mixes samples or changes the number of axes")
         one = None if others else site.tie_along(ids, axes)
@@ -113,10 +115,10 @@ class UnitNormRule(Rule):
 
     def flow(self, site: Site) -> list[Ids]:
         (ids,) = site.inputs
-        axes = _axes(site.op.axis, ids.ndim)
+        axes = axes_of(site.op.axis, ids.ndim)
         if 0 in axes or getattr(site.op, "order", 2) <= 0:
             return site.pin_all("normalises over the batch, or by a norm to which zeros add")
-        axis = _widest(ids, axes)
+        axis = widest(ids, axes)
         if axis is None:
             return [ids]
         return [along(site.read("in", axis), axis, ids.shape)]
@@ -194,106 +196,6 @@ class MaskingRule(Rule):
         return site.pin_all("masks by the values of all units") if varies(ids, -1) else [ids]
 
 
-class ReduceRule(Rule):
-    """`ops.mean` and the like: over axes without units they act channel by channel.
-
-    A sum over the units reads them (a closed one adds zero); a mean or maximum over them would
-    change when one is cut, so that they stay. Of units on several axes those go together that
-    are reduced to one element.
-    """
-
-    def flow(self, site: Site) -> list[Ids]:
-        if len(site.inputs) > 1:
-            return site.pin_all("has arguments that are computed")
-        (ids,) = site.inputs
-        axes = _axes(_given_axes(site.op), ids.ndim)
-        if 0 in axes:
-            return site.pin_all("reduces over the batch")
-        left = [n for i, n in enumerate(ids.shape) if i not in axes]
-        keepdims = getattr(site.op, "keepdims", False)
-        if any(len(s) != (ids.ndim if keepdims else len(left)) for s in site.output_shapes):
-            return site.pin_all("units cannot be followed through it")
-        one = None if self._reads(site, axes) else site.tie_along(ids, axes)
-        if one is None:
-            self._over_units(site, axes)
-            return [nobody(shape) for shape in site.output_shapes]
-        reduced = one if keepdims else one.reshape(left)
-        return [np.broadcast_to(reduced, shape) for shape in site.output_shapes]
-
-    def _reads(self, site: Site, axes: set) -> bool:
-        """Whether to read the units on the reduced axes rather than let others pass."""
-        return False
-
-    def _over_units(self, site: Site, axes: set) -> None:
-        site.pin(site.inputs[0], "reduces over the units")
-
-
-class SumRule(ReduceRule):
-    """A sum over the units reads them: a closed one adds zero.
-
-    Of units on several axes those are free that leave more to choose from.
-    """
-
-    def _reads(self, site: Site, axes: set) -> bool:
-        number = _units_on(site.inputs[0])
-        return max(number[a] for a in axes) > max(n for a, n in enumerate(number) if a not in axes)
-
-    def _over_units(self, site: Site, axes: set) -> None:
-        site.read("in", max(axes, key=_units_on(site.inputs[0]).__getitem__))
-
-
-class NormRule(SumRule):
-    """`ops.norm`: as a sum if zeros add nothing to that norm."""
-
-    def _reads(self, site: Site, axes: set) -> bool:
-        return _ignores_zeros(site.op) and super()._reads(site, axes)
-
-    def _over_units(self, site: Site, axes: set) -> None:
-        if _ignores_zeros(site.op):
-            super()._over_units(site, axes)
-        else:
-            site.pin(site.inputs[0], "takes a norm over the units to which zeros add")
-
-
-def _ignores_zeros(op: Any) -> bool:
-    return op.ord in (None, "fro", 1, 2, np.inf)
-
-
-class AverageRule(ReduceRule):
-    """`ops.average`, weighted or not: constant weights for one axis only."""
-
-    def flow(self, site: Site) -> list[Ids]:
-        weights = [*site.call.args[1:], *site.call.kwargs.values()]
-        if any(w is not None and len(np.shape(to_numpy(w))) > 1 for w in weights if _constant(w)):
-            return site.pin_all("has weights for every element")
-        return super().flow(site)
-
-
-def _constant(value: Any) -> bool:
-    return not isinstance(value, Ref)
-
-
-def _given_axes(op: Any) -> Any:
-    return op.axes if hasattr(op, "axes") else op.axis
-
-
-def _axes(axis: Any, ndim: int) -> set:
-    axes = range(ndim) if axis is None else [axis] if isinstance(axis, int) else axis
-    return {a % ndim for a in axes}
-
-
-def _units_on(ids: Ids) -> list[int]:
-    """For every axis its size if there are units on it, else 0."""
-    return [n if varies(ids, a) else 0 for a, n in enumerate(ids.shape)]
-
-
-def _widest(ids: Ids, axes: set) -> int | None:
-    """Of these axes the one with most units; None if there are units on none of them."""
-    number = _units_on(ids)
-    own = [a for a in sorted(axes) if number[a]]
-    return max(own, key=number.__getitem__, default=None)
-
-
 def _area(size: Any) -> int:
     return size**2 if isinstance(size, int) else int(np.prod(size))
 
@@ -345,18 +247,6 @@ add(BlockRule(lambda op: op.block_size**2, to_depth=True), op_class("SpaceToDept
 add(BlockRule(lambda op: op.block_size**2, to_depth=False), op_class("DepthToSpace"))
 add(BlockRule(lambda op: _area(op.size), to_depth=True), op_class("ExtractPatches"))
 add(GluRule(), op_class("Glu"))
-add(
-    ReduceRule(),
-    *map(
-        op_class,
-        "Mean Max Min Var Std Prod Amax Amin All Ptp Argmax Argmin Logsumexp Median Percentile "
-        "Quantile Nanmax Nanmean Nanmedian Nanmin Nanpercentile Nanprod Nanquantile Nanstd Nanvar "
-        "Nanargmax Nanargmin Moments".split(),
-    ),
-)
-add(AverageRule(), op_class("Average"))
-add(SumRule(), op_class("Sum"), op_class("Nansum"), op_class("Any"), op_class("CountNonzero"))
-add(NormRule(), op_class("Norm"))
 add(
     AlongRule("orders or accumulates the units", lambda op, ndim: op.axis),
     *map(op_class, "Cumsum Cumprod Nancumsum Nancumprod Sort Argsort Argpartition Diff".split()),

@@ -13,9 +13,11 @@ from keras import layers, tree
 
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.keras_private import ConvLSTMCell
-from keras_polar.rules.elementwise import why_mixing
+from keras_polar.rules.activations import why_mixing
+from keras_polar.rules.call_site import Site, sizes
 from keras_polar.rules.ids import along
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add, sizes
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Kept, Rule, Term
 
 # Cell -> how many gates stand side by side in the last axis of its weights.
 GATES = {layers.LSTMCell: 4, layers.GRUCell: 3, layers.SimpleRNNCell: 1}

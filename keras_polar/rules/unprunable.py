@@ -10,7 +10,8 @@ from keras import layers
 
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.custom import TracedPinRule
-from keras_polar.rules.rule import PinRule, add, find
+from keras_polar.rules.registry import add, find
+from keras_polar.rules.rule import PinRule
 
 LAYERS = {
     "is an abstract base class": "Wrapper StackedRNNCells InputLayer",

@@ -9,8 +9,10 @@ from keras import layers
 
 from keras_polar.graph.ir import Call, Ref, Spec
 from keras_polar.graph.keras_private import functional
+from keras_polar.rules.call_site import Site
 from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.rule import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
+from keras_polar.rules.registry import add, is_unknown, rule_for
+from keras_polar.rules.rule import Kept, PinRule, Rule, Term
 
 
 class TimeDistributedRule(Rule):
@@ -20,7 +22,7 @@ class TimeDistributedRule(Rule):
         return not is_unknown(op.layer)
 
     def flow(self, site: Site) -> list[Ids]:
-        (ids, *masks), inner = site.inputs, site.op.layer
+        ids, *masks = site.inputs
         for mask in masks:
             site.pin(mask, "is used as a mask")
         if varies(ids, 1):
@@ -28,7 +30,7 @@ class TimeDistributedRule(Rule):
         step = self._step(site)
         if len(step.output_shapes) != 1:
             return site.pin_all("has several outputs in TimeDistributed")
-        (out,) = rule_for(inner).flow(step)
+        (out,) = step.rule.flow(step)
         site.refused = step.refused
         site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
         site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
@@ -42,7 +44,8 @@ class TimeDistributedRule(Rule):
         ]
         outputs = tuple(range(1, len(specs)))
         call = Call(site.op.layer, site.name, site.call.path, (Ref(0),), {}, (0,), outputs)
-        step = Site(call, tuple(specs), site.units, [site.inputs[0][:, 0]], site.shared_axes)
+        inputs, rule = [site.inputs[0][:, 0]], rule_for(call.op)
+        step = Site(call, tuple(specs), site.units, inputs, site.shared_axes, rule)
         step.axes, step.produces = site.axes, site.produces
         step.outputs = [ids[:, 0] for ids in site.outputs]
         return step
@@ -86,7 +89,9 @@ class SpectralNormalizationRule(PinRule):
 def wrapped(site: Site, layer: Any) -> Site:
     """The same call of another layer, whose units all stay."""
     call = replace(site.call, op=layer)
-    return Site(call, site.specs, site.units, site.inputs, {}, refused=site.refused)
+    return Site(
+        call, site.specs, site.units, site.inputs, {}, rule_for(call.op), refused=site.refused
+    )
 
 
 add(TimeDistributedRule(), layers.TimeDistributed)

@@ -18,9 +18,9 @@ from keras_polar.graph.ir import Call, fill, refs_in, unused
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
-from keras_polar.rules import Kept, Site, read, rule_for
+from keras_polar.rules import Kept, Site, read
+from keras_polar.rules.call_site import inner_vector
 from keras_polar.rules.ids import compact, varies
-from keras_polar.rules.rule import inner_vector
 from keras_polar.surgery.certificate import difference, random_inputs
 from keras_polar.surgery.penalties import unmask_penalties
 
@@ -60,7 +60,7 @@ class Cutter:
         if is_new:
             self.made[key] = clone(site.op, self._name(site), **changes)
         op = self.made[key]
-        args, kwargs = rule_for(call.op).arguments(site, self.kept)
+        args, kwargs = site.rule.arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
             self.twins.append((site.op, op))
@@ -130,7 +130,7 @@ def _off(full: Any, small: Any, ids: np.ndarray, kept: Kept) -> float:
 def _changes(site: Site, kept: Kept) -> dict[str, Any]:
     is_cut = any(not kept.all(v) for v in site.axes.values())
     is_cut = is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
-    return rule_for(site.op).config(site, kept) if is_cut else {}
+    return site.rule.config(site, kept) if is_cut else {}
 
 
 def _small(site: Site) -> list[np.ndarray]:
@@ -168,7 +168,7 @@ class Piece:
 
 
 def _copy_cut_weights(site: Site, new: Any, kept: Kept) -> list[Piece]:
-    rule, slices = rule_for(site.op), {}
+    rule, slices = site.rule, {}
     for attribute, names in rule.weights(site.op).items():
         variable = variable_at(site.op, attribute)
         if variable is not None:

@@ -24,7 +24,7 @@ from keras_polar.gates.gate import PACKAGE, Gate, Mask
 from keras_polar.gates.groups import strip, units_of
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Graph
-from keras_polar.rules import Site, read, rule_for
+from keras_polar.rules import Site, read
 from keras_polar.rules.ids import Ids, compact
 
 
@@ -183,7 +183,7 @@ def _wrap(places: _Places, site: Site) -> None:
 
 def _along_axes(site: Site, variable: Any) -> Iterator[Ids]:
     """The ids of the units along each axis of a variable, as arrays of its rank."""
-    for path, names in rule_for(site.op).weights(site.op).items():
+    for path, names in site.rule.weights(site.op).items():
         if variable_at(site.op, path) is variable:
             known = [(i, site.axes[n]) for i, n in enumerate(names) if n in site.axes]
             for axis, ids in known:

@@ -26,7 +26,7 @@ from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.litert.measure_latency import latency_table as measure_latency
 from keras_polar.rules import Site, Term, read
-from keras_polar.rules.rule import inner_vector, line
+from keras_polar.rules.call_site import inner_vector, line
 from keras_polar.selection.select import Budget
 from keras_polar.training.gate_specs import (
     Target,

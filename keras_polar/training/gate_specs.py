@@ -11,7 +11,7 @@ from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.branches import Block, find_blocks
 from keras_polar.coupling.coupling import Coupling, Group, off_batch, sites_of
 from keras_polar.rules import Site, Term
-from keras_polar.rules.rule import inner_vector, line
+from keras_polar.rules.call_site import inner_vector, line
 from keras_polar.selection.select import Budget, ranking, settle
 
 # Unless it is said otherwise, this part of the share that is to remain stays in every group.

@@ -17,7 +17,7 @@ from keras_polar.graph.ir import fill, refs_in
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.trace import trace
 from keras_polar.rules import read
-from keras_polar.rules.rule import _REGISTRY, find
+from keras_polar.rules.registry import _REGISTRY, find
 from keras_polar.surgery.certificate import random_inputs
 
 # Keras says so of a Flatten behind a Masking.

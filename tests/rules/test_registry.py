@@ -7,7 +7,8 @@ import pytest
 
 from keras_polar import inspect as inspect_model
 from keras_polar.graph.keras_private import OP_MODULES
-from keras_polar.rules.rule import PinRule, find
+from keras_polar.rules.registry import find
+from keras_polar.rules.rule import PinRule
 from keras_polar.rules.unprunable import PINNED
 
 
