@@ -20,7 +20,8 @@ from keras_polar.litert import (
 )
 from keras_polar.rules import Rule
 from keras_polar.rules.registry import register
-from keras_polar.surgery.convert import convert, remove
+from keras_polar.surgery.convert import convert
+from keras_polar.surgery.remove import remove
 from keras_polar.training.apply import apply
 from keras_polar.training.model import GatedModel
 

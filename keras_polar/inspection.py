@@ -8,10 +8,11 @@ from typing import Any
 from keras_polar.costs.count import Cost, counted
 from keras_polar.costs.polynomial import polynomial
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
-from keras_polar.gates.groups import is_gated, stripped
-from keras_polar.rules import is_unknown, read
+from keras_polar.gates.groups import is_gated
+from keras_polar.rules import is_unknown, trace_model
+from keras_polar.surgery.strip import stripped
 from keras_polar.tables import table_html, table_text
-from keras_polar.training.gate_specs import blocks_of
+from keras_polar.training.gate_specs import branches_of
 
 
 def cost(model: Any) -> Cost:
@@ -36,7 +37,7 @@ def cost(model: Any) -> Cost:
 
 
 def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
-    return couple(stripped(model) if is_gated(model) else read(model), ignore)
+    return couple(stripped(model) if is_gated(model) else trace_model(model), ignore)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
     found = counted(coupling)
     rows = _layer_rows(coupling, _shares(found))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
-    branches = tuple(block.layers for block in blocks_of(coupling, ignore))
+    branches = tuple(block.layers for block in branches_of(coupling, ignore))
     return Inspection(model.name, tuple(rows), shares[0], shares[1], branches, found.unknown)
 
 

@@ -64,9 +64,9 @@ import reporting
 import keras_polar
 from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import couple
-from keras_polar.rules import read
-from keras_polar.selection.select import settle
-from keras_polar.training.gate_specs import budget_of
+from keras_polar.rules import trace_model
+from keras_polar.selection.budget import budget_of
+from keras_polar.selection.select import select_units
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
@@ -160,8 +160,8 @@ class Setting:
 
     def effort(self, kept):
         """Training MACs over the dense run's, if a share `kept` of the MACs trains once settled."""
-        settle = self.course.settle
-        return settle + (1 - settle) * kept
+        select_units = self.course.settle
+        return select_units + (1 - select_units) * kept
 
     def build(self, width=None):
         """The dense network, or one of another width."""
@@ -348,12 +348,12 @@ def cut_gradually(trainer, setting, *, scores):
 
 
 def _cut(model, sparsity, trainer, scores, shares="even"):
-    coupling = couple(read(model))
+    coupling = couple(trace_model(model))
     ranked = [_group_scores(model, coupling, g, scores, trainer) for g in coupling.groups]
     budget = _budget(coupling, sparsity, trainer.setting.measure)
     if shares == "even":
         ranked = [(np.argsort(np.argsort(r)) + 0.5) / len(r) for r in ranked]
-    masks = settle(ranked, budget)
+    masks = select_units(ranked, budget)
     goes = {g.layers[0]: g.members[~mask] for g, mask in zip(coupling.groups, masks, strict=True)}
     return keras_polar.remove(model, goes)
 

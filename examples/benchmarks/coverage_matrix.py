@@ -135,10 +135,10 @@ def predicted(model, gated) -> int:
     """Weights of the converted model, from the cost polynomial of the original one."""
     from keras_polar.costs.polynomial import polynomial
     from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import read
+    from keras_polar.rules import trace_model
 
     counts = [int(group.mask.sum()) for group in gated.groups]
-    return polynomial(couple(read(model)), "weights")(counts)
+    return polynomial(couple(trace_model(model)), "weights")(counts)
 
 
 def pins(found) -> list[list]:

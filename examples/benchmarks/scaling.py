@@ -84,13 +84,13 @@ def measure(build: Callable) -> dict:
 
     import keras_polar
     from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import read
+    from keras_polar.rules import trace_model
 
     sys.setrecursionlimit(100_000)  # Keras walks a model recursively, one frame per layer in a row
     keras_polar.apply(keras.Sequential([keras.Input((2,)), *dense(3)]), 0.1)  # first use is slow
     model, built = timed(build)
     own = peak_memory()
-    coupling, couple_s = timed(lambda: couple(read(model)))
+    coupling, couple_s = timed(lambda: couple(trace_model(model)))
     row = {
         "calls": len(coupling.graph.calls),
         "units": len(coupling.roots),

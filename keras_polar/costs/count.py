@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from keras_polar.coupling.coupling import Coupling, rules_of
-from keras_polar.rules import Rule, Site, Term
+from keras_polar.rules import CallSite, CostTerm, Rule
 from keras_polar.rules.call_site import weight_terms
 from keras_polar.tables import table_html, table_text
 
 COUNTED = ("weights", "macs", "units")
 
 
-def terms(coupling: Coupling) -> list[tuple[int, Term]]:
+def terms(coupling: Coupling) -> list[tuple[int, CostTerm]]:
     """Every cost term of a graph, with its call; weights and units of a shared layer once."""
     seen: set[int] = set()
     found = []
@@ -22,12 +22,12 @@ def terms(coupling: Coupling) -> list[tuple[int, Term]]:
     return found
 
 
-def site_terms(site: Site, rule: Rule, first_call: bool = True) -> list[Term]:
+def site_terms(site: CallSite, rule: Rule, first_call: bool = True) -> list[CostTerm]:
     """The cost terms of one call."""
     own = []
     if first_call:
         own += weight_terms(site, rule.weights(site.op))
-        own += [Term((site.axes[p],), units=1) for p in site.produces]
+        own += [CostTerm((site.axes[p],), units=1) for p in site.produces]
     return own + (site.macs or [])
 
 
@@ -84,7 +84,7 @@ def counted(coupling: Coupling) -> Cost:
     return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows), unknown=unknown)
 
 
-def unknown_macs(coupling: Coupling) -> dict[str, Site]:
+def unknown_macs(coupling: Coupling) -> dict[str, CallSite]:
     """The layers whose multiply-accumulates are not known, by name."""
     return {s.name: s for s in coupling.sites if s.macs is None}
 
@@ -96,7 +96,7 @@ def sizes_known(coupling: Coupling) -> bool:
     return all(None not in coupling.graph.specs[i].shape[1:] for i in tensors)
 
 
-def _row(site: Site, own: list[Term]) -> CostRow:
+def _row(site: CallSite, own: list[CostTerm]) -> CostRow:
     def total(measure: str) -> int:
         return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
 

@@ -20,11 +20,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.costs.polynomial import BLOCK, in_blocks
+from keras_polar.costs.polynomial import TILE, in_tiles
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.ir import Ref, refs_in
-from keras_polar.rules import Site, Term
-from keras_polar.rules.call_site import line, sizes
+from keras_polar.rules import CallSite, CostTerm
+from keras_polar.rules.call_site import ids_along, sizes
 from keras_polar.rules.ids import Ids, varies
 
 LEVELS = 4  # widths that are timed, of the inputs and of the outputs
@@ -50,7 +50,7 @@ class Fused:
     outputs: tuple[int, ...]
 
     @property
-    def sites(self) -> list[Site]:
+    def sites(self) -> list[CallSite]:
         return [self.coupling.sites[i] for i in self.calls]
 
     @property
@@ -58,7 +58,7 @@ class Fused:
         return self.sites[0].name
 
     @cached_property
-    def parts(self) -> list[list[Term]]:
+    def parts(self) -> list[list[CostTerm]]:
         """What its sizes are sums of, as terms in `macs`; see `sizes`."""
         first, last = self.sites[0], self.sites[-1]
         places = ((first.call.inputs.index(t), t) for t in self.inputs)
@@ -139,32 +139,32 @@ def _piece(coupling: Coupling, chain: list[int]) -> Fused:
 # --- sizes -----------------------------------------------------------------------------------
 
 
-def _elements(coupling: Coupling, tensor: int, ids: Ids) -> Term:
+def _elements(coupling: Coupling, tensor: int, ids: Ids) -> CostTerm:
     """How many elements a tensor has: its units along one axis times all others."""
     total = math.prod(sizes(coupling.graph.specs[tensor].shape))
     for axis in range(ids.ndim):
-        if varies(ids, axis) and _groups_in(coupling, [line(ids, axis)]):
-            return Term((line(ids, axis),), macs=total // ids.shape[axis])
-    return Term((), macs=total)
+        if varies(ids, axis) and _groups_in(coupling, [ids_along(ids, axis)]):
+            return CostTerm((ids_along(ids, axis),), macs=total // ids.shape[axis])
+    return CostTerm((), macs=total)
 
 
-def _blocked(term: Term, made: list[Ids]) -> Term:
+def _blocked(term: CostTerm, made: list[Ids]) -> CostTerm:
     """The term with the units that a piece makes counted in blocks."""
     factors = enumerate(term.factors)
     blocks = tuple(i for i, f in factors if any(np.array_equal(f, own) for own in made))
     return replace(term, blocks=blocks)
 
 
-def _value(term: Term, flags: np.ndarray) -> int:
+def _value(term: CostTerm, flags: np.ndarray) -> int:
     counts = [int(np.sum((v < 0) | flags[v])) for v in term.factors]
-    each = (in_blocks(n) if i in term.blocks else n for i, n in enumerate(counts))
+    each = (in_tiles(n) if i in term.blocks else n for i, n in enumerate(counts))
     return term.macs * math.prod(each)
 
 
 def _groups_in(coupling: Coupling, arrays: Iterable[Ids]) -> list[int]:
     found: dict[int, None] = {}
     for ids in arrays:
-        lines = [line(ids, axis) for axis in range(ids.ndim)]
+        lines = [ids_along(ids, axis) for axis in range(ids.ndim)]
         vector = np.concatenate([np.zeros(0, int), *lines])
         found |= dict.fromkeys(np.unique(coupling.group_of[vector[vector >= 0]]).tolist())
     return [g for g in found if g >= 0]
@@ -178,7 +178,7 @@ def _level(coupling: Coupling, group: int, level: int) -> int:
     units = coupling.groups[group].units
     step = _STEP if units > _STEP else 1
     quarter, half = (-(-units // (step * n)) * step for n in (4, 2))
-    half = in_blocks(half) if units > BLOCK else half
+    half = in_tiles(half) if units > TILE else half
     return min(units, (units, half + step, half, quarter)[level])
 
 
@@ -192,7 +192,7 @@ def _flags(coupling: Coupling, counts: dict[int, int]) -> np.ndarray:
 # --- descriptions ----------------------------------------------------------------------------
 
 
-def _described(site: Site) -> list:
+def _described(site: CallSite) -> list:
     """All that tells how long a call takes, as JSON can hold it."""
     op = site.op
     if isinstance(op, keras.layers.Layer):

@@ -20,7 +20,7 @@ import numpy as np
 
 from keras_polar.costs.fusion import Fused, fused
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.rules import Term
+from keras_polar.rules import CostTerm
 
 FORMAT = 1  # of the file
 SIZES = 5  # of a piece, see fusion.py
@@ -108,7 +108,7 @@ class LatencyTable:
         """The table of these operations alone, as far as they are in it."""
         return replace(self, ops={k: self.ops[k] for k in keys if k in self.ops})
 
-    def terms(self, coupling: Coupling) -> list[tuple[int, Term]]:
+    def terms(self, coupling: Coupling) -> list[tuple[int, CostTerm]]:
         """The time of every piece of a graph as cost terms, with the first call of the piece.
 
         Args:
@@ -120,7 +120,7 @@ class LatencyTable:
         """
         return [(p.calls[0], t) for p in fused(coupling) for t in self._piece_terms(p)]
 
-    def _piece_terms(self, piece: Fused) -> list[Term]:
+    def _piece_terms(self, piece: Fused) -> list[CostTerm]:
         if piece.key not in self.ops:
             raise ValueError(
                 f"The table of latencies ({self.device}, {self.runtime}) does not hold layer "
@@ -128,15 +128,15 @@ class LatencyTable:
                 "`keras_polar.latency_table(model).save(path)`, and pass that table."
             )
         constant, *slopes = coefficients(self.ops[piece.key])
-        found = [Term((), latency=round(PICOSECONDS * constant))]
+        found = [CostTerm((), latency=round(PICOSECONDS * constant))]
         for slope, terms in zip(slopes, piece.parts, strict=True):
             found += [_timed(t, slope) for t in terms]
         return found
 
 
-def _timed(term: Term, slope: float) -> Term:
+def _timed(term: CostTerm, slope: float) -> CostTerm:
     latency = round(PICOSECONDS * slope * term.macs)
-    return Term(term.factors, latency=latency, blocks=term.blocks)
+    return CostTerm(term.factors, latency=latency, blocks=term.blocks)
 
 
 def _point(values: Sequence) -> tuple[float, ...]:

@@ -15,19 +15,19 @@ import numpy as np
 from keras import ops
 
 from keras_polar.costs.count import COUNTED, terms
-from keras_polar.coupling.branches import Block
+from keras_polar.coupling.branches import Branch
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.rules import Term
+from keras_polar.rules import CostTerm
 from keras_polar.rules.ids import Ids
 
 MEASURES = (*COUNTED, "latency")
 # Kernels compute so many output channels at a time; what is left over can take as long as all.
-BLOCK = 16
+TILE = 16
 
 
-def in_blocks(count: int) -> int:
+def in_tiles(count: int) -> int:
     """The count rounded up to whole blocks of channels."""
-    return -(-count // BLOCK) * BLOCK
+    return -(-count // TILE) * TILE
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Polynomial:
         """The exact value (int) for whole counts, one per group."""
         # int64 is exact up to 9e18; the largest networks take 1e13 multiply-accumulates.
         whole = [int(n) for n in counts]
-        known = np.array([1, *whole, *map(in_blocks, whole)], np.int64)
+        known = np.array([1, *whole, *map(in_tiles, whole)], np.int64)
         return int(known[self._index].prod(axis=-1) @ self._scale)
 
     @cached_property
@@ -67,7 +67,7 @@ class Polynomial:
             counts: tensor of shape (groups,), open units per group, fractions allowed.
         """
         # Blocks are a staircase; its gradient is taken for that of a slope.
-        steps = ops.ceil(counts / BLOCK) * BLOCK
+        steps = ops.ceil(counts / TILE) * TILE
         steps = counts + ops.stop_gradient(steps - counts)
         known = ops.concatenate([ops.ones((1,), counts.dtype), counts, steps])
         index = ops.convert_to_tensor(self._index, "int32")
@@ -86,8 +86,8 @@ class Polynomial:
 def polynomial(
     coupling: Coupling,
     measure: str,
-    blocks: Sequence[Block] = (),
-    timed: Sequence[tuple[int, Term]] = (),
+    blocks: Sequence[Branch] = (),
+    timed: Sequence[tuple[int, CostTerm]] = (),
 ) -> Polynomial:
     """The cost of a coupled graph in one of `MEASURES`, as a function of open counts.
 
@@ -110,7 +110,7 @@ def polynomial(
     return Polynomial(tuple(total.values()), tuple(padded))
 
 
-def _blocks_of_calls(coupling: Coupling, blocks: Sequence[Block]) -> dict[int, list[int]]:
+def _blocks_of_calls(coupling: Coupling, blocks: Sequence[Branch]) -> dict[int, list[int]]:
     """Call -> the variables of the blocks that it is in; several where blocks are nested."""
     inside: dict[int, list[int]] = defaultdict(list)
     for variable, block in enumerate(blocks, len(coupling.groups)):
@@ -119,7 +119,7 @@ def _blocks_of_calls(coupling: Coupling, blocks: Sequence[Block]) -> dict[int, l
     return inside
 
 
-def _sum_of_two(coupling: Coupling, block: Block) -> tuple[int, ...]:
+def _sum_of_two(coupling: Coupling, block: Branch) -> tuple[int, ...]:
     """The sum that a branch ends in, if it goes with the branch."""
     return (block.merge,) if len(coupling.graph.calls[block.merge].inputs) == 2 else ()
 
@@ -134,7 +134,7 @@ def _linear(coupling: Coupling, vector: Ids) -> Counter:
 def _form_in_blocks(form: Counter, variables: int) -> Counter:
     """The same in whole blocks of channels, where that is a variable or a number."""
     if list(form) == [-1]:
-        return Counter({-1: in_blocks(form[-1])})
+        return Counter({-1: in_tiles(form[-1])})
     is_one_group = list(form.values()) == [1]
     return Counter({variables + i: 1 for i in form}) if is_one_group else form
 

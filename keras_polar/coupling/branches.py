@@ -16,7 +16,7 @@ from keras_polar.rules import rule_for
 
 
 @dataclass(frozen=True)
-class Block:
+class Branch:
     """A branch that ends in a sum.
 
     Attributes:
@@ -109,13 +109,13 @@ class _Wiring:
         )
 
 
-def find_blocks(graph: Graph) -> tuple[Block, ...]:
+def find_branches(graph: Graph) -> tuple[Branch, ...]:
     """The branches of a graph that can be removed, in the order of their sums.
 
     A branch stays whose weights are used elsewhere as well: its cost would not go with it.
     """
     wiring = _Wiring(graph)
-    found: list[Block] = []
+    found: list[Branch] = []
     for i, call in enumerate(graph.calls):
         blocks = [b for p in _summands(graph, call) if (b := _block(wiring, i, p)) is not None]
         if len(blocks) == len(call.inputs):  # Something has to stay.
@@ -131,19 +131,19 @@ def _summands(graph: Graph, call: Call) -> tuple[int, ...]:
     return rule_for(call.op).summands(call) if alike else ()
 
 
-def _block(wiring: _Wiring, merge: int, position: int) -> Block | None:
+def _block(wiring: _Wiring, merge: int, position: int) -> Branch | None:
     inputs = wiring.calls[merge].inputs
     tensor, others = inputs[position], [t for i, t in enumerate(inputs) if i != position]
     calls = wiring.exclusive(tensor, merge)
     layers, entries = wiring.weighted(calls), wiring.entries(calls)
     if not layers or wiring.shares(calls) or not any(wiring.descends(t, entries) for t in others):
         return None
-    return Block(wiring.calls[merge].name, merge, tensor, calls, layers)
+    return Branch(wiring.calls[merge].name, merge, tensor, calls, layers)
 
 
-def _numbered(block: Block, number: int) -> Block:
+def _numbered(block: Branch, number: int) -> Branch:
     name = f"block {block.name}" + (f":{number + 1}" if number else "")
-    return Block(name, block.merge, block.tensor, block.calls, block.layers)
+    return Branch(name, block.merge, block.tensor, block.calls, block.layers)
 
 
 def shorten(call: Call, closed: set[int]) -> Call:

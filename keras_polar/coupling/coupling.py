@@ -17,9 +17,17 @@ from typing import Any
 import numpy as np
 
 from keras_polar.graph.ir import Graph, refs_in
-from keras_polar.rules import Rule, Site, rule_for
+from keras_polar.rules import CallSite, Rule, rule_for
 from keras_polar.rules.call_site import set_rows, sizes
-from keras_polar.rules.ids import Forest, Ids, Units, along, as_view, compact, nobody
+from keras_polar.rules.ids import (
+    Forest,
+    Ids,
+    Units,
+    as_view,
+    broadcast_along,
+    drop_constant_axes,
+    no_unit,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +68,7 @@ class Coupling:
     """
 
     graph: Graph
-    sites: tuple[Site, ...]
+    sites: tuple[CallSite, ...]
     roots: np.ndarray
     reasons: dict[int, str]
     groups: tuple[Group, ...]
@@ -95,15 +103,15 @@ def couple(graph: Graph, ignore: Iterable[str] = ()) -> Coupling:
     return Coupling(graph, sites, roots, reasons, groups, *_places(groups, roots))
 
 
-def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
-    ids: dict[int, Ids] = {i: nobody(sizes(graph.specs[i].shape)) for i in refs_in(graph.inputs)}
+def _flow(graph: Graph, units: Units) -> tuple[CallSite, ...]:
+    ids: dict[int, Ids] = {i: no_unit(sizes(graph.specs[i].shape)) for i in refs_in(graph.inputs)}
     shared: dict[int, dict] = {}
     rows = dict.fromkeys(ids, 1)
     sites = []
     for call in graph.calls:
         # Calls of a layer without weights are nothing to each other.
         axes = shared.setdefault(id(call.op), {}) if getattr(call.op, "weights", ()) else {}
-        site = Site(
+        site = CallSite(
             call, graph.specs, units, [ids[i] for i in call.inputs], axes, rule_for(call.op)
         )
         site.outputs = [as_view(ids) for ids in _followed(site)]
@@ -115,7 +123,7 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def _followed(site: Site) -> list[Ids]:
+def _followed(site: CallSite) -> list[Ids]:
     """What the rule says; all of a call's units stay if it does not fit the tensors' shapes."""
     try:
         return site.rule.flow(site)
@@ -127,14 +135,14 @@ def _followed(site: Site) -> list[Ids]:
         return site.pin_all(why)
 
 
-def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:
+def _pin_ignored(sites: tuple[CallSite, ...], units: Units, ignore: Iterable[str]) -> None:
     for pattern, found in sites_of(sites, ignore, "ignore").items():
         for site in found:
             for vector in site.axes.values():
                 units.pin(vector, f"ignored by {pattern!r}")
 
 
-def sites_of(sites: tuple[Site, ...], patterns: Any, what: str) -> dict[str, list[Site]]:
+def sites_of(sites: tuple[CallSite, ...], patterns: Any, what: str) -> dict[str, list[CallSite]]:
     """The calls of the layers that each glob pattern matches, by name or by path.
 
     Raises:
@@ -163,11 +171,11 @@ def _strings(patterns: Any, what: str) -> list[str]:
     return found
 
 
-def _matches(site: Site, pattern: str) -> bool:
+def _matches(site: CallSite, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(n, pattern) for n in (site.name, site.call.path))
 
 
-def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
+def _make_rectangular(sites: tuple[CallSite, ...], units: Units) -> None:
     """Ties units until every tensor can be cut along one axis at a time.
 
     A tensor whose units vary along several axes (heads and channels of a reshaped Dense, say)
@@ -182,11 +190,11 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
     is_fixed = units.fixed(roots)
     forest = Forest(roots)
     for ids in arrays:
-        _tie_to_best_axis(compact(ids)[0], forest, is_fixed, units)
+        _tie_to_best_axis(drop_constant_axes(ids)[0], forest, is_fixed, units)
 
 
 def _spans_several(ids: Ids) -> bool:
-    (small,) = compact(ids)
+    (small,) = drop_constant_axes(ids)
     return sum(_differs(small, axis) for axis in range(small.ndim)) > 1
 
 
@@ -203,7 +211,7 @@ def _tie_to_best_axis(ids: Ids, forest: Forest, is_fixed: np.ndarray, units: Uni
     lines = {a: np.moveaxis(rooted, a, 0).reshape(rooted.shape[a], -1) for a in range(ids.ndim)}
     best = max(lines, key=lambda a: len(np.unique(lines[a][:, 0])))
     vector = np.moveaxis(ids, best, 0).reshape(ids.shape[best], -1)[:, 0]
-    ties = along(vector, best, ids.shape)
+    ties = broadcast_along(vector, best, ids.shape)
     units.tie(ids, ties, "belongs to a tensor with fixed elements")
     both = (ids >= 0) & (ties >= 0)
     stays = (_is_fixed(ids, forest, is_fixed) | _is_fixed(ties, forest, is_fixed)) & both
@@ -220,7 +228,7 @@ def _is_fixed(ids: Ids, forest: Forest, is_fixed: np.ndarray) -> np.ndarray:
 # --- groups ----------------------------------------------------------------------------------
 
 
-def _groups(sites: tuple[Site, ...], roots: np.ndarray, reasons: dict) -> tuple[Group, ...]:
+def _groups(sites: tuple[CallSite, ...], roots: np.ndarray, reasons: dict) -> tuple[Group, ...]:
     signatures = _signatures(sites, roots)
     is_free = roots == np.arange(len(roots))
     is_free[list(reasons)] = False
@@ -252,12 +260,12 @@ def _group(
     return Group(name, layers, own, members, makers[0])
 
 
-def _kind(site: Site, roots: np.ndarray, own: np.ndarray) -> str:
+def _kind(site: CallSite, roots: np.ndarray, own: np.ndarray) -> str:
     """The axis of a layer on which units of a group stand."""
     return next(p for p in site.produces if own[0] in roots[site.axes[p]])
 
 
-def _signatures(sites: tuple[Site, ...], roots: np.ndarray) -> np.ndarray:
+def _signatures(sites: tuple[CallSite, ...], roots: np.ndarray) -> np.ndarray:
     """For every class a number that says in which axes of which calls it appears how often."""
     signatures = np.zeros(len(roots), np.uint64)
     event = 0
@@ -277,7 +285,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _makers(sites: tuple[Site, ...], labels: np.ndarray) -> dict[int, list[int]]:
+def _makers(sites: tuple[CallSite, ...], labels: np.ndarray) -> dict[int, list[int]]:
     """Label -> indices of the calls that produce units with it (`labels[id]`), in order."""
     makers: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
@@ -315,6 +323,6 @@ def off_batch(coupling: Coupling) -> set[int]:
     return found
 
 
-def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:
+def rules_of(coupling: Coupling) -> list[tuple[CallSite, Rule]]:
     """Every call with its rule."""
     return [(site, site.rule) for site in coupling.sites]

@@ -32,8 +32,8 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     return ops.sum(ops.convert_to_tensor(weights) * ops.where(agreed, 0.0, disagreement))
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class Consensus(keras.layers.Layer):
+@keras.saving.register_keras_serializable(PACKAGE, "Consensus")
+class PruningObjective(keras.layers.Layer):
     """Adds the polarization and sparsity losses of all gates; passes its first input through.
 
     The sparsity loss is a Lagrangian: `multiplier * (missing sparsity)`, where the multiplier

@@ -16,7 +16,7 @@ from keras_polar.graph.deepcopy import duplicate
 from keras_polar.graph.handed import SETTINGS, hand_on, handed_places, holds_variables
 from keras_polar.graph.keras_private import has_parts, layers_of
 from keras_polar.graph.symbolic.merge import with_attributes
-from keras_polar.graph.symbolic.record import CannotOpen
+from keras_polar.graph.symbolic.record import CannotTrace
 
 
 def clone(op: Any, name: str, **changes: Any) -> Any:
@@ -87,14 +87,14 @@ def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) ->
         The layer, and which keys of its config hold numbers of units: {key: units of `op`}.
 
     Raises:
-        CannotOpen: there is none.
+        CannotTrace: there is none.
     """
     if not op.weights:
         return op, {}
     try:
         config = op.get_config()
     except Exception as error:
-        raise CannotOpen("has no config to be rebuilt from") from error
+        raise CannotTrace("has no config to be rebuilt from") from error
     sized = {k: v for k, v in config.items() if type(v) is int and v in resized}
     shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
     for keys in ({}, sized):
@@ -105,7 +105,7 @@ def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) ->
             continue
         if [tuple(w.shape) for w in twin.weights] == shapes:
             return twin, keys
-    raise CannotOpen("cannot be rebuilt for fewer units")
+    raise CannotTrace("cannot be rebuilt for fewer units")
 
 
 def _from_config(op: Any, config: dict) -> Any:

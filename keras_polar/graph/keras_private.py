@@ -1,4 +1,4 @@
-"""Every name of Keras that is not public and that this library needs, once; and what to do with it."""
+"""Every name of Keras that is not public, once, and what this library does with it."""
 
 from typing import Any
 
@@ -93,7 +93,10 @@ def has_parts(op: Any) -> bool:
 
 
 def layers_of(op: Any) -> list:
-    # Parents first: setting `trainable` on a parent overwrites that of its children.
+    """A layer and all its sublayers, parents first.
+
+    Setting `trainable` on a parent overwrites that of its children.
+    """
     return list(op._flatten_layers())
 
 

@@ -24,9 +24,9 @@ from keras_polar.litert.converter import not_exportable
 from keras_polar.litert.float32_twin import is_float32, twin
 from keras_polar.litert.runtime import check_positive
 from keras_polar.litert.split_model import convert_each
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 from keras_polar.rules.call_site import sizes
-from keras_polar.surgery.convert import Cutter
+from keras_polar.surgery.cut import Cutter
 
 _WARM_UP = 5  # runs before the clock is read
 _AT_ONCE = 2**27  # bytes of files that take turns; the runtime holds as much again
@@ -70,7 +70,7 @@ def latency_table(
         >>> gated = keras_polar.apply(model, 0.5, measure="latency", latency_table=table)
     """
     check_positive(threads=threads, runs=runs)
-    coupling = couple(read(model))
+    coupling = couple(trace_model(model))
     check_sizes(coupling, model.name, "latency_table")
     path = Path(path) if path is not None else _cache_file(threads)
     pieces = {piece.key: piece for piece in fused(coupling)}

@@ -13,7 +13,7 @@ import numpy as np
 from keras_polar.backends import full_precision, to_numpy
 from keras_polar.graph.ir import Call, Graph, fill, refs_in
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import random_inputs
 
 TOLERANCE, TOLERANCE_HALF = 1e-4, 2e-2  # relative to the largest output
@@ -39,7 +39,7 @@ def translated(model: Any) -> Any:
         TypeError: the model is not functional.
         ValueError: something in it has no twin, or the twin computes something else.
     """
-    graph = read(model)
+    graph = trace_model(model)
     twin = _built(graph)
     _check_equal(model, twin)
     return twin

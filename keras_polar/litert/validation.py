@@ -17,7 +17,7 @@ from keras_polar.graph.quantized import listed, quantized
 from keras_polar.graph.trace import trace
 from keras_polar.litert.converter import IO, QUANTIZE
 from keras_polar.surgery.convert import convert
-from keras_polar.training.model import GatedModel
+from keras_polar.gates.groups import is_gated
 
 
 def checked_path(path: str | os.PathLike) -> Path:
@@ -102,7 +102,7 @@ def converted(model: Any) -> keras.Model:
             f"Expected `model` to be a keras.Model; received {type(model).__name__}. "
             "A model saved on disk is read with `keras.models.load_model`."
         )
-    return convert(model) if isinstance(model, GatedModel) else model
+    return convert(model) if is_gated(model) else model
 
 
 def check_finite(core: Any) -> None:

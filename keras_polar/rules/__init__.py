@@ -17,8 +17,22 @@ from keras_polar.rules import (  # noqa: F401
     wrappers,
 )
 from keras_polar.rules import unprunable as _unprunable  # noqa: F401  (last: only what has no rule)
-from keras_polar.rules.call_site import Site
-from keras_polar.rules.registry import is_unknown, read, rule_for
-from keras_polar.rules.rule import Kept, Rule, Term
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.registry import is_unknown, rule_for, trace_model
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
-__all__ = ["Kept", "Rule", "Site", "Term", "is_unknown", "read", "rule_for"]
+# The names that rules had before.
+Kept, Site, Term = KeptUnits, CallSite, CostTerm
+
+__all__ = [
+    "CallSite",
+    "CostTerm",
+    "Kept",
+    "KeptUnits",
+    "Rule",
+    "Site",
+    "Term",
+    "is_unknown",
+    "rule_for",
+    "trace_model",
+]

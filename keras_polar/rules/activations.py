@@ -1,4 +1,4 @@
-"""Activation functions, in layers of their own and inside others: whether they might mix the units."""
+"""Activations, as layers and inside others: whether they might mix the units."""
 
 import functools
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from keras import KerasTensor, activations, layers, tree
 
-from keras_polar.graph.symbolic.record import CannotOpen, Step, function_steps
-from keras_polar.rules.call_site import Site
+from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, function_steps
+from keras_polar.rules.call_site import CallSite
 from keras_polar.rules.elementwise import ElementwiseRule, MergeRule, SumRule
 from keras_polar.rules.ids import Ids
 from keras_polar.rules.registry import add, find, rule_for
@@ -26,7 +26,7 @@ ELEMENTWISE_ACTIVATIONS = frozenset(
 class ActivationRule(ElementwiseRule):
     """Any function: element-wise, or it may mix the units."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         why = why_mixing(site.op.activation)
         return site.pin_all(why) if why else super().flow(site)
 
@@ -56,17 +56,17 @@ def acts_elementwise(function: Callable) -> bool:
     """
     try:
         runs = [function_steps(function, units) for units in (5, 7)]
-    except CannotOpen:
+    except CannotTrace:
         return False
     return _scalars(runs[0]) == _scalars(runs[1]) and all(map(_is_elementwise, runs[0]))
 
 
-def _scalars(steps: list[Step]) -> list:
+def _scalars(steps: list[RecordedCall]) -> list:
     flat = tree.flatten([(step.args, step.kwargs) for step in steps])
     return [x for x in flat if isinstance(x, (int, float))]
 
 
-def _is_elementwise(step: Step) -> bool:
+def _is_elementwise(step: RecordedCall) -> bool:
     rule, flat = rule_for(step.op), tree.flatten((step.args, step.kwargs))
     constants = [x for x in flat if hasattr(x, "shape") and not isinstance(x, KerasTensor)]
     if type(rule) in (MergeRule, SumRule):
@@ -77,7 +77,7 @@ def _is_elementwise(step: Step) -> bool:
 add(ActivationRule(), layers.Activation)
 
 
-def activated(site: Site, ids: Ids) -> list[Ids]:
+def activated(site: CallSite, ids: Ids) -> list[Ids]:
     """The ids after the layer's own activation; pinned if that might mix channels."""
     why = why_mixing(getattr(site.op, "activation", None))
     if why:

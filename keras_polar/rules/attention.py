@@ -7,10 +7,10 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.call_site import Site, sizes
-from keras_polar.rules.ids import along, nobody
+from keras_polar.rules.call_site import CallSite, sizes
+from keras_polar.rules.ids import broadcast_along, no_unit
 from keras_polar.rules.registry import add
-from keras_polar.rules.rule import Kept, Rule, Term
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")
 
@@ -26,7 +26,7 @@ class MultiHeadRule(Rule):
     `value` are the widths.
     """
 
-    def flow(self, site: Site) -> list:
+    def flow(self, site: CallSite) -> list:
         given = site.given()
         query, value = (site.place(given.get(name)) for name in ("query", "value"))
         key = site.place(given["key"]) if "key" in given else value
@@ -42,26 +42,26 @@ class MultiHeadRule(Rule):
             site.pin(site.axes["q"], "has an attention mask for every head")
         return self._outputs(site)
 
-    def make_heads(self, site: Site) -> None:
+    def make_heads(self, site: CallSite) -> None:
         """Names the axes "q", "kv", "key" and "value"."""
         raise NotImplementedError
 
-    def _read_inside(self, site: Site) -> None:
+    def _read_inside(self, site: CallSite) -> None:
         site.read_inside("_output_dense.kernel", 0)
         site.read_inside("_output_dense.kernel", 1)
         site.read_inside("_query_dense.kernel", 2)
         if site.op._query_dense.bias is not None:
             site.read_inside("_query_dense.bias", 1)
 
-    def _outputs(self, site: Site) -> list:
+    def _outputs(self, site: CallSite) -> list:
         width = site.output_shapes[0][-1]
         outputs = [site.produce("out", width, -1)]
         for shape in site.output_shapes[1:]:  # the attention scores: batch, heads, ...
             if len(shape) == 4:
-                outputs.append(along(site.axes["q"], 1, shape))
+                outputs.append(broadcast_along(site.axes["q"], 1, shape))
             else:
                 site.pin(site.axes["q"], "returns its scores for several attention axes")
-                outputs.append(nobody(shape))
+                outputs.append(no_unit(shape))
         return outputs
 
     def weights(self, op: Any) -> dict[str, tuple]:
@@ -80,7 +80,7 @@ class MultiHeadRule(Rule):
         out = {"kernel": ("q", "value", *other, "out"), "bias": (*other, "out")}
         return found | {f"_output_dense.{name}": axes for name, axes in out.items()}
 
-    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+    def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
         # The layer divides by the root of its key width, which is smaller now.
         key = site.axes["key"]
         factor = math.sqrt(kept.count(key) / len(key))
@@ -88,7 +88,7 @@ class MultiHeadRule(Rule):
             return {}
         return {"_query_dense.kernel": factor, "_query_dense.bias": factor}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         given, axes = site.given(), site.axes
         if "q" not in axes:
             return None
@@ -105,21 +105,21 @@ class MultiHeadRule(Rule):
         ]
         if hasattr(site.op, "_gate_dense"):
             products.append((("query_in", "q", "value"), asked))
-        return [Term(tuple(axes[n] for n in names), macs=macs) for names, macs in products]
+        return [CostTerm(tuple(axes[n] for n in names), macs=macs) for names, macs in products]
 
-    def _attended(self, site: Site, value: int) -> int:
+    def _attended(self, site: CallSite, value: int) -> int:
         """Number of positions that each position attends to."""
         shape = sizes(site.specs[site.call.inputs[value]].shape)
         return math.prod(shape[axis] for axis in getattr(site.op, "_attention_axes", None) or (1,))
 
 
-def _other_output_axes(site: Site) -> tuple:
+def _other_output_axes(site: CallSite) -> tuple:
     """Sizes of the output's own axes before that of the channels."""
     query = site.inputs[site.place(site.given()["query"])]
     return site.output_shapes[0][query.ndim - 1 : -1]
 
 
-def _has_mask_per_head(site: Site, mask: Any, query: int) -> bool:
+def _has_mask_per_head(site: CallSite, mask: Any, query: int) -> bool:
     """Whether an attention mask has an axis for the heads that is longer than one."""
     place = site.place(mask)
     shape = site.inputs[place].shape if place >= 0 else getattr(mask, "shape", ())
@@ -138,7 +138,7 @@ def _needs_equal_widths(op: Any) -> bool:
 class MultiHeadAttentionRule(MultiHeadRule):
     """Heads, key width and value width go independently; on JAX the two widths go together."""
 
-    def make_heads(self, site: Site) -> None:
+    def make_heads(self, site: CallSite) -> None:
         site.set_axis("kv", site.produce_inside("q", site.op.num_heads))
         key = site.produce_inside("key", site.op.key_dim)
         value = site.produce_inside("value", site.op.value_dim)
@@ -146,7 +146,7 @@ class MultiHeadAttentionRule(MultiHeadRule):
             why = f"JAX computes {site.name!r} with keys and values that are equally wide"
             site.units.tie(key, value, why)
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         count = {n: kept.count(site.axes[n]) for n in ("q", "key", "value", "out")}
         # Without an explicit shape the output would be as wide as the query.
         shape = (*_other_output_axes(site), count["out"])
@@ -165,7 +165,7 @@ class GroupedQueryAttentionRule(MultiHeadRule):
     values, and the output is as wide as the query.
     """
 
-    def make_heads(self, site: Site) -> None:
+    def make_heads(self, site: CallSite) -> None:
         op, repeats = site.op, site.op.num_repeats
         if op.num_key_value_heads >= repeats:
             q = site.produce_inside("q", op.num_key_value_heads, lambda x: np.repeat(x, repeats))
@@ -177,14 +177,14 @@ class GroupedQueryAttentionRule(MultiHeadRule):
         width = site.produce_inside("key", op.head_dim)
         site.set_axis("value", width)
 
-    def _outputs(self, site: Site) -> list:
+    def _outputs(self, site: CallSite) -> list:
         outputs = super()._outputs(site)
         why = f"{site.name!r} needs its output, query and value to be equally wide"
         for name in ("out", "value_in"):
             site.units.tie(site.axes["query_in"], site.axes[name], why)
         return outputs
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {
             "num_query_heads": kept.count(site.axes["q"]),
             "num_key_value_heads": kept.count(site.axes["kv"]),
@@ -198,7 +198,7 @@ class PlainAttentionRule(Rule):
     The channels of the output are those of the value.
     """
 
-    def flow(self, site: Site) -> list:
+    def flow(self, site: CallSite) -> list:
         tensors = site.given()["inputs"]
         query, value, key = (site.place(t) for t in (*tensors, tensors[1])[:3])
         if min(query, value, key) < 0:
@@ -210,18 +210,18 @@ class PlainAttentionRule(Rule):
         site.units.tie(site.axes["in"], site.axes["key_in"], why)
         out = site.follow("out", -1, value)
         shape, *scores = site.output_shapes
-        return [along(out, len(shape) - 1, shape), *map(nobody, scores)]
+        return [broadcast_along(out, len(shape) - 1, shape), *map(no_unit, scores)]
 
     def weights(self, op: Any) -> dict[str, tuple]:
         scale = getattr(op, "scale", None)
         return {} if scale is None or not len(scale.shape) else {"scale": ("in",)}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         if "in" not in site.axes:
             return None
         query, value = (site.place(t) for t in site.given()["inputs"][:2])
         positions = site.positions(query) * sizes(site.inputs[value].shape)[-2]
-        return [Term((site.axes[n],), macs=positions) for n in ("in", "out")]
+        return [CostTerm((site.axes[n],), macs=positions) for n in ("in", "out")]
 
 
 add(MultiHeadAttentionRule(), layers.MultiHeadAttention)

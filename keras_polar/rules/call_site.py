@@ -12,18 +12,18 @@ from keras import tree
 
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Call, Ref, Spec
-from keras_polar.rules.ids import Ids, Units, along, nobody, varies
-from keras_polar.rules.rule import Rule, Term
+from keras_polar.rules.ids import Ids, Units, broadcast_along, no_unit, varies
+from keras_polar.rules.rule import CostTerm, Rule
 
 
-def line(ids: Ids, axis: int) -> Ids:
+def ids_along(ids: Ids, axis: int) -> Ids:
     """The ids along one axis, taken at the start of all others."""
     axis %= ids.ndim
     return ids[tuple(slice(None) if i == axis else 0 for i in range(ids.ndim))]
 
 
 @dataclass(eq=False)
-class Site:
+class CallSite:
     """One call of one operation, as a rule sees it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Site:
     multiplied_by: dict[int, tuple[str, int]] = field(default_factory=dict)
     produces: list[str] = field(default_factory=list)
     refused: str = ""
-    parts: list["Site"] = field(default_factory=list)
+    parts: list["CallSite"] = field(default_factory=list)
     rows: int = 1
 
     @property
@@ -71,7 +71,7 @@ class Site:
         return [sizes(self.specs[i].shape) for i in self.call.outputs]
 
     @cached_property
-    def macs(self) -> "list[Term] | None":
+    def macs(self) -> "list[CostTerm] | None":
         """Multiply-accumulates per sample, once `flow` has been asked; None if nobody knows."""
         found = alone(self, self.rule) if self.refused else self.rule.macs(self)
         return found and [replace(t, macs=self.rows * t.macs) for t in found]
@@ -101,7 +101,7 @@ class Site:
         """The units along `axis` pass through one by one (BatchNormalization, pooling)."""
         ids = self.inputs[tensor]
         self.tie_across(ids, axis)
-        return self.set_axis(name, line(ids, axis))
+        return self.set_axis(name, ids_along(ids, axis))
 
     def read(self, name: str, axis: int, tensor: int = 0, by: tuple[str, int] | None = None) -> Ids:
         """All units along `axis` are read and mixed (Conv, Dense).
@@ -118,7 +118,7 @@ class Site:
     def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:
         """The layer makes `n` units of its own, along `axis` of its output."""
         shape = self.output_shapes[output]
-        return along(self.produce_inside(name, n), axis % len(shape), shape)
+        return broadcast_along(self.produce_inside(name, n), axis % len(shape), shape)
 
     def produce_inside(self, name: str, n: int, arrange: Callable[[Ids], Ids] | None = None) -> Ids:
         """The layer makes `n` units that need not show in its output; returns their vector.
@@ -147,7 +147,7 @@ class Site:
 
     def tie_across(self, ids: Ids, axis: int) -> None:
         """Elements that differ only in the other axes belong to one unit."""
-        first = along(line(ids, axis), axis % ids.ndim, ids.shape)
+        first = broadcast_along(ids_along(ids, axis), axis % ids.ndim, ids.shape)
         self.units.tie(ids, first, f"fixed elements are mixed in at {self.name!r}")
 
     def tie_along(self, ids: Ids, axes: Iterable[int]) -> Ids | None:
@@ -186,7 +186,7 @@ class Site:
         self.refused = why
         for ids in self.inputs:
             self.pin(ids, why)
-        return [nobody(shape) for shape in self.output_shapes]
+        return [no_unit(shape) for shape in self.output_shapes]
 
 
 def sizes(shape: Iterable) -> tuple:
@@ -199,7 +199,7 @@ def sizes(shape: Iterable) -> tuple:
     return (1 if is_batch else first, *(1 if d is None else d for d in others))
 
 
-def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
+def weight_terms(site: CallSite, weights: dict[str, tuple]) -> list[CostTerm]:
     """One term per variable: its named axes are factors, all others count in full."""
     terms, counted = [], 0
     for attribute, names in weights.items():
@@ -208,19 +208,19 @@ def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
             terms.append(_variable_term(variable, names, site))
             counted += math.prod(variable.shape)
     rest = sum(math.prod(w.shape) for w in getattr(site.op, "weights", ())) - counted
-    return [*terms, Term((), weights=rest)] if rest else terms
+    return [*terms, CostTerm((), weights=rest)] if rest else terms
 
 
-def inner_vector(site: Site, variable: str, axis: int) -> Ids:
+def inner_vector(site: CallSite, variable: str, axis: int) -> Ids:
     """The ids along an axis of one of the layer's variables."""
     name = site.rule.weights(site.op)[variable][axis]
     return site.axes[name]
 
 
-def alone(site: Site, rule: Rule) -> list[Term] | None:
+def alone(site: CallSite, rule: Rule) -> list[CostTerm] | None:
     """What a rule counts for a call whose units all stay, as if there were none before it."""
-    twin = Site(
-        site.call, site.specs, Units(), [nobody(ids.shape) for ids in site.inputs], {}, rule
+    twin = CallSite(
+        site.call, site.specs, Units(), [no_unit(ids.shape) for ids in site.inputs], {}, rule
     )
     try:
         twin.outputs = rule.flow(twin)
@@ -230,19 +230,19 @@ def alone(site: Site, rule: Rule) -> list[Term] | None:
     return None if found is None else [fixed_term(found)]
 
 
-def fixed_term(terms: Iterable[Term]) -> Term:
+def fixed_term(terms: Iterable[CostTerm]) -> CostTerm:
     """Multiply-accumulates of units that all stay."""
-    return Term((), macs=sum(t.macs * math.prod(map(len, t.factors)) for t in terms))
+    return CostTerm((), macs=sum(t.macs * math.prod(map(len, t.factors)) for t in terms))
 
 
-def set_rows(site: Site, before: list[int]) -> int:
+def set_rows(site: CallSite, before: list[int]) -> int:
     """Tells a call how many rows a sample takes; returns how many in its outputs."""
     after = site.rule.rows(site, before)
     site.rows = max([after, *before])
     return after
 
 
-def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
+def _variable_term(variable: Any, names: tuple, site: CallSite) -> CostTerm:
     factors = tuple(site.axes[n] for n in names if n in site.axes)
     other = [size for size, n in zip(variable.shape, names, strict=True) if n not in site.axes]
-    return Term(factors, weights=math.prod(other))
+    return CostTerm(factors, weights=math.prod(other))

@@ -4,11 +4,12 @@ from typing import Any
 
 import keras
 
-from keras_polar.rules.call_site import Site
-from keras_polar.rules.ids import Ids, along, varies
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.ids import Ids, broadcast_along, varies
 
 
 def axes_of(axis: Any, ndim: int) -> set:
+    """The axes that an argument names (None: all), counted from 0."""
     axes = range(ndim) if axis is None else [axis] if isinstance(axis, int) else axis
     return {a % ndim for a in axes}
 
@@ -31,7 +32,7 @@ def channel_axis(op: Any) -> int:
     return 1 if found == "channels_first" else -1
 
 
-def spread(site: Site, vector: Ids, axis: int) -> Ids:
+def spread(site: CallSite, vector: Ids, axis: int) -> Ids:
     """The first output's ids: `vector` along `axis`, constant along all other axes."""
     shape = site.output_shapes[0]
-    return along(vector, axis % len(shape), shape)
+    return broadcast_along(vector, axis % len(shape), shape)

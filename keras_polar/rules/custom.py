@@ -14,30 +14,30 @@ from keras import KerasTensor
 from keras_polar.graph.clone import smaller_twin
 from keras_polar.graph.ir import Call, Ref, Spec, fill, refs_in
 from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
-from keras_polar.graph.symbolic.merge import Opened
-from keras_polar.graph.symbolic.record import CannotOpen, tensors_in
-from keras_polar.rules.call_site import Site, fixed_term, line, set_rows, sizes
+from keras_polar.graph.symbolic.merge import Expansion
+from keras_polar.graph.symbolic.record import CannotTrace, tensors_in
+from keras_polar.rules.call_site import CallSite, fixed_term, ids_along, set_rows, sizes
 from keras_polar.rules.elementwise import MergeRule
-from keras_polar.rules.ids import Ids, Units, along, nobody, varies
+from keras_polar.rules.ids import Ids, Units, broadcast_along, no_unit, varies
 from keras_polar.rules.registry import add, rule_for
-from keras_polar.rules.rule import Kept, PinRule, Rule, Term
+from keras_polar.rules.rule import CostTerm, KeptUnits, PinRule, Rule
 
 
 class TracedRule(Rule):
     """A layer without sublayers whose `call` consists of `keras.ops` on its input."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if not any((ids >= 0).any() for ids in map(_small, site.inputs)):
-            return [nobody(shape) for shape in site.output_shapes]
+            return [no_unit(shape) for shape in site.output_shapes]
         try:
             return self._follow(site)
-        except CannotOpen as error:
+        except CannotTrace as error:
             why = f"its call was traced, but it {error}"
         except (IndexError, TypeError, ValueError):  # positions of unknown size, say
             why = "its call was traced, but units cannot be followed through it"
         return site.pin_all(f"no rule for this operation (see keras_polar.register); {why}")
 
-    def _follow(self, site: Site) -> list[Ids]:
+    def _follow(self, site: CallSite) -> list[Ids]:
         # One unit fewer, and as few as can be: code may ask whether there are more than so many.
         for is_far in (False, True):
             resized = _resized(site, is_far)
@@ -55,14 +55,14 @@ class TracedRule(Rule):
                 site.units.tie(a, b, f"mixed with fixed elements by {site.name!r} in training")
         return first
 
-    def _variables(self, site: Site, run: Opened, resized: dict) -> dict[str, Ids]:
+    def _variables(self, site: CallSite, run: Expansion, resized: dict) -> dict[str, Ids]:
         """Ids of the layer's own variables: those of its input, where they are sized by it."""
         lines = _lines(site)
         found: dict[str, Ids] = {}
         for name, symbol in run.variables.items():
             axes = [i for i, n in enumerate(symbol.shape) if n in resized and n in lines]
             if len(axes) > 1:
-                raise CannotOpen(f"has a variable {name!r} with units on several axes")
+                raise CannotTrace(f"has a variable {name!r} with units on several axes")
             for axis in axes:
                 vector = site.set_axis(f"{name} {axis}", lines[symbol.shape[axis]])
                 found[name] = vector
@@ -75,16 +75,16 @@ class TracedRule(Rule):
             if any(value is w for w in op.weights)
         }
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         keys = [k for k in site.axes if k.startswith("config ")]
         return {k.removeprefix("config "): kept.count(site.axes[k]) for k in keys}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return _sum_of(site.parts) if site.parts else traced_macs(site)
 
 
-def _sum_of(parts: list[Site]) -> list[Term] | None:
-    found: list[Term] = []
+def _sum_of(parts: list[CallSite]) -> list[CostTerm] | None:
+    found: list[CostTerm] = []
     for part in parts:
         if part.macs is None:
             return None
@@ -92,20 +92,20 @@ def _sum_of(parts: list[Site]) -> list[Term] | None:
     return found
 
 
-def traced_macs(site: Site) -> list[Term] | None:
+def traced_macs(site: CallSite) -> list[CostTerm] | None:
     """What the call of a layer computes, whose units all stay; None if it cannot be traced."""
     try:
         leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
         run = trace_leaf(leaf, leaf, {}, False if site.op._call_has_training_arg else None)
-        twin = Site(site.call, site.specs, Units(), site.inputs, {}, site.rule)
+        twin = CallSite(site.call, site.specs, Units(), site.inputs, {}, site.rule)
         _through(twin, run, {})
-    except (CannotOpen, IndexError, TypeError, ValueError):
+    except (CannotTrace, IndexError, TypeError, ValueError):
         return None
     found = _sum_of(_dependent(run, twin.parts))
     return None if found is None else [fixed_term(found)]
 
 
-def _dependent(run: Opened, parts: list[Site]) -> list[Site]:
+def _dependent(run: Expansion, parts: list[CallSite]) -> list[CallSite]:
     """The calls that compute with the inputs: what is made of weights alone is made once."""
     known = {id(x) for x in run.inlets}
     found = []
@@ -119,11 +119,11 @@ def _dependent(run: Opened, parts: list[Site]) -> list[Site]:
 class TracedPinRule(PinRule):
     """Units stay, but what the layer computes can be seen."""
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return traced_macs(site)
 
 
-def _traces(site: Site, resized: dict[int, int]) -> tuple[list[Opened], dict[str, int]]:
+def _traces(site: CallSite, resized: dict[int, int]) -> tuple[list[Expansion], dict[str, int]]:
     """What the call does in each mode, if a twin for fewer units does the same."""
     leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
     args, kwargs = _arguments(site, _symbols(site, resized))
@@ -136,17 +136,17 @@ def _small(ids: Ids) -> Ids:
     return ids[tuple(slice(None) if varies(ids, i) else slice(0, 1) for i in range(ids.ndim))]
 
 
-def _lines(site: Site) -> dict[int, Ids]:
+def _lines(site: CallSite) -> dict[int, Ids]:
     """Size -> the ids along the input axis of that size, of the first input that has one."""
     found: dict[int, Ids] = {}
     for ids in site.inputs:
         for axis in range(1, ids.ndim):
             if varies(ids, axis):
-                found.setdefault(ids.shape[axis], line(ids, axis))
+                found.setdefault(ids.shape[axis], ids_along(ids, axis))
     return found
 
 
-def _resized(site: Site, is_far: bool) -> dict[int, int]:
+def _resized(site: CallSite, is_far: bool) -> dict[int, int]:
     """Sizes of axes with units -> fewer, that no other axis has: one or many fewer."""
     lines = _lines(site)
     taken = {d for ids in site.inputs for d in ids.shape}
@@ -155,17 +155,17 @@ def _resized(site: Site, is_far: bool) -> dict[int, int]:
         smaller = range(2, n) if is_far else range(n - 1, 1, -1)
         fewer = next((m for m in smaller if m not in taken), None)
         if fewer is None:
-            raise CannotOpen("has too few units to see how it depends on their number")
+            raise CannotTrace("has too few units to see how it depends on their number")
         taken.add(fewer)
         resized[n] = fewer
     return resized
 
 
-def _symbols(site: Site, resized: dict) -> list:
+def _symbols(site: CallSite, resized: dict) -> list:
     return [_symbol(site, i, resized) for i in range(len(site.inputs))]
 
 
-def _symbol(site: Site, position: int, resized: dict) -> Any:
+def _symbol(site: CallSite, position: int, resized: dict) -> Any:
     spec, ids = site.specs[site.call.inputs[position]], site.inputs[position]
     if None in spec.shape[1:]:
         shape = [None if i == 0 else d or 7 for i, d in enumerate(spec.shape)]
@@ -175,17 +175,17 @@ def _symbol(site: Site, position: int, resized: dict) -> Any:
         if varies(ids, axis):
             shape[axis] = resized.get(shape[axis], shape[axis])
         elif shape[axis] in _lines(site):
-            raise CannotOpen("has a position axis as long as its units")
+            raise CannotTrace("has a position axis as long as its units")
     return KerasTensor([None, *shape[1:]], spec.dtype)
 
 
-def _arguments(site: Site, symbols: list) -> tuple[tuple, dict]:
+def _arguments(site: CallSite, symbols: list) -> tuple[tuple, dict]:
     values = dict(zip(site.call.inputs, symbols, strict=True))
     args, kwargs = fill((site.call.args, site.call.kwargs), values)
     return args, {k: v for k, v in kwargs.items() if k != "training"}
 
 
-class _Inner(Site):
+class _Inner(CallSite):
     """A call inside a layer; shapes of variables have no batch axis."""
 
     @property
@@ -194,14 +194,14 @@ class _Inner(Site):
         return [sizes(s) if None in s else tuple(s) for s in shapes]
 
 
-def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
+def _through(site: CallSite, run: Expansion, vectors: dict[str, Ids]) -> list[Ids]:
     """Ids of the outputs of a traced call."""
     own = iter(site.inputs)
     table = {id(x): next(own) for x in run.inlets}
     for name, symbol in run.variables.items():
         shape = tuple(symbol.shape)
         axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
-        ids = along(vectors[name], axes[0], shape) if axes else nobody(shape)
+        ids = broadcast_along(vectors[name], axes[0], shape) if axes else no_unit(shape)
         table[id(symbol)] = ids
     rows = dict.fromkeys(table, 1)
     for step in run.steps:
@@ -225,7 +225,7 @@ def _adapts(rule: Rule) -> bool:
     return is_plain or isinstance(rule, MergeRule)
 
 
-def _site(site: Site, step: Any, table: dict) -> _Inner:
+def _site(site: CallSite, step: Any, table: dict) -> _Inner:
     tensors: list[Any] = []
 
     def swap(leaf: Any) -> Any:

@@ -15,10 +15,10 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.call_site import Site
-from keras_polar.rules.ids import Ids, along, nobody, varies
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
 from keras_polar.rules.registry import add
-from keras_polar.rules.rule import Kept, Rule, Term
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 Labels = tuple[tuple, ...]  # one tuple of labels per operand, then one for the result
 
@@ -51,7 +51,7 @@ class ContractionRule(Rule):
     def __init__(self, labels: Callable[[Any, list[int]], Labels]) -> None:
         self.labels = labels
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         try:
             operands, out = self._operands(site)
         except ValueError as error:
@@ -66,19 +66,19 @@ class ContractionRule(Rule):
                 site.units.tie(site.axes["units"], vector, f"meets fixed elements in {site.name!r}")
         shape = site.output_shapes[0]
         if found is None or len(shape) != len(out):
-            return [nobody(shape)]
-        return [along(site.axes["units"], out.index(found), shape)]
+            return [no_unit(shape)]
+        return [broadcast_along(site.axes["units"], out.index(found), shape)]
 
-    def _take(self, site: Site, operand: Operand, label: Any, passes: bool) -> Ids:
+    def _take(self, site: CallSite, operand: Operand, label: Any, passes: bool) -> Ids:
         take = site.follow if passes else site.read
         return take("units", operand.labels.index(label), operand.tensor)
 
-    def _operands(self, site: Site) -> tuple[list[Operand], tuple]:
+    def _operands(self, site: CallSite) -> tuple[list[Operand], tuple]:
         operands, out = self._labelled(site)
         _check(operands, out)
         return operands, out
 
-    def _labelled(self, site: Site) -> tuple[list[Operand], tuple]:
+    def _labelled(self, site: CallSite) -> tuple[list[Operand], tuple]:
         given: Any = site.call.args
         given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         values = [x if isinstance(x, Ref) else to_numpy(x) for x in given]
@@ -92,7 +92,7 @@ class ContractionRule(Rule):
             tensor += is_tensor
         return operands, out
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Constants that meet units are cut with them."""
         try:
             operands, out = self._operands(site)
@@ -107,7 +107,7 @@ class ContractionRule(Rule):
                     args[i] = np.take(to_numpy(args[i]), kept.where(site.axes["units"]), axis)
         return tuple(args), site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         try:
             operands, out = self._labelled(site)
         except ValueError:
@@ -122,7 +122,7 @@ class ContractionRule(Rule):
         # The first axis is the batch, unless its size is known and that of another is not.
         batch = out[:1] if site.output_shapes[0][:1] == (1,) else ()
         fixed = math.prod(n for label, n in size.items() if label not in {*chosen, *batch})
-        return [Term((site.axes["units"],) if chosen else (), macs=fixed)]
+        return [CostTerm((site.axes["units"],) if chosen else (), macs=fixed)]
 
 
 def _check(operands: list[Operand], out: tuple) -> None:
@@ -234,7 +234,7 @@ class DotProductAttentionRule(Rule):
     value has as many channels as query and key.)
     """
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = self._axis(site)
         for ids in site.inputs[3:]:
             site.pin(ids, "is a bias or mask of attention")
@@ -244,9 +244,9 @@ class DotProductAttentionRule(Rule):
         first, *others = [take(name, axis, i) for i, name in enumerate(("query", "key", "value"))]
         for vector in others:
             site.units.tie(first, vector, f"meets fixed elements in {site.name!r}")
-        return [along(first, axis, site.output_shapes[0])]
+        return [broadcast_along(first, axis, site.output_shapes[0])]
 
-    def _axis(self, site: Site) -> int | None:
+    def _axis(self, site: CallSite) -> int | None:
         given = (*site.call.args, *site.call.kwargs.values())
         whole = all(isinstance(x, Ref) for x in site.call.args[:3]) and len(site.call.args) >= 3
         inputs = site.inputs[:3]
@@ -258,7 +258,7 @@ class DotProductAttentionRule(Rule):
         axes = [a for a in axes if a == 3 or not per_head]
         return max(axes, key=lambda a: inputs[0].shape[a], default=None)
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """The scale stays that of the full width."""
         args, kwargs = list(site.call.args), dict(site.call.kwargs)
         scale = args[5] if len(args) > 5 else kwargs.get("scale")
@@ -267,13 +267,13 @@ class DotProductAttentionRule(Rule):
             args, kwargs = args[:5], {**kwargs, "scale": 1 / math.sqrt(width)}
         return tuple(args), kwargs
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: CallSite) -> list[CostTerm]:
         query, key = (site.specs[i].shape for i in site.call.inputs[:2])
         positions = 2 * (query[1] or 1) * (key[1] or 1)
         axis = self._axis(site)
         if axis is None:
-            return [Term((), macs=positions * math.prod(n or 1 for n in query[2:]))]
-        return [Term((site.axes["query"],), macs=positions * (query[5 - axis] or 1))]
+            return [CostTerm((), macs=positions * math.prod(n or 1 for n in query[2:]))]
+        return [CostTerm((site.axes["query"],), macs=positions * (query[5 - axis] or 1))]
 
 
 add(ContractionRule(_matmul), op_class("Matmul"))

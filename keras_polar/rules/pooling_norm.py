@@ -9,11 +9,11 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.call_site import Site
+from keras_polar.rules.call_site import CallSite
 from keras_polar.rules.common import axes_of, channel_axis, spread, widest
-from keras_polar.rules.ids import Ids, along, nobody, varies
+from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
 from keras_polar.rules.registry import add
-from keras_polar.rules.rule import Kept, Rule
+from keras_polar.rules.rule import KeptUnits, Rule
 
 
 class SpatialRule(Rule):
@@ -22,7 +22,7 @@ class SpatialRule(Rule):
     def __init__(self, rank: int | None = None) -> None:
         self.rank = rank  # operations on images also take one image, without a batch axis
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         if self.rank is not None and site.inputs[0].ndim != self.rank:
             return site.pin_all("is called without a batch axis")
@@ -42,7 +42,7 @@ class BatchNormRule(Rule):
 
     fuses = True
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis if isinstance(site.op.axis, int) else site.op.axis[0]
         _follow_or_fix(site, axis)
         return [site.inputs[0]]
@@ -52,19 +52,19 @@ class BatchNormRule(Rule):
         return dict.fromkeys(names, ("channels",))
 
 
-def _follow_or_fix(site: Site, axis: int) -> None:
+def _follow_or_fix(site: CallSite, axis: int) -> None:
     """The axis "channels"; all of it stays where the units are on other axes."""
     ids = site.unmasked()[0]
     if varies(ids, axis) or not any(varies(ids, i) for i in range(ids.ndim)):
         site.follow("channels", axis)
     else:
-        site.set_axis("channels", nobody((ids.shape[axis],)))
+        site.set_axis("channels", no_unit((ids.shape[axis],)))
 
 
 class GroupNormRule(Rule):
     """Whole groups go: fewer channels in a group would change its mean and variance."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis
         vector = site.follow("channels", axis)
         # groups == -1 is Keras' spelling of "one channel per group" (instance normalisation).
@@ -78,7 +78,7 @@ class GroupNormRule(Rule):
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"gamma": ("channels",), "beta": ("channels",)}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"groups": kept.count(site.axes["group"])}
 
 
@@ -92,7 +92,7 @@ class AlongRule(Rule):
     def __init__(self, why: str, axes: Callable[[Any, int], Any]) -> None:
         self.why, self.axes = why, axes
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         ids, *others = site.inputs
         axes = axes_of(self.axes(site.op, ids.ndim), ids.ndim)
         if 0 in axes or any(len(s) != ids.ndim for s in site.output_shapes):
@@ -113,7 +113,7 @@ class LayerNormRule(AlongRule):
 class UnitNormRule(Rule):
     """Divides by a norm over its axes: closed units add zero to it, so that they can go."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         axes = axes_of(site.op.axis, ids.ndim)
         if 0 in axes or getattr(site.op, "order", 2) <= 0:
@@ -121,7 +121,7 @@ class UnitNormRule(Rule):
         axis = widest(ids, axes)
         if axis is None:
             return [ids]
-        return [along(site.read("in", axis), axis, ids.shape)]
+        return [broadcast_along(site.read("in", axis), axis, ids.shape)]
 
 
 class BatchNormOpRule(Rule):
@@ -129,13 +129,13 @@ class BatchNormOpRule(Rule):
 
     fuses = True
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len(site.inputs) > 1 or not isinstance(site.op.axis, int):
             return site.pin_all("has statistics that are computed")
         _follow_or_fix(site, site.op.axis)
         return [site.inputs[0]]
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Statistics, scale and offset of the channels that stay."""
         if "channels" not in site.axes:
             return super().arguments(site, kept)
@@ -157,7 +157,7 @@ class BlockRule(Rule):
     def __init__(self, times: Callable[[Any], int], to_depth: bool) -> None:
         self.times, self.to_depth = times, to_depth
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         if site.inputs[0].ndim != 4:
             return site.pin_all("is called without a batch axis or on volumes")
@@ -172,7 +172,7 @@ class BlockRule(Rule):
 class GluRule(Rule):
     """One half gates the other: the two halves go together."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,), axis = site.inputs, site.op.axis
         if axis % ids.ndim == 0 or not varies(ids, axis):
             shape = site.output_shapes[0]
@@ -191,7 +191,7 @@ class GluRule(Rule):
 class MaskingRule(Rule):
     """Masks positions whose features all have one value: features in front of it stay."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         return site.pin_all("masks by the values of all units") if varies(ids, -1) else [ids]
 

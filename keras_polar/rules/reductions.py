@@ -7,9 +7,9 @@ import numpy as np
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.call_site import Site
+from keras_polar.rules.call_site import CallSite
 from keras_polar.rules.common import axes_of, units_on
-from keras_polar.rules.ids import Ids, nobody
+from keras_polar.rules.ids import Ids, no_unit
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import Rule
 
@@ -22,7 +22,7 @@ class ReduceRule(Rule):
     are reduced to one element.
     """
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len(site.inputs) > 1:
             return site.pin_all("has arguments that are computed")
         (ids,) = site.inputs
@@ -36,15 +36,15 @@ class ReduceRule(Rule):
         one = None if self._reads(site, axes) else site.tie_along(ids, axes)
         if one is None:
             self._over_units(site, axes)
-            return [nobody(shape) for shape in site.output_shapes]
+            return [no_unit(shape) for shape in site.output_shapes]
         reduced = one if keepdims else one.reshape(left)
         return [np.broadcast_to(reduced, shape) for shape in site.output_shapes]
 
-    def _reads(self, site: Site, axes: set) -> bool:
+    def _reads(self, site: CallSite, axes: set) -> bool:
         """Whether to read the units on the reduced axes rather than let others pass."""
         return False
 
-    def _over_units(self, site: Site, axes: set) -> None:
+    def _over_units(self, site: CallSite, axes: set) -> None:
         site.pin(site.inputs[0], "reduces over the units")
 
 
@@ -54,21 +54,21 @@ class ReduceSumRule(ReduceRule):
     Of units on several axes those are free that leave more to choose from.
     """
 
-    def _reads(self, site: Site, axes: set) -> bool:
+    def _reads(self, site: CallSite, axes: set) -> bool:
         number = units_on(site.inputs[0])
         return max(number[a] for a in axes) > max(n for a, n in enumerate(number) if a not in axes)
 
-    def _over_units(self, site: Site, axes: set) -> None:
+    def _over_units(self, site: CallSite, axes: set) -> None:
         site.read("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
 
 
 class NormRule(ReduceSumRule):
     """`ops.norm`: as a sum if zeros add nothing to that norm."""
 
-    def _reads(self, site: Site, axes: set) -> bool:
+    def _reads(self, site: CallSite, axes: set) -> bool:
         return _ignores_zeros(site.op) and super()._reads(site, axes)
 
-    def _over_units(self, site: Site, axes: set) -> None:
+    def _over_units(self, site: CallSite, axes: set) -> None:
         if _ignores_zeros(site.op):
             super()._over_units(site, axes)
         else:
@@ -82,7 +82,7 @@ def _ignores_zeros(op: Any) -> bool:
 class AverageRule(ReduceRule):
     """`ops.average`, weighted or not: constant weights for one axis only."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         weights = [*site.call.args[1:], *site.call.kwargs.values()]
         if any(w is not None and len(np.shape(to_numpy(w))) > 1 for w in weights if _constant(w)):
             return site.pin_all("has weights for every element")

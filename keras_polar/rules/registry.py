@@ -8,9 +8,9 @@ from keras_polar.graph.ir import Graph
 from keras_polar.graph.keras_private import has_parts
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import trace
-from keras_polar.rules.call_site import Site, alone
+from keras_polar.rules.call_site import CallSite, alone
 from keras_polar.rules.ids import Ids
-from keras_polar.rules.rule import PinRule, Rule, Term
+from keras_polar.rules.rule import CostTerm, PinRule, Rule
 
 
 def register(layer_class: type, rule: Rule | None = None, *, like: type | None = None) -> None:
@@ -68,22 +68,22 @@ _REGISTRY: dict[type, Rule] = {}
 class UnknownRule(Rule):
     """Nobody wrote a rule: all units that reach the operation stay."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         unknown = site.call.note or "no rule for this operation; see keras_polar.register"
         return site.pin_all(why_altered(site.op) or unknown)
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         """With other weights a layer computes what its class does, and what adapters add."""
         rule = _REGISTRY.get(type(site.op))
         own = None if rule is None else alone(site, rule)
         added = _adapter_macs(site, rule)
-        return None if own is None or added is None else [*own, Term((), macs=added)]
+        return None if own is None or added is None else [*own, CostTerm((), macs=added)]
 
 
 UNKNOWN = UnknownRule()
 
 
-def _adapter_macs(site: Site, rule: Rule | None) -> int | None:
+def _adapter_macs(site: CallSite, rule: Rule | None) -> int | None:
     # Without quantization, the adapters' product becomes part of the kernel: work that does not
     # grow with the samples.
     own = [x for x in parts_of(site.op) if getattr(x, "lora_enabled", False)]
@@ -122,7 +122,7 @@ def opens(op: Any) -> bool:
     return rule_for(op) is UNKNOWN and has_parts(op)
 
 
-def read(model: Any) -> Graph:
+def trace_model(model: Any) -> Graph:
     """The graph of a model, composite layers without a rule opened.
 
     Raises:

@@ -25,7 +25,7 @@ Example: the whole rule of a Dense layer::
             return {"units": kept.count(site.axes["out"])}
 
         def macs(self, site):
-            return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, but=-1))]
+            return [CostTerm((site.axes["in"], site.axes["out"]), macs=site.positions(0, but=-1))]
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_polar.graph.ir import Call
-from keras_polar.rules.ids import Ids, compact, look_up
+from keras_polar.rules.ids import Ids, drop_constant_axes, look_up
 
 if TYPE_CHECKING:
-    from keras_polar.rules.call_site import Site
+    from keras_polar.rules.call_site import CallSite
 
 
 @dataclass(frozen=True)
-class Term:
+class CostTerm:
     """A cost that is a product: each coefficient times how many units of each factor are open.
 
     Attributes:
@@ -64,14 +64,14 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptUnits:
     """Which ids stay after pruning: `flags[id]`."""
 
     flags: np.ndarray
 
     def where(self, ids: Ids, axis: int = 0) -> np.ndarray:
         """Indices along an axis at which anything stays."""
-        (small,) = compact(ids)
+        (small,) = drop_constant_axes(ids)
         flags = np.moveaxis(look_up(self.flags, small, True), axis, 0)
         stays = flags.any(axis=tuple(range(1, flags.ndim)))
         return np.flatnonzero(np.broadcast_to(stays, ids.shape[axis]))
@@ -97,7 +97,7 @@ class Rule:
 
     fuses = False
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""
         return site.pin_all("its rule does not say how units flow")
 
@@ -108,19 +108,19 @@ class Rule:
         """
         return {}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         """Changes of the layer's config when only `kept` units remain."""
         return {}
 
-    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+    def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
         """Variable -> what its values are multiplied by when only `kept` units remain."""
         return {}
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """The call's arguments when only `kept` units remain."""
         return site.call.args, site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         """Multiply-accumulates of this call, as products of open units.
 
         For one sample, or for one row along the first axis where a sample takes several. None if it
@@ -128,7 +128,7 @@ class Rule:
         """
         return []
 
-    def adapter_macs(self, site: Site) -> int | None:
+    def adapter_macs(self, site: CallSite) -> int | None:
         """What adapters of low rank add to a quantized layer; None if that is not known."""
         return None
 
@@ -136,11 +136,11 @@ class Rule:
         """Whether the rule knows this operation of its class (what a wrapper wraps, say)."""
         return True
 
-    def rows(self, site: Site, before: list[int]) -> int:
+    def rows(self, site: CallSite, before: list[int]) -> int:
         """Rows of the outputs that one sample takes, given those of the inputs."""
         return max(before, default=1)
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         """Whether sample i of the output comes from sample i of the input."""
         axes = getattr(site.op, "axis", None)
         axes = axes if isinstance(axes, (tuple, list)) else [axes]
@@ -162,8 +162,8 @@ class PinRule(Rule):
     def __init__(self, why: str, counts: bool = True) -> None:
         self.why, self.counts = why, counts
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         return site.pin_all(self.why)
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return [] if self.counts else None

@@ -20,12 +20,13 @@ from keras import ops
 
 from keras_polar.backends import IS_STATE_TAKEN
 from keras_polar.coupling.coupling import couple
-from keras_polar.gates.gate import PACKAGE, Gate, Mask
-from keras_polar.gates.groups import strip, units_of
+from keras_polar.gates.gate import PACKAGE, Gate
+from keras_polar.gates.mask import Mask
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Graph
-from keras_polar.rules import Site, read
-from keras_polar.rules.ids import Ids, compact
+from keras_polar.rules import CallSite, trace_model
+from keras_polar.rules.ids import Ids, drop_constant_axes
+from keras_polar.surgery.strip import strip, units_of
 
 
 class OpenUnits:
@@ -118,7 +119,7 @@ class _Places:
     """Where among all units with gates each id of a gated model is, and what branches close."""
 
     def __init__(self, gated: Any) -> None:
-        graph = read(gated)
+        graph = trace_model(gated)
         self.coupling = couple(strip(graph, set()))
         self.gates = [group._gate for group in gated.groups]
         self.ends = np.cumsum([gate.units for gate in self.gates])
@@ -145,7 +146,7 @@ class _Places:
                 closed[operation].append(self.gates.index(gates[call.inputs[1]]))
         return closed
 
-    def open_units(self, site: Site, arrays: Iterable[Ids]) -> OpenUnits | None:
+    def open_units(self, site: CallSite, arrays: Iterable[Ids]) -> OpenUnits | None:
         """The units of id arrays of one rank, at a call; None if all of them are always open."""
         arrays = list(arrays)
         masks = [self._mask(a) for a in arrays if (self._of(a) >= 0).any()]
@@ -166,10 +167,10 @@ class _Places:
         return [self.gates[i] for i in own], index.astype("int32")
 
 
-def _wrap(places: _Places, site: Site) -> None:
+def _wrap(places: _Places, site: CallSite) -> None:
     layer, outputs = site.op, site.outputs
     if layer.activity_regularizer is not None and len(outputs) == 1:
-        units = places.open_units(site, compact(outputs[0]))
+        units = places.open_units(site, drop_constant_axes(outputs[0]))
         if units is not None:
             layer.activity_regularizer = MaskedRegularizer(layer.activity_regularizer, units)
     for variable in layer.variables:
@@ -181,7 +182,7 @@ def _wrap(places: _Places, site: Site) -> None:
             variable.constraint = MaskedConstraint(variable.constraint, units)
 
 
-def _along_axes(site: Site, variable: Any) -> Iterator[Ids]:
+def _along_axes(site: CallSite, variable: Any) -> Iterator[Ids]:
     """The ids of the units along each axis of a variable, as arrays of its rank."""
     for path, names in site.rule.weights(site.op).items():
         if variable_at(site.op, path) is variable:

@@ -1,9 +1,7 @@
 """Puts gates into a model: one call before `fit`."""
 
 import os
-import re
 import warnings
-from collections import ChainMap, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,28 +12,18 @@ from keras_polar.costs.count import sizes_known, unknown_macs
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.polynomial import MEASURES
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
-from keras_polar.gates.gate import DynamicGate, Gate, Mask
+from keras_polar.gates.gate import DynamicGate, Gate
 from keras_polar.gates.groups import is_gated
-from keras_polar.gates.objective import Consensus
 from keras_polar.gates.schedule import Schedule
-from keras_polar.gates.weight_mask import InnerMask, pack
-from keras_polar.graph.clone import clone, copy_weights
-from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.litert.measure_latency import latency_table as measure_latency
-from keras_polar.rules import Site, Term, read
-from keras_polar.rules.call_site import inner_vector, line
-from keras_polar.selection.select import Budget
-from keras_polar.training.gate_specs import (
-    Target,
-    below_usual,
-    blocks_of,
-    budget_of,
-    targets,
-    usual_floors,
-)
+from keras_polar.rules import CostTerm, trace_model
+from keras_polar.selection.budget import Budget, budget_of, usual_floors
+from keras_polar.selection.select import below_usual
+from keras_polar.training.gate_specs import branches_of, gate_specs
+from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
@@ -126,9 +114,9 @@ def apply(
             f"apply: model {model.name!r} has gates already. Pass the model without gates; to "
             "prune further, `convert` first and apply to the result."
         )
-    coupling = couple(read(model), ignore if "channels" in kinds else "*")
+    coupling = couple(trace_model(model), ignore if "channels" in kinds else "*")
     warn_of_ties(coupling.graph, "apply")
-    blocks = blocks_of(coupling, ignore) if "blocks" in kinds else ()
+    blocks = branches_of(coupling, ignore) if "blocks" in kinds else ()
     if not coupling.groups and not blocks:
         raise ValueError(
             f"apply: nothing in model {model.name!r} can be pruned. "
@@ -148,13 +136,13 @@ def apply(
         timed=timed,
     )
     _warn_of_low_groups(coupling, budget, measure, min_units, max_sparsity)
-    found = targets(coupling, blocks, budget.floors)
+    found = gate_specs(coupling, blocks, budget.floors)
     training = {
         "schedule": (schedule or Schedule()).get_config(),
         "compact": bool(compact),
         "round_to": round_to,
     }
-    inserter = _Inserter(coupling, found, GATES[gate], budget, measure, training)
+    inserter = GateInserter(coupling, found, GATES[gate], budget, measure, training)
     gated = rebuild(coupling.graph, inserter.visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
     _warn_of_own_training(model)
@@ -227,7 +215,7 @@ def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     return "; ".join(why) or "It has no layer whose units could go"
 
 
-def _timed(model: Any, measure: str, table: Any) -> list[tuple[int, Term]]:
+def _timed(model: Any, measure: str, table: Any) -> list[tuple[int, CostTerm]]:
     """The cost terms of the measure "latency", none for others."""
     if measure != "latency":
         if table is not None:
@@ -244,7 +232,7 @@ def _timed(model: Any, measure: str, table: Any) -> list[tuple[int, Term]]:
             "apply: expected latency_table as a keras_polar.LatencyTable, the path of one or None, "
             f"received {table!r}."
         )
-    return table.terms(couple(read(model)))
+    return table.terms(couple(trace_model(model)))
 
 
 def _check_sizes(coupling: Coupling, model: Any, measure: str) -> None:
@@ -291,169 +279,3 @@ def _warn_of_low_groups(
             "go (1.0: all but min_units).",
             stacklevel=3,
         )
-
-
-class _Inserter:
-    """Rebuilds a graph with a mask in front of every reader of gated units."""
-
-    def __init__(
-        self,
-        coupling: Coupling,
-        found: list[Target],
-        gate_class: type,
-        budget: Budget,
-        measure: str,
-        training: dict,
-    ) -> None:
-        self.coupling, self.targets, self.gate_class = coupling, found, gate_class
-        self.budget, self.measure, self.training = budget, measure, training
-        self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
-        self.decided_at: dict[int, list[int]] = defaultdict(list)
-        for i, target in enumerate(found):
-            self.decided_at[target.site].append(i)
-        self.branches = {t.adds: i for i, t in enumerate(found) if t.adds >= 0}
-        self.clones: dict[int, Any] = {}
-        self.inner_masks: dict[int, InnerMask] = {}
-        self.gates: dict[int, Any] = {}
-        self.masked: dict[tuple, Any] = {}
-        graph = coupling.graph
-        self.names = {c.name for c in graph.calls} | {i.name for i in graph.input_layers}
-
-    def visit(self, call: Call, values: dict) -> Any:
-        position = self.sites[id(call)]
-        site = self.coupling.sites[position]
-        local = ChainMap(self._masked_inputs(site, values), values)
-        for i in self.decided_at[position]:
-            self.gates[i] = self._gate(i, site, local)
-        local = local.new_child(self._masked_branches(site, local))
-        if call is self.coupling.graph.calls[-1]:
-            # Last of all, so that every gate is known and the output keeps its layer's name.
-            local = local.new_child(self._consensus(call.inputs[0], local))
-        return self._call(site, local)
-
-    def _call(self, site: Site, values: Any) -> Any:
-        call = site.call
-        is_new = id(call.op) not in self.clones
-        if is_new:
-            self.clones[id(call.op)] = clone(call.op, call.name)
-        op = self.clones[id(call.op)]
-        args, kwargs = fill((call.args, call.kwargs), values)
-        outputs = op(*args, **kwargs)
-        if is_new:
-            copy_weights(call.op, op, lambda _, value: value)
-        reads = [*site.inner_reads, *self._masked_weights(site).values()]
-        vectors = [inner_vector(site, *read) for read in reads]
-        own = self._gated(vectors)
-        if not own:
-            return outputs
-        masks = [[*r, self._arranged(v, own)] for r, v in zip(reads, vectors, strict=True)]
-        return self._masked_inside(op, masks, own, args, kwargs)
-
-    def _masked_inside(
-        self, op: Any, masks: list, own: list[int], args: tuple, kwargs: dict
-    ) -> Any:
-        if id(op) not in self.inner_masks:
-            self.inner_masks[id(op)] = InnerMask(op, masks)
-        inner_mask = self.inner_masks[id(op)]
-        return inner_mask([self.gates[i] for i in own], *args, **pack(kwargs))
-
-    def _masked_weights(self, site: Site) -> dict[int, tuple]:
-        """Input position -> (variable, axis) to be masked instead, where all samples agree.
-
-        A kernel is much smaller than a batch of what it is multiplied with.
-        """
-        return {
-            tensor: by
-            for tensor, by in site.multiplied_by.items()
-            if all(self.gates[i].shape[0] == 1 for i in self._gated([inner_vector(site, *by)]))
-        }
-
-    def _masked_inputs(self, site: Site, values: dict) -> dict:
-        axes: dict[int, list] = {}
-        instead = self._masked_weights(site)
-        for tensor, axis in dict.fromkeys(r for r in site.reads if r[0] not in instead):
-            axes.setdefault(site.call.inputs[tensor], []).append((tensor, axis))
-        return {i: self._masked(site, i, tuple(own), values[i]) for i, own in axes.items()}
-
-    def _masked_branches(self, site: Site, values: Any) -> dict:
-        """The branches that a sum adds, each as a whole behind its gate."""
-        return {
-            tensor: Mask(None, name=self._name(f"{site.name}_mask"))(
-                values[tensor], [self.gates[self.branches[tensor]]]
-            )
-            for tensor in site.call.inputs
-            if tensor in self.branches
-        }
-
-    def _masked(self, site: Site, index: int, reads: tuple, value: Any) -> Any:
-        key = (index, frozenset(axis for _, axis in reads))
-        if key not in self.masked:
-            for tensor, axis in reads:
-                value = self._mask(site, tensor, axis, value)
-            self.masked[key] = value
-        return self.masked[key]
-
-    def _mask(self, site: Site, tensor: int, axis: int, value: Any) -> Any:
-        vector = line(site.inputs[tensor], axis)
-        own = self._gated([vector])
-        if not own:
-            return value
-        index = self._arranged(vector, own)
-        fits = index == list(range(self.coupling.groups[own[0]].units))
-        mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
-        return mask(value, [self.gates[i] for i in own])
-
-    def _gated(self, vectors: list) -> list[int]:
-        """Indices of the groups that any of the vectors mentions."""
-        groups = np.concatenate([self._group_of(v) for v in vectors]) if vectors else np.array([])
-        present, first = np.unique(groups, return_index=True)
-        return [i for i in present[np.argsort(first)].tolist() if i >= 0]
-
-    def _group_of(self, vector: Any) -> np.ndarray:
-        return np.where(vector >= 0, self.coupling.group_of[vector], -1)
-
-    def _arranged(self, vector: Any, own: list[int]) -> list[int]:
-        """Where the gate of each element is among those of the groups `own` side by side.
-
-        Elements without a gate point one past the end.
-        """
-        sizes = [self.coupling.groups[i].units for i in own]
-        start = np.zeros(len(self.coupling.groups), int)
-        start[own] = np.cumsum([0, *sizes[:-1]])
-        group = self._group_of(vector)
-        places = start[group] + self.coupling.index_of[vector]
-        return np.where(group >= 0, places, sum(sizes)).tolist()
-
-    def _gate(self, i: int, site: Site, values: Any) -> Any:
-        target = self.targets[i]
-        name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', target.name)}_gate")
-        (tensor, axis), *_ = [*site.reads, (0, -1)]
-        value = values[site.call.inputs[tensor]]
-        gate_class = self.gate_class if target.per_sample else Gate
-        gate = gate_class(
-            target.units,
-            target.name,
-            list(target.layers),
-            target.members,
-            target.floor,
-            axis,
-            name=name,
-        )
-        return gate(value)
-
-    def _name(self, wanted: str) -> str:
-        name = unused(wanted, self.names)
-        self.names.add(name)
-        return name
-
-    def _consensus(self, index: int, values: Any) -> dict:
-        layer = Consensus(
-            self.budget.sparsity,
-            self.measure,
-            self.budget.cost.get_config(),
-            {t.name: t.units for t in self.targets},
-            **self.training,
-            name=self._name("consensus"),
-        )
-        gates = [self.gates[i] for i in range(len(self.targets))]
-        return {index: layer(values[index], gates)}

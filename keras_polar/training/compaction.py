@@ -16,7 +16,8 @@ import numpy as np
 
 from keras_polar.backends import to_numpy
 from keras_polar.processes import assign
-from keras_polar.surgery.convert import Piece, small_twin
+from keras_polar.surgery.convert import small_twin
+from keras_polar.surgery.cut import Piece
 
 # What JAX makes a training step of. It would take one method of one model for one function,
 # whatever network trains, and go on with the constants of an earlier one. It comes by `call`, not

@@ -14,9 +14,10 @@ from keras import ops
 from keras_polar.backends import require_supported, to_numpy
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
-from keras_polar.gates.objective import Consensus
+from keras_polar.gates.objective import PruningObjective
 from keras_polar.processes import alone, watch_processes
-from keras_polar.selection.select import Budget, ranking, settle
+from keras_polar.selection.budget import Budget
+from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
 from keras_polar.training.loop import Run
 
@@ -53,10 +54,10 @@ class GatedModel(keras.Model):
         return self.budget.achieved([int(g.mask.sum()) for g in self.groups])
 
     @property
-    def consensus(self) -> Consensus:
+    def consensus(self) -> PruningObjective:
         """The layer that holds losses, schedule and target."""
         for layer in self.layers:
-            if isinstance(layer, Consensus):
+            if isinstance(layer, PruningObjective):
                 return layer
         raise ValueError(
             f"GatedModel {self.name!r} has no gates. Expected one that keras_polar.apply made; "
@@ -86,7 +87,7 @@ class GatedModel(keras.Model):
         """
         if not self.settled:
             self.require_finite("before the gates were settled")
-            masks = settle(self._wanted(), self.budget)
+            masks = select_units(self._wanted(), self.budget)
             for group, mask in zip(self.groups, masks, strict=True):
                 if not group.settled:
                     group.set_mask(mask)
@@ -96,7 +97,7 @@ class GatedModel(keras.Model):
         """For `plan.settle`; infinite where masks were set by hand."""
         groups = self.groups
         scores = [g.open_rates + to_numpy(g._gate.scores) for g in groups]
-        free = ranking(scores, [g.open_rates < 0.5 for g in groups], self.budget)
+        free = rank_units(scores, [g.open_rates < 0.5 for g in groups], self.budget)
         return [
             np.where(g.mask, np.inf, -np.inf) if g.settled else wanted
             for g, wanted in zip(groups, free, strict=True)

@@ -20,7 +20,7 @@ from keras_polar.costs.polynomial import Polynomial, polynomial
 from keras_polar.coupling.coupling import couple
 from keras_polar.litert.runtime import interpreter
 from keras_polar.litert.split_model import convert_each
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="LiteRT files are written by TensorFlow"
@@ -51,7 +51,7 @@ def table(cache):
 
 
 def pieces(model):
-    return fused(couple(read(model)))
+    return fused(couple(trace_model(model)))
 
 
 # --- what is measured -------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def pieces(model):
 def test_followers_are_part_of_the_layer_before_them():
     found = [[s.name for s in p.sites] for p in pieces(small_resnet())]
     assert ["stem", "stem_bn", "re_lu"] in [[*f[:2], f[2][:5]] for f in found if len(f) == 3]
-    assert sum(map(len, found)) == len(couple(read(small_resnet())).sites)
+    assert sum(map(len, found)) == len(couple(trace_model(small_resnet())).sites)
     assert any(f[0].startswith("add") and f[1].startswith("re_lu") for f in found)
 
 
@@ -150,8 +150,8 @@ def run(path, image):
 
 
 def cost_of(model, table, **options):
-    coupling = couple(read(model), **options)
-    return polynomial(coupling, "latency", (), table.terms(couple(read(model))))
+    coupling = couple(trace_model(model), **options)
+    return polynomial(coupling, "latency", (), table.terms(couple(trace_model(model))))
 
 
 def test_the_polynomial_is_the_sum_of_the_operations(table):
@@ -168,7 +168,7 @@ def test_the_polynomial_is_the_sum_of_the_operations(table):
 
 
 def _flags(model, counts):
-    coupling = couple(read(model))
+    coupling = couple(trace_model(model))
     flags = np.ones(len(coupling.roots), bool)
     for group, count in zip(coupling.groups, counts, strict=True):
         flags[group.roots[count:]] = False

@@ -36,7 +36,8 @@ def test_every_class_has_a_rule_or_a_reason(classes):
     missing = sorted(c.__name__ for c in found if find(c) is None)
     assert not missing, (
         f"Keras {keras.__version__} has classes that are neither registered nor listed with a "
-        f"reason in keras_polar/rules/unprunable.py: {', '.join(missing)}. Write a rule or list them."
+        f"reason in keras_polar/rules/unprunable.py: "
+        f"{', '.join(missing)}. Write a rule or list them."
     )
 
 

@@ -69,9 +69,9 @@ def check_loads_alone(small, tmp_path):
 def predicted(model, counts, measure):
     from keras_polar.costs.polynomial import polynomial
     from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import read
+    from keras_polar.rules import trace_model
 
-    return polynomial(couple(read(model)), measure)(counts)
+    return polynomial(couple(trace_model(model)), measure)(counts)
 
 
 def model_of(*steps, shape=(5, 8)):

@@ -14,7 +14,7 @@ import numpy as np
 from keras import KerasTensor, tree
 
 from keras_polar.graph.keras_private import backend
-from keras_polar.graph.symbolic.record import CannotOpen, Run, Step, tensors_in
+from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, RecordedRun, tensors_in
 
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.
@@ -29,11 +29,11 @@ class _Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class Expansion:
     """What a composite layer does: `steps` in order, from `inlets` to `outputs`."""
 
     inlets: list
-    steps: list[Step]
+    steps: list[RecordedCall]
     outputs: list
     closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
     variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
@@ -42,54 +42,54 @@ class Opened:
 class Merge:
     """Reduces two runs, of different batch sizes and modes, to one that holds for both."""
 
-    def __init__(self, first: Run, second: Run) -> None:
+    def __init__(self, first: RecordedRun, second: RecordedRun) -> None:
         self.first, self.second = first, second
         self.numbers: list[dict[int, int]] = [{}, {}]
         self._number(first.inlets, second.inlets)
 
     def _number(self, a: list, b: list) -> None:
         if len(a) != len(b):
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         for table, tensors in zip(self.numbers, (a, b), strict=True):
             table.update((id(x), len(table) + i) for i, x in enumerate(tensors))
 
-    def opened(self) -> Opened:
+    def opened(self) -> Expansion:
         if len(self.first.steps) != len(self.second.steps):
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         pairs = zip(self.first.steps, self.second.steps, strict=True)
         steps = [self._step(a, b) for a, b in pairs]
         self.value(self.first.outputs, self.second.outputs)
-        return Opened(self.first.inlets, steps, self.first.outputs)
+        return Expansion(self.first.inlets, steps, self.first.outputs)
 
-    def _step(self, a: Step, b: Step) -> Step:
+    def _step(self, a: RecordedCall, b: RecordedCall) -> RecordedCall:
         is_layer = isinstance(a.op, keras.layers.Layer)
         if type(a.op) is not type(b.op) or (is_layer and not _alike(a.op, b.op)):
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         modes = [x.kwargs.get("training") for x in (a, b)]
         if modes not in ([False, True], [None, None]):
-            raise CannotOpen(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
+            raise CannotTrace(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
         given = [{k: v for k, v in x.kwargs.items() if k != "training"} for x in (a, b)]
         args, kwargs = self.value((a.args, given[0]), (b.args, given[1]))
         args, kwargs = _resolved(a, args, kwargs)
         op = a.op if is_layer else self._operation(a, b.op)
         self._number(a.outputs, b.outputs)
         shapes = [self._shape(x.shape, y.shape) for x, y in zip(a.outputs, b.outputs, strict=True)]
-        return Step(op, a.path, args, kwargs, a.outputs, shapes)
+        return RecordedCall(op, a.path, args, kwargs, a.outputs, shapes)
 
     def _shape(self, a: tuple, b: tuple) -> tuple:
         dims = [self.value(x, y) for x, y in zip(a, b, strict=True)]
         return tuple(None if isinstance(d, _Batch) else d for d in dims)
 
-    def _operation(self, step: Step, other: Any) -> Any:
+    def _operation(self, step: RecordedCall, other: Any) -> Any:
         """The first of two `keras.ops` nodes, its attributes free of the batch size."""
         own, others = (_attributes(op) for op in (step.op, other))
         if own.keys() != others.keys():
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         found = {k: self.value(own[k], others[k]) for k in own}
         if "newshape" in found:
             found["newshape"] = _newshape(found["newshape"], step.outputs[0].shape)
         if any(isinstance(x, _Batch) for x in tree.flatten(found)):
-            raise CannotOpen(f"uses the batch size in {type(step.op).__name__}")
+            raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
         changes = {k: v for k, v in found.items() if isinstance(v, tuple) and v != own[k]}
         return with_attributes(step.op, changes) if changes else step.op
 
@@ -121,7 +121,7 @@ class Merge:
 class LeafMerge(Merge):
     """The same for a layer that stays whole: shapes may follow the number of units."""
 
-    def __init__(self, first: Run, second: Run, resized: dict[int, int]) -> None:
+    def __init__(self, first: RecordedRun, second: RecordedRun, resized: dict[int, int]) -> None:
         super().__init__(first, second)
         self.resized = resized
 
@@ -146,13 +146,13 @@ def _alike(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if a.variables or b.variables:
-        raise CannotOpen(f"makes a layer with variables in its call ({a.name!r})")
+        raise CannotTrace(f"makes a layer with variables in its call ({a.name!r})")
     configs = [{k: v for k, v in x.get_config().items() if k != "name"} for x in (a, b)]
     return bool(configs[0] == configs[1])
 
 
 def _differ() -> Any:
-    raise CannotOpen("behaves differently in training, or computes with the batch size")
+    raise CannotTrace("behaves differently in training, or computes with the batch size")
 
 
 def _whole(a: int, b: int) -> Any:
@@ -185,20 +185,20 @@ def _constant(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a if np.array_equal(a, b) else _differ()
 
 
-def _resolved(step: Step, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _resolved(step: RecordedCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Checks that arguments hold for any batch: no sizes, constants that broadcast."""
     flat = tree.flatten((args, kwargs))
     if any(isinstance(x, _Batch) for x in flat):
-        raise CannotOpen(f"uses the batch size in {type(step.op).__name__}")
+        raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
     if any(isinstance(x, keras.Variable) for x in flat):
         name = next(x.path for x in flat if isinstance(x, keras.Variable))
-        raise CannotOpen(f"uses its own variable {name!r} directly")
+        raise CannotTrace(f"uses its own variable {name!r} directly")
     before = tree.flatten((step.args, step.kwargs))
     shrunk = any(isinstance(x, np.ndarray) and x.shape != y.shape for x, y in _zip(flat, before))
     if shrunk and not isinstance(step.op, keras.layers.Layer):
         shapes = [tuple(x.shape) for x in tensors_in(step.op.compute_output_spec(*args, **kwargs))]
         if shapes != [tuple(x.shape) for x in step.outputs]:
-            raise CannotOpen(f"has a constant for each sample of the batch in {step.op.name!r}")
+            raise CannotTrace(f"has a constant for each sample of the batch in {step.op.name!r}")
     return args, kwargs
 
 
