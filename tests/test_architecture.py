@@ -51,6 +51,7 @@ def private_to_keras(path, tree):
         return []
     mine = {n.name for t in MODULES.values() for n in ast.walk(t) if hasattr(n, "name")}
     mine |= {n.attr for t in MODULES.values() for n in ast.walk(t) if is_own_attribute(n)}
+    mine |= {n.target.id for t in MODULES.values() for n in ast.walk(t) if is_field(n)}
     return [n for n in imported(tree) if n.startswith("keras.src")] + [
         n.attr
         for n in ast.walk(tree)
@@ -65,6 +66,11 @@ def is_own_attribute(node):
     """`self.x = ...`: what the library's own classes assign."""
     is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     return is_set and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def is_field(node):
+    """`_x: int = 0` of a dataclass."""
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
 
 
 def backend_asked(path, tree):

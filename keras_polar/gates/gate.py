@@ -23,6 +23,19 @@ MOMENTUM = 0.95  # of the moving averages of the gates
 FLOAT32 = {"dtype": "float32", "autocast": False}
 
 
+def saved_as(name: str) -> Callable:
+    """Registers a class with Keras under a name that is not its own: that of files of before.
+
+    Keras looks for a layer's weights under the class's `__name__`.
+    """
+
+    def register(saved: type) -> type:
+        saved.__name__ = name
+        return keras.saving.register_keras_serializable(PACKAGE)(saved)
+
+    return register
+
+
 def hard_step(logits: Any, soft_of: Callable = ops.sigmoid) -> Any:
     """0/1 forward, the gradient of `soft_of(logits)` backward."""
     soft = soft_of(logits)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_polar.backends import global_mean
 from keras_polar.costs.polynomial import Polynomial
-from keras_polar.gates.gate import PACKAGE
+from keras_polar.gates.gate import saved_as
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.keras_private import only_loss
 
@@ -32,7 +32,7 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     return ops.sum(ops.convert_to_tensor(weights) * ops.where(agreed, 0.0, disagreement))
 
 
-@keras.saving.register_keras_serializable(PACKAGE, "Consensus")
+@saved_as("Consensus")
 class PruningObjective(keras.layers.Layer):
     """Adds the polarization and sparsity losses of all gates; passes its first input through.
 

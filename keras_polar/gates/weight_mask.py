@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from keras_polar.gates.gate import PACKAGE
+from keras_polar.gates.gate import saved_as
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import forget_losses, hand_on_masks
@@ -55,7 +55,7 @@ def masked_variables(layer: Any, masks: Sequence[tuple]) -> list[tuple]:
     return list(masked.values())
 
 
-@keras.saving.register_keras_serializable(PACKAGE, "InnerMask")
+@saved_as("InnerMask")
 class WeightMask(keras.layers.Wrapper):
     """Calls a layer with some of its weights masked: closed units contribute nothing within it.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_polar.backends import BACKEND
 from keras_polar.graph.handed import SETTINGS, handed
 from keras_polar.graph.keras_private import (
     DynamicBackend,
@@ -86,7 +87,7 @@ def _name_variables(layer: Any, new: Any) -> None:
     pairs = zip(layer.variables, new.variables, strict=True)
     for old, own in (pair for pair in pairs if pair[0] is not pair[1]):
         own._path = f"{new.name}/{old.path.removeprefix(f'{layer.name}/')}"
-    if keras.backend.backend() == "torch":  # its modules keep lists of their own
+    if BACKEND == "torch":  # its modules keep lists of their own
         for part in new._flatten_layers():
             part._track_variables()
 

@@ -32,6 +32,7 @@ __all__ = [
     "TrackedDict",
     "TrackedList",
     "TrackedSet",
+    "attended_axes",
     "backend",
     "core_of",
     "forget_losses",
@@ -39,9 +40,12 @@ __all__ = [
     "global_state",
     "hand_on_masks",
     "has_parts",
+    "is_fused_attention",
     "layers_of",
     "only_loss",
     "op_class",
+    "own_variables",
+    "takes_training",
     "to_snake_case",
 ]
 
@@ -130,3 +134,23 @@ def forget_losses(layer: Any) -> None:
     for part in layers_of(layer):
         part._losses.clear()
         part._loss_ids.clear()
+
+
+def takes_training(layer: Any) -> bool:
+    """Whether the layer's `call` is told if it is training."""
+    return layer._call_has_training_arg
+
+
+def own_variables(layer: Any) -> list:
+    """The variables that a layer has made itself, not those of its sublayers."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def attended_axes(attention: Any) -> tuple:
+    """The axes of the values that each position of an attention layer attends to."""
+    return getattr(attention, "_attention_axes", None) or (1,)
+
+
+def is_fused_attention(attention: Any) -> bool:
+    """Whether `ops.dot_product_attention` computes a MultiHeadAttention."""
+    return not attention._dropout and len(attended_axes(attention)) == 1

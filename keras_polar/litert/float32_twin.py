@@ -13,6 +13,7 @@ from keras import tree
 from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.deepcopy import duplicate, is_other_float
 from keras_polar.graph.ir import Call, Graph, fill
+from keras_polar.graph.keras_private import layers_of
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import trace
 
@@ -21,7 +22,7 @@ PRECISION = "float32"  # what LiteRT's float kernels compute in
 
 def is_float32(core: Any) -> bool:
     """Whether a functional model computes in float32 throughout."""
-    parts = [x for x in core._flatten_layers() if x is not core]
+    parts = [x for x in layers_of(core) if x is not core]
     dtypes = [d for x in parts for d in (x.compute_dtype, x.variable_dtype)]
     return not any(map(_is_other, (*dtypes, *(x.dtype for x in trace(core).specs))))
 
@@ -87,7 +88,7 @@ def _is_layer(op: Any) -> bool:
 
 
 def _recurrent(layer: Any) -> list[Any]:
-    return [x for x in layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
+    return [x for x in layers_of(layer) if isinstance(x, keras.layers.RNN)]
 
 
 def _is_other(dtype: Any) -> bool:

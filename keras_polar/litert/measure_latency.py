@@ -15,6 +15,7 @@ import numpy as np
 from keras import tree
 from rich.progress import track
 
+from keras_polar.backends import BACKEND
 from keras_polar.costs.count import sizes_known
 from keras_polar.costs.fusion import Fused, fused
 from keras_polar.costs.latency import LatencyTable
@@ -96,11 +97,10 @@ def check_sizes(coupling: Coupling, name: str, what: str) -> None:
 
 
 def _check_backend() -> None:
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if BACKEND != "tensorflow":
         raise ValueError(
             "Expected Keras to run on TensorFlow, which writes the LiteRT files that are timed; "
-            f"it runs on {backend!r}. Measure in a process with KERAS_BACKEND=tensorflow, "
+            f"it runs on {BACKEND!r}. Measure in a process with KERAS_BACKEND=tensorflow, "
             "`keras_polar.latency_table(model).save(path)`, and pass latency_table=path here."
         )
 

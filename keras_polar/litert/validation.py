@@ -11,13 +11,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.backends import to_numpy
+from keras_polar.backends import BACKEND, to_numpy
+from keras_polar.gates.groups import is_gated
 from keras_polar.graph.ir import Call, Graph, refs_in
 from keras_polar.graph.quantized import listed, quantized
 from keras_polar.graph.trace import trace
 from keras_polar.litert.converter import IO, QUANTIZE
 from keras_polar.surgery.convert import convert
-from keras_polar.gates.groups import is_gated
 
 
 def checked_path(path: str | os.PathLike) -> Path:
@@ -86,11 +86,10 @@ def check_options(quantize: str | None, io: str | None) -> None:
 
 def check_backend() -> None:
     """Raises unless Keras runs on TensorFlow."""
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if BACKEND != "tensorflow":
         raise ValueError(
             f"Expected Keras to run on TensorFlow, which writes LiteRT files; it runs on "
-            f"{backend!r}. Save the model (.keras), set KERAS_BACKEND=tensorflow in a new process, "
+            f"{BACKEND!r}. Save the model (.keras), set KERAS_BACKEND=tensorflow in a new process, "
             "load it there and export it."
         )
 

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers
 
+from keras_polar.backends import WANTS_EQUAL_WIDTHS
+from keras_polar.graph.clone import variable_at
+from keras_polar.graph.keras_private import attended_axes, is_fused_attention
 from keras_polar.rules.call_site import CallSite, sizes
 from keras_polar.rules.ids import broadcast_along, no_unit
 from keras_polar.rules.registry import add
@@ -50,7 +52,7 @@ class MultiHeadRule(Rule):
         site.read_inside("_output_dense.kernel", 0)
         site.read_inside("_output_dense.kernel", 1)
         site.read_inside("_query_dense.kernel", 2)
-        if site.op._query_dense.bias is not None:
+        if variable_at(site.op, "_query_dense.bias") is not None:
             site.read_inside("_query_dense.bias", 1)
 
     def _outputs(self, site: CallSite) -> list:
@@ -76,7 +78,7 @@ class MultiHeadRule(Rule):
             "_gate_dense.bias": ("q", "value"),
         }
         # The output may have several axes: the units are the last one's.
-        other = (None,) * (len(op._output_dense.kernel.shape) - 3)
+        other = (None,) * (len(variable_at(op, "_output_dense.kernel").shape) - 3)
         out = {"kernel": ("q", "value", *other, "out"), "bias": (*other, "out")}
         return found | {f"_output_dense.{name}": axes for name, axes in out.items()}
 
@@ -110,7 +112,7 @@ class MultiHeadRule(Rule):
     def _attended(self, site: CallSite, value: int) -> int:
         """Number of positions that each position attends to."""
         shape = sizes(site.specs[site.call.inputs[value]].shape)
-        return math.prod(shape[axis] for axis in getattr(site.op, "_attention_axes", None) or (1,))
+        return math.prod(shape[axis] for axis in attended_axes(site.op))
 
 
 def _other_output_axes(site: CallSite) -> tuple:
@@ -123,7 +125,7 @@ def _has_mask_per_head(site: CallSite, mask: Any, query: int) -> bool:
     """Whether an attention mask has an axis for the heads that is longer than one."""
     place = site.place(mask)
     shape = site.inputs[place].shape if place >= 0 else getattr(mask, "shape", ())
-    attended = len(getattr(site.op, "_attention_axes", None) or (1,))
+    attended = len(attended_axes(site.op))
     heads = len(shape) - 2 * attended - 1
     is_full = heads == len(site.inputs[query].shape) - 1 - attended
     return is_full and shape[heads] != 1
@@ -131,7 +133,7 @@ def _has_mask_per_head(site: CallSite, mask: Any, query: int) -> bool:
 
 def _needs_equal_widths(op: Any) -> bool:
     """Whether `keras.ops.dot_product_attention` computes the layer, which on JAX wants that."""
-    fused = keras.backend.backend() == "jax" and not op._dropout and len(op._attention_axes) == 1
+    fused = WANTS_EQUAL_WIDTHS and is_fused_attention(op)
     return fused and op.key_dim == op.value_dim
 
 

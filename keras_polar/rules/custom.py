@@ -13,6 +13,7 @@ from keras import KerasTensor
 
 from keras_polar.graph.clone import smaller_twin
 from keras_polar.graph.ir import Call, Ref, Spec, fill, refs_in
+from keras_polar.graph.keras_private import takes_training
 from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
 from keras_polar.graph.symbolic.merge import Expansion
 from keras_polar.graph.symbolic.record import CannotTrace, tensors_in
@@ -96,7 +97,7 @@ def traced_macs(site: CallSite) -> list[CostTerm] | None:
     """What the call of a layer computes, whose units all stay; None if it cannot be traced."""
     try:
         leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
-        run = trace_leaf(leaf, leaf, {}, False if site.op._call_has_training_arg else None)
+        run = trace_leaf(leaf, leaf, {}, False if takes_training(site.op) else None)
         twin = CallSite(site.call, site.specs, Units(), site.inputs, {}, site.rule)
         _through(twin, run, {})
     except (CannotTrace, IndexError, TypeError, ValueError):
@@ -128,7 +129,7 @@ def _traces(site: CallSite, resized: dict[int, int]) -> tuple[list[Expansion], d
     leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
     args, kwargs = _arguments(site, _symbols(site, resized))
     twin, keys = smaller_twin(site.op, args, kwargs, resized)
-    modes = (False, True) if site.op._call_has_training_arg else (None,)
+    modes = (False, True) if takes_training(site.op) else (None,)
     return [trace_leaf(leaf, Leaf(twin, args, kwargs), resized, m) for m in modes], keys
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_polar.graph.ir import Graph
-from keras_polar.graph.keras_private import has_parts
+from keras_polar.graph.keras_private import has_parts, layers_of
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import trace
 from keras_polar.rules.call_site import CallSite, alone
@@ -109,7 +109,7 @@ def rule_for(op: Any) -> Rule:
 
 def parts_of(op: Any) -> list:
     """An operation and all its sublayers."""
-    return list(op._flatten_layers()) if has_parts(op) else [op]
+    return layers_of(op) if has_parts(op) else [op]
 
 
 def is_unknown(op: Any) -> bool:

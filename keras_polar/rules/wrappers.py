@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.graph.ir import Call, Ref, Spec
+from keras_polar.graph.ir import Call, Ref, Spec, refs_in
 from keras_polar.graph.keras_private import functional
-from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.registry import add, is_unknown, rule_for
+from keras_polar.rules.call_site import CallSite, set_rows, sizes
+from keras_polar.rules.ids import Ids, Units, no_unit, varies
+from keras_polar.rules.registry import add, is_unknown, rule_for, trace_model
 from keras_polar.rules.rule import CostTerm, KeptUnits, PinRule, Rule
 
 
@@ -73,10 +73,16 @@ class TimeDistributedRule(Rule):
 
 
 def _model_macs(model: Any) -> list[CostTerm] | None:
-    from keras_polar.inspection import cost
-
-    found = cost(model)
-    return [CostTerm((), macs=found.macs)] if found.sizes_known and not found.unknown else None
+    """What a model computes whose units all stay; None if nobody knows."""
+    graph = trace_model(model)
+    rows = dict.fromkeys(refs_in(graph.inputs), 1)
+    found: list[CostTerm] | None = []
+    for call in graph.calls:
+        ids = [no_unit(sizes(graph.specs[i].shape)) for i in call.inputs]
+        site = CallSite(call, graph.specs, Units(), ids, {}, rule_for(call.op), refused="inside")
+        rows.update(dict.fromkeys(call.outputs, set_rows(site, [rows[i] for i in call.inputs])))
+        found = None if found is None or site.macs is None else found + site.macs
+    return found if all(None not in spec.shape[1:] for spec in graph.specs) else None
 
 
 class SpectralNormalizationRule(PinRule):

@@ -24,6 +24,7 @@ from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.mask import Mask
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Graph
+from keras_polar.graph.keras_private import layers_of, own_variables
 from keras_polar.rules import CallSite, trace_model
 from keras_polar.rules.ids import Ids, drop_constant_axes
 from keras_polar.surgery.strip import strip, units_of
@@ -85,7 +86,7 @@ class MaskedConstraint(keras.constraints.Constraint):
 
 def mask_penalties(gated: Any) -> None:
     """Wraps the regularizers and constraints in a gated model, each once."""
-    layers = [x for x in gated._flatten_layers(include_self=False) if not isinstance(x, Gate)]
+    layers = [x for x in layers_of(gated)[1:] if not isinstance(x, Gate)]
     for layer in layers:
         unmask_penalties(layer)
     if any(map(_has_penalty, layers)):
@@ -98,10 +99,10 @@ def mask_penalties(gated: Any) -> None:
 
 def unmask_penalties(layer: Any) -> None:
     """The layer has its own regularizers and constraints again."""
-    parts = layer._flatten_layers() if isinstance(layer, keras.layers.Layer) else ()
+    parts = layers_of(layer) if isinstance(layer, keras.layers.Layer) else ()
     for part in parts:
         part.activity_regularizer = _inner(part.activity_regularizer)
-        for variable in part._trainable_variables + part._non_trainable_variables:
+        for variable in own_variables(part):
             variable.regularizer = _inner(variable.regularizer)
             variable.constraint = _inner(variable.constraint)
 
@@ -111,8 +112,8 @@ def _inner(penalty: Any) -> Any:
 
 
 def _has_penalty(layer: Any) -> bool:
-    own = (x for v in layer._trainable_variables for x in (v.regularizer, v.constraint))
-    return layer.activity_regularizer is not None or any(x is not None for x in own)
+    given = (x for v in own_variables(layer) for x in (v.regularizer, v.constraint))
+    return layer.activity_regularizer is not None or any(x is not None for x in given)
 
 
 class _Places:

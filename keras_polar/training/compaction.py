@@ -18,6 +18,7 @@ from keras_polar.backends import to_numpy
 from keras_polar.processes import assign
 from keras_polar.surgery.convert import small_twin
 from keras_polar.surgery.cut import Piece
+from keras_polar.training.keras_hooks import learning_rate, share_clock, undecayed
 
 # What JAX makes a training step of. It would take one method of one model for one function,
 # whatever network trains, and go on with the constants of an earlier one. It comes by `call`, not
@@ -142,8 +143,8 @@ def _unbuilt(optimizer: Any, parts: dict[int, Any]) -> Any:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = _unbuilt(optimizer.inner_optimizer, parts)
         scaling = optimizer.initial_scale, optimizer.dynamic_growth_steps
-        return _sharing(type(optimizer)(inner, *scaling, name=optimizer.name), optimizer)
-    rate = optimizer._learning_rate
+        return share_clock(type(optimizer)(inner, *scaling, name=optimizer.name), optimizer)
+    rate = learning_rate(optimizer)
     if isinstance(rate, keras.Variable):
         rate = 0.0
     try:
@@ -152,22 +153,13 @@ def _unbuilt(optimizer: Any, parts: dict[int, Any]) -> Any:
         kind = type(optimizer).__name__
         raise CannotCompact(f"the optimizer ({kind}) cannot be made anew: {error}") from error
     _exclude_from_decay(new, optimizer, parts)
-    return _sharing(new, optimizer)
-
-
-def _sharing(new: Any, optimizer: Any) -> Any:
-    new._learning_rate = optimizer._learning_rate
-    new._iterations = optimizer._iterations
-    return new
+    return share_clock(new, optimizer)
 
 
 def _exclude_from_decay(new: Any, optimizer: Any, parts: dict[int, Any]) -> None:
-    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    if excluded or pattern:
-        new.exclude_from_weight_decay(
-            [parts[i] for i in excluded if i in parts], [pattern.pattern] if pattern else None
-        )
+    excluded, patterns = undecayed(optimizer)
+    if excluded or patterns:
+        new.exclude_from_weight_decay([parts[i] for i in excluded if i in parts], patterns)
 
 
 def _slots(whole: Any, part: Any, gated: Any, small: Any, pieces: list[Piece]) -> list[Piece]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import Budget
 from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
+from keras_polar.training.keras_hooks import is_called_by, losses_are_handed_over
 from keras_polar.training.loop import Run
 
 
@@ -198,7 +198,7 @@ class GatedModel(keras.Model):
     @property
     def losses(self) -> list:
         # Keras on JAX hands the losses of a step over in between.
-        if self.stand_in is None or self._losses_override:
+        if self.stand_in is None or losses_are_handed_over(self):
             return super().losses
         return self.stand_in.model.losses
 
@@ -221,21 +221,13 @@ class GatedModel(keras.Model):
         return self.stand_in.model.trainable_weights
 
     def _refuse_distiller(self, training: Any) -> None:
-        if training and _is_called_by(keras.distillation.Distiller.call):
+        if training and is_called_by(keras.distillation.Distiller.call):
             raise NotImplementedError(
                 f"keras.distillation.Distiller cannot train the gated model {self.name!r}: it "
                 "leaves out the losses of its student, the gates' among them, and the schedule "
                 "that settles them. Expected a student without gates. Train the gated model with "
                 "its own `fit` first; `small = keras_polar.convert(gated)` can be the student then."
             )
-
-
-def _is_called_by(function: Any) -> bool:
-    """Whether a function is being run. What Keras says of it differs between backends."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code is not function.__code__:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _warn_of_frozen_gates(gated: GatedModel) -> None:
