@@ -9,6 +9,7 @@ keras_polar.export_tflite(small, "small.tflite")
 from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.costs.latency import LatencyTable
+from keras_polar.costs.measures import Measure
 from keras_polar.gates.schedule import Schedule
 from keras_polar.inspection import cost, inspect
 from keras_polar.litert import (
@@ -28,6 +29,7 @@ from keras_polar.training.model import GatedModel
 __all__ = [
     "GatedModel",
     "LatencyTable",
+    "Measure",
     "Rule",
     "Schedule",
     "__version__",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_polar.costs.count import Cost, counted
-from keras_polar.costs.polynomial import polynomial
+from keras_polar.costs.measures import MEASURES, cost_of
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gates.groups import is_gated
 from keras_polar.rules import is_unknown, trace_model
@@ -177,7 +177,7 @@ def _layer_rows(coupling: Coupling, shares: dict) -> list[InspectRow]:
 
 def _removable(coupling: Coupling, measure: str) -> float:
     """Share of a cost that is gone when every group keeps one unit."""
-    total = polynomial(coupling, measure)
+    total = cost_of(coupling, MEASURES[measure])
     full = total([g.units for g in coupling.groups])
     return 1 - total([1] * len(coupling.groups)) / full if full else 0.0
 

@@ -2,9 +2,9 @@
 
 A runtime folds batch normalization and simple activations into what comes before them: a layer
 and its followers take as long as the layer alone. Such a piece is timed by itself
-(litert/table.py); its time is told by its sizes, which are sums of products of open counts for
+(litert/measure_latency.py); its time is told by its sizes, which are sums of products of open counts for
 every kind of layer: elements read, elements written and multiply-accumulates, and the last two with
-output channels counted in whole blocks, as kernels compute them.
+output channels counted in whole tiles, as kernels compute them.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.costs.polynomial import TILE, in_tiles
+from keras_polar.costs.polynomial import TILE, Amount, in_tiles
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.ir import Ref, refs_in
-from keras_polar.rules import CallSite, CostTerm
+from keras_polar.rules import CallSite
 from keras_polar.rules.call_site import ids_along, sizes
 from keras_polar.rules.ids import Ids, varies
 
@@ -58,16 +58,16 @@ class Fused:
         return self.sites[0].name
 
     @cached_property
-    def parts(self) -> list[list[CostTerm]]:
-        """What its sizes are sums of, as terms in `macs`; see `sizes`."""
+    def parts(self) -> list[list[Amount]]:
+        """What its sizes are sums of; see `sizes`."""
         first, last = self.sites[0], self.sites[-1]
         places = ((first.call.inputs.index(t), t) for t in self.inputs)
         read = [_elements(self.coupling, t, first.inputs[i]) for i, t in places]
         made = zip(self.outputs, last.outputs, strict=True)
         written = [_elements(self.coupling, t, ids) for t, ids in made]
-        macs = [t for s in self.sites for t in s.macs or ()]
+        macs = [Amount(t.factors, t.macs) for s in self.sites for t in s.macs or ()]
         own = [f for t in written for f in t.factors]
-        return [read, written, macs, *([_blocked(t, own) for t in x] for x in (written, macs))]
+        return [read, written, macs, *([_tiled(t, own) for t in x] for x in (written, macs))]
 
     @cached_property
     def variants(self) -> list[np.ndarray]:
@@ -93,7 +93,7 @@ class Fused:
         """What its time depends on when ids are gone.
 
         Elements read, elements written, multiply-accumulates; the last two with output channels
-        in whole blocks.
+        in whole tiles.
         """
         return tuple(sum(_value(t, flags) for t in terms) for terms in self.parts)
 
@@ -139,26 +139,26 @@ def _piece(coupling: Coupling, chain: list[int]) -> Fused:
 # --- sizes -----------------------------------------------------------------------------------
 
 
-def _elements(coupling: Coupling, tensor: int, ids: Ids) -> CostTerm:
+def _elements(coupling: Coupling, tensor: int, ids: Ids) -> Amount:
     """How many elements a tensor has: its units along one axis times all others."""
     total = math.prod(sizes(coupling.graph.specs[tensor].shape))
     for axis in range(ids.ndim):
         if varies(ids, axis) and _groups_in(coupling, [ids_along(ids, axis)]):
-            return CostTerm((ids_along(ids, axis),), macs=total // ids.shape[axis])
-    return CostTerm((), macs=total)
+            return Amount((ids_along(ids, axis),), total // ids.shape[axis])
+    return Amount((), total)
 
 
-def _blocked(term: CostTerm, made: list[Ids]) -> CostTerm:
-    """The term with the units that a piece makes counted in blocks."""
+def _tiled(term: Amount, made: list[Ids]) -> Amount:
+    """The term with the units that a piece makes counted in tiles."""
     factors = enumerate(term.factors)
-    blocks = tuple(i for i, f in factors if any(np.array_equal(f, own) for own in made))
-    return replace(term, blocks=blocks)
+    tiled = tuple(i for i, f in factors if any(np.array_equal(f, own) for own in made))
+    return replace(term, tiled=tiled)
 
 
-def _value(term: CostTerm, flags: np.ndarray) -> int:
+def _value(term: Amount, flags: np.ndarray) -> int:
     counts = [int(np.sum((v < 0) | flags[v])) for v in term.factors]
-    each = (in_tiles(n) if i in term.blocks else n for i, n in enumerate(counts))
-    return term.macs * math.prod(each)
+    each = (in_tiles(n) if i in term.tiled else n for i, n in enumerate(counts))
+    return term.amount * math.prod(each)
 
 
 def _groups_in(coupling: Coupling, arrays: Iterable[Ids]) -> list[int]:
@@ -173,7 +173,7 @@ def _groups_in(coupling: Coupling, arrays: Iterable[Ids]) -> list[int]:
 def _level(coupling: Coupling, group: int, level: int) -> int:
     """All units, some more than half of them, half, or a quarter, in steps that kernels make.
 
-    More than half by half a block, so that steps of whole blocks show.
+    More than half by half a tile, so that steps of whole tiles show.
     """
     units = coupling.groups[group].units
     step = _STEP if units > _STEP else 1

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from keras_polar.costs.fusion import Fused, fused
+from keras_polar.costs.measures import Measure
+from keras_polar.costs.polynomial import Amount
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.rules import CostTerm
 
 FORMAT = 1  # of the file
 SIZES = 5  # of a piece, see fusion.py
@@ -29,7 +30,7 @@ _FULL = 10.0  # how much more the full width counts than others: the dense netwo
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Measure):
     """How long operations take on a device, measured one by one.
 
     Made by `keras_polar.latency_table`; `keras_polar.apply` takes it.
@@ -54,6 +55,9 @@ class LatencyTable:
     runtime: str
     threads: int
     ops: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    name = "latency"
+    needs_sizes = True
 
     def __str__(self) -> str:
         """A line per operation, the time at full width and at the smallest."""
@@ -108,8 +112,8 @@ class LatencyTable:
         """The table of these operations alone, as far as they are in it."""
         return replace(self, ops={k: self.ops[k] for k in keys if k in self.ops})
 
-    def terms(self, coupling: Coupling) -> list[tuple[int, CostTerm]]:
-        """The time of every piece of a graph as cost terms, with the first call of the piece.
+    def terms(self, coupling: Coupling) -> list[tuple[int, Amount]]:
+        """The time of every piece of a graph in picoseconds, with the first call of the piece.
 
         Args:
             coupling: of the whole model, nothing ignored: what varies in an operation is part of
@@ -120,7 +124,7 @@ class LatencyTable:
         """
         return [(p.calls[0], t) for p in fused(coupling) for t in self._piece_terms(p)]
 
-    def _piece_terms(self, piece: Fused) -> list[CostTerm]:
+    def _piece_terms(self, piece: Fused) -> list[Amount]:
         if piece.key not in self.ops:
             raise ValueError(
                 f"The table of latencies ({self.device}, {self.runtime}) does not hold layer "
@@ -128,15 +132,14 @@ class LatencyTable:
                 "`keras_polar.latency_table(model).save(path)`, and pass that table."
             )
         constant, *slopes = coefficients(self.ops[piece.key])
-        found = [CostTerm((), latency=round(PICOSECONDS * constant))]
+        found = [Amount((), round(PICOSECONDS * constant))]
         for slope, terms in zip(slopes, piece.parts, strict=True):
             found += [_timed(t, slope) for t in terms]
         return found
 
 
-def _timed(term: CostTerm, slope: float) -> CostTerm:
-    latency = round(PICOSECONDS * slope * term.macs)
-    return CostTerm(term.factors, latency=latency, blocks=term.blocks)
+def _timed(term: Amount, slope: float) -> Amount:
+    return replace(term, amount=round(PICOSECONDS * slope * term.amount))
 
 
 def _point(values: Sequence) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.graph.ir import Graph, refs_in
-from keras_polar.rules import CallSite, Rule, rule_for
+from keras_polar.rules import CallSite, Rule, rule_for, trace_model
 from keras_polar.rules.call_site import set_rows, sizes
 from keras_polar.rules.ids import (
     Forest,
@@ -65,6 +65,7 @@ class Coupling:
         groups: the prunable classes, grouped.
         group_of: id -> index of its group, -1 if it stays; int32 of shape (ids,).
         index_of: id -> index of its class within the group; int32 of shape (ids,).
+        flowed: the ties and pins that the operations ask for, before anything is ignored.
     """
 
     graph: Graph
@@ -74,6 +75,7 @@ class Coupling:
     groups: tuple[Group, ...]
     group_of: np.ndarray
     index_of: np.ndarray
+    flowed: Units
 
     def produced(self) -> dict[str, Ids]:
         """Layer name -> ids of the units it makes, shape (units of the layer,)."""
@@ -94,13 +96,33 @@ def couple(graph: Graph, ignore: Iterable[str] = ()) -> Coupling:
         ValueError: a pattern of `ignore` matches no layer.
     """
     units = Units()
-    sites = _flow(graph, units)
+    return _solved(graph, _flow(graph, units), units, ignore)
+
+
+def analyze(model: Any) -> Coupling:
+    """The units of a model, composite layers without a rule opened.
+
+    Raises:
+        TypeError: `model` is not a functional or built Sequential model.
+    """
+    return couple(trace_model(model))
+
+
+def ignoring(coupling: Coupling, ignore: Iterable[str]) -> Coupling:
+    """The same units, with those of layers by these names (glob patterns) kept; see `couple`."""
+    return _solved(coupling.graph, coupling.sites, coupling.flowed, ignore)
+
+
+def _solved(
+    graph: Graph, sites: tuple[CallSite, ...], flowed: Units, ignore: Iterable[str]
+) -> Coupling:
+    units = flowed.copy()
     _pin_ignored(sites, units, ignore)
     _make_rectangular(sites, units)
     roots = units.roots()
     reasons = units.pinned(roots)
     groups = _groups(sites, roots, reasons)
-    return Coupling(graph, sites, roots, reasons, groups, *_places(groups, roots))
+    return Coupling(graph, sites, roots, reasons, groups, *_places(groups, roots), flowed)
 
 
 def _flow(graph: Graph, units: Units) -> tuple[CallSite, ...]:

@@ -19,13 +19,12 @@ from keras_polar.backends import BACKEND
 from keras_polar.costs.count import sizes_known
 from keras_polar.costs.fusion import Fused, fused
 from keras_polar.costs.latency import LatencyTable
-from keras_polar.coupling.coupling import Coupling, couple
+from keras_polar.coupling.coupling import Coupling, analyze
 from keras_polar.litert.benchmark import loaded, timed_runs
 from keras_polar.litert.converter import not_exportable
 from keras_polar.litert.float32_twin import is_float32, twin
 from keras_polar.litert.runtime import check_positive
 from keras_polar.litert.split_model import convert_each
-from keras_polar.rules import trace_model
 from keras_polar.rules.call_site import sizes
 from keras_polar.surgery.cut import Cutter
 
@@ -70,9 +69,20 @@ def latency_table(
         >>> table = keras_polar.latency_table(model)
         >>> gated = keras_polar.apply(model, 0.5, measure="latency", latency_table=table)
     """
+    return measured_table(analyze(model), model.name, path, threads=threads, runs=runs)
+
+
+def measured_table(
+    coupling: Coupling,
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    threads: int = 1,
+    runs: int = 100,
+) -> LatencyTable:
+    """`latency_table` of a model whose units are known already."""
     check_positive(threads=threads, runs=runs)
-    coupling = couple(trace_model(model))
-    check_sizes(coupling, model.name, "latency_table")
+    check_sizes(coupling, name, "latency_table")
     path = Path(path) if path is not None else _cache_file(threads)
     pieces = {piece.key: piece for piece in fused(coupling)}
     table = _table_at(path, threads)

@@ -56,6 +56,10 @@ class Units:
     _ties: list = field(default_factory=list)
     _pins: list = field(default_factory=list)
 
+    def copy(self) -> "Units":
+        """The same ids, ties and pins; what is added to one is not known to the other."""
+        return Units(self.count, [*self._ties], [*self._pins])
+
     def fresh(self, n: int) -> Ids:
         """`n` new ids."""
         self.count += n

@@ -51,16 +51,12 @@ class CostTerm:
         weights: number of weights per combination of units.
         macs: multiply-accumulates per sample and combination of units.
         units: 1 for the units a layer produces.
-        latency: picoseconds per sample and combination of units.
-        blocks: positions of factors that count in whole blocks of channels (cost.BLOCK).
     """
 
     factors: tuple[Ids, ...]
     weights: int = 0
     macs: int = 0
     units: int = 0
-    latency: int = 0
-    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.costs.polynomial import Polynomial, polynomial
+from keras_polar.costs.polynomial import Polynomial
 from keras_polar.coupling.branches import Branch
 from keras_polar.coupling.coupling import Coupling, Group, sites_of
-from keras_polar.rules import CostTerm
+
+CHANNELS, BRANCH = "channels", "branch"  # kinds of groups
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Budget:
         round_to: kept counts are multiples of this (or all units of the group); None for the
             largest of 8, 4, 2, 1 with which the sparsity is met to half a point. One for all, or
             one per group.
+        kinds: what each group is, "channels" or "branch"; none stands for channels alone.
     """
 
     cost: Polynomial
@@ -33,6 +35,7 @@ class Budget:
     sparsity: float
     floors: tuple[int, ...]
     round_to: int | tuple[int, ...] | None = 1
+    kinds: tuple[str, ...] = ()
 
     @cached_property
     def full_cost(self) -> int:
@@ -69,29 +72,30 @@ FLOOR = 0.25
 
 def budget_of(
     coupling: Coupling,
-    blocks: Sequence[Branch],
+    branches: Sequence[Branch],
+    cost: Polynomial,
     *,
     sparsity: float,
     measure: str,
     min_units: int,
     max_sparsity: float | Mapping[str, float] | None,
     round_to: int | None,
-    timed: Sequence[tuple[int, CostTerm]] = (),
 ) -> Budget:
     """What may remain.
 
     Args:
-        timed: the cost terms of the measure "latency", with their calls.
+        cost: of the open units of each group, then of branches.
+        measure: its name.
 
     Raises:
         ValueError: the sparsity cannot be reached; says what can.
     """
-    units = (*(g.units for g in coupling.groups), *(1 for _ in blocks))
-    cost = polynomial(coupling, measure, blocks, timed)
+    units = (*(g.units for g in coupling.groups), *(1 for _ in branches))
+    kinds = (*(CHANNELS for _ in coupling.groups), *(BRANCH for _ in branches))
 
     def budget(floors: Sequence[int]) -> Budget:
-        floors = (*floors, *(0 for _ in blocks))
-        return Budget(cost, units, float(sparsity), floors, round_to)
+        floors = (*floors, *(0 for _ in branches))
+        return Budget(cost, units, sparsity, floors, round_to, kinds)
 
     guarded = budget(usual_floors(coupling, sparsity, min_units, max_sparsity))
     is_enough = guarded.reachable >= sparsity

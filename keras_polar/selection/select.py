@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.selection.budget import Budget
+from keras_polar.selection.budget import BRANCH, Budget
 
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
 MANY = 500  # groups; among so many the ranking alone comes close enough
@@ -30,11 +30,10 @@ def rank_units(
     Args:
         scores: for every group how open its gates are, floats of shape (units,).
         is_closed: for every group bools of shape (units,).
-        budget: whose units and floors tell branches from groups.
+        budget: whose kinds tell branches from channels.
     """
-    is_branch = (np.asarray(budget.units) == 1) & (np.asarray(budget.floors) == 0)
     places = [_places(s) for s in scores]
-    branches = np.flatnonzero(is_branch).tolist()
+    branches = [i for i, kind in enumerate(budget.kinds) if kind == BRANCH]
     for i, place in zip(branches, _places(_flat(scores[i] for i in branches)), strict=True):
         places[i] = place[None]
     return [place - closed for place, closed in zip(places, is_closed, strict=True)]

@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.coupling.coupling import Coupling, couple
+from keras_polar.coupling.coupling import Coupling, analyze
 from keras_polar.gates.groups import is_gated
 from keras_polar.graph.trace import warn_of_ties
-from keras_polar.rules import KeptUnits, trace_model
+from keras_polar.rules import KeptUnits
 from keras_polar.surgery.cut import cut
 
 
@@ -43,7 +43,7 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
             f"remove: model {model.name!r} has gates. `convert` it first and cut the result, or "
             "close units of the gated model with `gated.groups[i].set_mask(mask)`."
         )
-    coupling = couple(trace_model(model))
+    coupling = analyze(model)
     warn_of_ties(coupling.graph, "remove")
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
@@ -15,31 +14,21 @@ from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.rules import CallSite
 from keras_polar.rules.call_site import ids_along, inner_vector
-from keras_polar.selection.budget import Budget
-from keras_polar.training.gate_specs import (
-    GateSpec,
-)
+from keras_polar.training.problem import GATES, PruningProblem
 
 
 class GateInserter:
     """Rebuilds a graph with a mask in front of every reader of gated units."""
 
-    def __init__(
-        self,
-        coupling: Coupling,
-        found: list[GateSpec],
-        gate_class: type,
-        budget: Budget,
-        measure: str,
-        training: dict,
-    ) -> None:
-        self.coupling, self.targets, self.gate_class = coupling, found, gate_class
-        self.budget, self.measure, self.training = budget, measure, training
+    def __init__(self, problem: PruningProblem) -> None:
+        self.problem, self.coupling, self.specs = problem, problem.coupling, problem.specs
+        self.gate_class = GATES[problem.options.gate]
+        coupling = self.coupling
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
         self.decided_at: dict[int, list[int]] = defaultdict(list)
-        for i, target in enumerate(found):
-            self.decided_at[target.site].append(i)
-        self.branches = {t.adds: i for i, t in enumerate(found) if t.adds >= 0}
+        for i, spec in enumerate(self.specs):
+            self.decided_at[spec.site].append(i)
+        self.branches = {t.adds: i for i, t in enumerate(self.specs) if t.adds >= 0}
         self.clones: dict[int, Any] = {}
         self.inner_masks: dict[int, WeightMask] = {}
         self.gates: dict[int, Any] = {}
@@ -153,7 +142,7 @@ class GateInserter:
         return np.where(group >= 0, places, sum(sizes)).tolist()
 
     def _gate(self, i: int, site: CallSite, values: Any) -> Any:
-        target = self.targets[i]
+        target = self.specs[i]
         name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', target.name)}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
@@ -175,13 +164,16 @@ class GateInserter:
         return name
 
     def _consensus(self, index: int, values: Any) -> dict:
+        budget, options = self.problem.budget, self.problem.options
         layer = PruningObjective(
-            self.budget.sparsity,
-            self.measure,
-            self.budget.cost.get_config(),
-            {t.name: t.units for t in self.targets},
-            **self.training,
+            budget.sparsity,
+            self.problem.measure.name,
+            budget.cost.get_config(),
+            {t.name: t.units for t in self.specs},
+            options.schedule.get_config(),
+            options.round_to,
+            options.compact,
             name=self._name("consensus"),
         )
-        gates = [self.gates[i] for i in range(len(self.targets))]
+        gates = [self.gates[i] for i in range(len(self.specs))]
         return {index: layer(values[index], gates)}

@@ -15,7 +15,7 @@ from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.objective import PruningObjective
 from keras_polar.processes import alone, watch_processes
-from keras_polar.selection.budget import Budget
+from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
 from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
 from keras_polar.training.keras_hooks import is_called_by, losses_are_handed_over
@@ -69,7 +69,8 @@ class GatedModel(keras.Model):
         """What the settled network may cost."""
         layer = self.consensus
         floors = tuple(g._gate.min_units for g in self.groups)
-        return Budget(layer.cost, layer.units, layer.sparsity, floors, layer.round_to)
+        kinds = tuple(BRANCH if g.is_block else CHANNELS for g in self.groups)
+        return Budget(layer.cost, layer.units, layer.sparsity, floors, layer.round_to, kinds)
 
     @property
     def settled(self) -> bool:

@@ -1,5 +1,6 @@
 """From scores to masks: exact to the unit, floors and multiples respected."""
 
+import dataclasses
 import re
 
 import keras
@@ -103,7 +104,8 @@ def test_what_the_gates_have_closed_goes_first():
 def test_branches_are_compared_with_one_another():
     cost = Polynomial((1, 900, 100), ((0,), (1,), (2,)))
     scores, is_closed = open_gates(60, 1, 1)
-    found = budget(0.1, (60, 1, 1), (1, 0, 0), cost)
+    kinds = ("channels", "branch", "branch")
+    found = dataclasses.replace(budget(0.1, (60, 1, 1), (1, 0, 0), cost), kinds=kinds)
     _, first, second = rank_units([scores[0], np.ones(1), np.zeros(1)], is_closed, found)
     assert first == 0.75
     assert second == 0.25

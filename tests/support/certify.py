@@ -6,7 +6,7 @@ from helpers import randomise
 from random_models import build
 
 import keras_polar
-from keras_polar.costs.polynomial import polynomial
+from keras_polar.costs.measures import MEASURES, cost_of
 from keras_polar.coupling.coupling import _signatures, couple
 from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import difference, random_inputs
@@ -64,4 +64,6 @@ def certify_gated(model, coupling, rng):
     counted = keras_polar.cost(small)
     assert counted.weights == small.count_params()
     for measure in ("weights", "macs", "units"):
-        assert polynomial(coupling, measure, blocks)(counts) == getattr(counted, measure), measure
+        assert cost_of(coupling, MEASURES[measure], blocks)(counts) == getattr(counted, measure), (
+            measure
+        )

@@ -67,11 +67,11 @@ def check_loads_alone(small, tmp_path):
 
 
 def predicted(model, counts, measure):
-    from keras_polar.costs.polynomial import polynomial
-    from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import trace_model
 
-    return polynomial(couple(trace_model(model)), measure)(counts)
+    from keras_polar.costs.measures import MEASURES, cost_of
+    from keras_polar.coupling.coupling import analyze
+
+    return cost_of(analyze(model), MEASURES[measure])(counts)
 
 
 def model_of(*steps, shape=(5, 8)):
