@@ -1,4 +1,4 @@
-"""What `apply` was asked for, parsed once: which units and branches, at what cost, how many stay."""
+"""What `apply` was asked for, parsed once: units and branches, costs, and what may remain."""
 
 import os
 import warnings

@@ -110,6 +110,7 @@ def test_branches_are_compared_with_one_another():
     assert first == 0.75
     assert second == 0.25
     only = budget(0.1, (1, 1), (0, 0), Polynomial((900, 100), ((0,), (1,))))
+    only = dataclasses.replace(only, kinds=kinds[1:])
     assert np.concatenate(rank_units([np.ones(1), np.zeros(1)], is_closed[1:], only)).argmin() == 1
 
 
