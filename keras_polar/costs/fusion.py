@@ -2,10 +2,9 @@
 
 A runtime folds batch normalization and simple activations into what comes before them: a layer
 and its followers take as long as the layer alone. Such a piece is timed by itself
-(litert/measure_latency.py); its time is told by its sizes, which are sums of products of open counts for
-every kind of layer: elements read, elements written and multiply-accumulates, and the last two with
-output channels
-counted in whole tiles, as kernels compute them.
+(litert/measure_latency.py); its time is told by its sizes, which are sums of products of open
+counts for every kind of layer: elements read, elements written and multiply-accumulates, and the
+last two with output channels counted in whole tiles, as kernels compute them.
 """
 
 import hashlib
