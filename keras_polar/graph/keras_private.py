@@ -138,7 +138,7 @@ def forget_losses(layer: Any) -> None:
 
 def takes_training(layer: Any) -> bool:
     """Whether the layer's `call` is told if it is training."""
-    return layer._call_has_training_arg
+    return getattr(layer, "_call_has_training_arg", False)
 
 
 def own_variables(layer: Any) -> list:

@@ -16,7 +16,7 @@ import keras
 from keras import tree
 
 from keras_polar.graph.ir import Call, Graph, Ref, Spec, alive, fill, refs_in, unused
-from keras_polar.graph.keras_private import backend, core_of, functional, layers_of
+from keras_polar.graph.keras_private import backend, core_of, functional, layers_of, takes_training
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
 from keras_polar.graph.symbolic.merge import Expansion
 from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, exact_shapes
@@ -62,20 +62,26 @@ class _Tracer:
         op = step.op
         if any(isinstance(x, keras.KerasTensor) for x in tree.flatten((args, kwargs))):
             raise CannotTrace(f"calls {op.name!r} on a tensor that is not part of the model")
-        if training is not None and getattr(op, "_call_has_training_arg", False):
+        if training is not None and takes_training(op):
             kwargs = {**kwargs, "training": training}
         inner, refs = functional(op), _nested_inputs(op, args, kwargs)
         if inner is not None and refs is not None:
             return self._nested(step, inner, refs, args, kwargs, path)
-        if self.opens(op) and id(op) not in self.notes:
-            try:
-                # In a functional model, training=False of a call does not outlive the model's own.
-                is_fixed = kwargs.get("training") is True
-                kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
-                return self._inline(self._open, op, args, kwargs, path)
-            except CannotTrace as error:
-                self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
-        return self._call(step, args, kwargs, path)
+        opened = self._opened(op, args, kwargs, path)
+        return self._call(step, args, kwargs, path) if opened is None else opened
+
+    def _opened(self, op: Any, args: tuple, kwargs: dict, path: str) -> list | None:
+        """The outputs of a composite layer's parts; None if it is to stay whole, or has to."""
+        if not self.opens(op) or id(op) in self.notes:
+            return None
+        # In a functional model, training=False of a call does not outlive the model's own.
+        is_fixed = kwargs.get("training") is True
+        kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
+        try:
+            return self._inline(self._open, op, args, kwargs, path)
+        except CannotTrace as error:
+            self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
+            return None
 
     def _open(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
         def inside(x: Any) -> bool:

@@ -197,26 +197,33 @@ class _Inner(CallSite):
 
 def _through(site: CallSite, run: Expansion, vectors: dict[str, Ids]) -> list[Ids]:
     """Ids of the outputs of a traced call."""
-    own = iter(site.inputs)
-    table = {id(x): next(own) for x in run.inlets}
+    inputs = iter(site.inputs)
+    table = {id(x): next(inputs) for x in run.inlets}
     for name, symbol in run.variables.items():
-        shape = tuple(symbol.shape)
-        axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
-        ids = broadcast_along(vectors[name], axes[0], shape) if axes else no_unit(shape)
-        table[id(symbol)] = ids
+        table[id(symbol)] = _variable_ids(site, name, tuple(symbol.shape), vectors)
     rows = dict.fromkeys(table, 1)
     for step in run.steps:
         inner = _site(site, step, table)
         before = [rows[id(x)] for x in tensors_in((step.args, step.kwargs))]
         rows.update(dict.fromkeys(map(id, step.outputs), set_rows(inner, before)))
         site.parts.append(inner)
-        outputs = inner.rule.flow(inner)
-        if inner.reads or inner.produces or not _adapts(inner.rule):
-            for ids in inner.inputs:
-                site.pin(ids, f"computes with its units ({type(step.op).__name__})")
-        table.update((id(x), ids) for x, ids in zip(step.outputs, outputs, strict=True))
-    found = zip(run.outputs, site.output_shapes, strict=True)
-    return [np.broadcast_to(table[id(x)], shape) for x, shape in found]
+        table.update(zip(map(id, step.outputs), _inner_outputs(site, inner), strict=True))
+    outputs = zip(run.outputs, site.output_shapes, strict=True)
+    return [np.broadcast_to(table[id(x)], shape) for x, shape in outputs]
+
+
+def _variable_ids(site: CallSite, name: str, shape: tuple, vectors: dict[str, Ids]) -> Ids:
+    axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
+    return broadcast_along(vectors[name], axes[0], shape) if axes else no_unit(shape)
+
+
+def _inner_outputs(site: CallSite, inner: CallSite) -> list[Ids]:
+    """What the rule of a call inside says; its units stay where it computes with them."""
+    outputs = inner.rule.flow(inner)
+    if inner.reads or inner.produces or not _adapts(inner.rule):
+        for ids in inner.inputs:
+            site.pin(ids, f"computes with its units ({type(inner.op).__name__})")
+    return outputs
 
 
 def _adapts(rule: Rule) -> bool:

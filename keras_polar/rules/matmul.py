@@ -137,18 +137,21 @@ def _check(operands: list[Operand], out: tuple) -> None:
 
 def _choices(operands: list[Operand], out: tuple) -> list:
     """For every operand the label whose units can go, or None; all the same label."""
-    options = [
-        {n: operand.ids.shape[axis] for n, axis in operand.varying.items()}
-        for operand in operands
-        if operand.ids is not None
-    ]
-    labels = {label for found in options for label in found}
-    size = {n: max(found.get(n, 0) for found in options) for n in labels}
-    legal = [n for n in labels if all(_can_follow(x, n, out) for x in operands)]
+    size = _sizes(operands)
+    legal = [n for n in size if all(_can_follow(x, n, out) for x in operands)]
     # A label that more operands have comes first: those who lack it would have to be pinned.
     order = {n: (sum(n in x.varying for x in operands), size[n], str(n)) for n in legal}
     best = max(legal, key=order.__getitem__, default=None)
     return [best if best in operand.varying else None for operand in operands]
+
+
+def _sizes(operands: list[Operand]) -> dict:
+    """Label -> the most units that an operand has on it, for labels with units."""
+    found: dict = {}
+    for operand in operands:
+        for label, axis in operand.varying.items():
+            found[label] = max(found.get(label, 0), operand.ids.shape[axis])  # type: ignore[union-attr]
+    return found
 
 
 def _can_follow(operand: Operand, label: Any, out: tuple) -> bool:
@@ -226,6 +229,12 @@ def _dot_layer(op: Any, ranks: list[int]) -> Labels:
     return tuple(left), tuple(right), ("batch", *free)
 
 
+def _may_have_heads(site: CallSite) -> bool:
+    """Whether a bias or mask of an attention may have an axis of heads."""
+    others = (*site.call.args[3:], *site.call.kwargs.values())
+    return len(site.inputs) > 3 or any(np.ndim(getattr(x, "shape", ())) for x in others)
+
+
 class DotProductAttentionRule(Rule):
     """`ops.dot_product_attention` of (batch, positions, heads, channels) tensors.
 
@@ -247,15 +256,12 @@ class DotProductAttentionRule(Rule):
         return [broadcast_along(first, axis, site.output_shapes[0])]
 
     def _axis(self, site: CallSite) -> int | None:
-        given = (*site.call.args, *site.call.kwargs.values())
-        whole = all(isinstance(x, Ref) for x in site.call.args[:3]) and len(site.call.args) >= 3
         inputs = site.inputs[:3]
-        if not whole or len({x.shape[2:] for x in inputs}) > 1:
+        are_tensors = [isinstance(x, Ref) for x in site.call.args[:3]] == [True] * 3
+        if not are_tensors or len({x.shape[2:] for x in inputs}) > 1:
             return None
-        extra = [x for x in given[3:] if np.ndim(getattr(x, "shape", ())) and x is not None]
-        per_head = extra or len(site.inputs) > 3  # a bias or mask may have an axis of heads
-        axes = [a for a in (2, 3) if all(varies(x, a) for x in inputs)]
-        axes = [a for a in axes if a == 3 or not per_head]
+        may_go = (3,) if _may_have_heads(site) else (2, 3)
+        axes = [a for a in may_go if all(varies(x, a) for x in inputs)]
         return max(axes, key=lambda a: inputs[0].shape[a], default=None)
 
     def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:

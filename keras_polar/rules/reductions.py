@@ -29,16 +29,14 @@ class ReduceRule(Rule):
         axes = axes_of(_given_axes(site.op), ids.ndim)
         if 0 in axes:
             return site.pin_all("reduces over the batch")
-        left = [n for i, n in enumerate(ids.shape) if i not in axes]
-        keepdims = getattr(site.op, "keepdims", False)
-        if any(len(s) != (ids.ndim if keepdims else len(left)) for s in site.output_shapes):
+        reduced = _reduced(ids.shape, axes, getattr(site.op, "keepdims", False))
+        if any(len(shape) != len(reduced) for shape in site.output_shapes):
             return site.pin_all("units cannot be followed through it")
         one = None if self._reads(site, axes) else site.tie_along(ids, axes)
         if one is None:
             self._over_units(site, axes)
             return [no_unit(shape) for shape in site.output_shapes]
-        reduced = one if keepdims else one.reshape(left)
-        return [np.broadcast_to(reduced, shape) for shape in site.output_shapes]
+        return [np.broadcast_to(one.reshape(reduced), shape) for shape in site.output_shapes]
 
     def _reads(self, site: CallSite, axes: set) -> bool:
         """Whether to read the units on the reduced axes rather than let others pass."""
@@ -46,6 +44,12 @@ class ReduceRule(Rule):
 
     def _over_units(self, site: CallSite, axes: set) -> None:
         site.pin(site.inputs[0], "reduces over the units")
+
+
+def _reduced(shape: tuple, axes: set, keepdims: bool) -> list[int]:
+    """The shape that is left of a reduction over some axes."""
+    sizes = [1 if i in axes else n for i, n in enumerate(shape)]
+    return sizes if keepdims else [n for i, n in enumerate(sizes) if i not in axes]
 
 
 class ReduceSumRule(ReduceRule):

@@ -98,8 +98,8 @@ def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Pie
     """Layers' own metrics: id of the whole one's -> the part's; and the pieces of their states."""
     layers = [pair for pair in twins if isinstance(pair[0], keras.layers.Layer)]
     try:
-        pairs = [p for a, b in layers for p in zip(a.metrics, b.metrics, strict=True)]
-        states = [p for a, b in pairs for p in zip(a.variables, b.variables, strict=True)]
+        pairs = _pairs_of(layers, "metrics")
+        states = _pairs_of(pairs, "variables")
     except ValueError as error:
         raise CannotCompact(f"its layers have metrics that their copies lack: {error}") from error
     pieces = [Piece(whole, part, (None,) * len(whole.shape)) for whole, part in states]
@@ -107,6 +107,12 @@ def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Pie
         if piece.whole.shape != piece.part.shape:
             raise CannotCompact(f"the metric {piece.whole.path!r} depends on the number of units")
     return {id(a): b for a, b in pairs}, [p for p in pieces if p.whole is not p.part]
+
+
+def _pairs_of(twins: Iterable[tuple[Any, Any]], parts: str) -> list[tuple[Any, Any]]:
+    """Pairs of the parts of twins, in order; a ValueError where one has more of them."""
+    found = ((getattr(a, parts), getattr(b, parts)) for a, b in twins)
+    return [pair for a, b in found for pair in zip(a, b, strict=True)]
 
 
 def _refuse_sharded() -> None:

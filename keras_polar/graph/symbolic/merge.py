@@ -95,27 +95,49 @@ class Merge:
 
     def value(self, a: Any, b: Any) -> Any:
         """What stands for two values; raises if they differ in more than the batch size."""
-        if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
-            return type(a)(self.value(x, y) for x, y in zip(a, b, strict=True))
-        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            return {k: self.value(a[k], b[k]) for k in a}
-        if isinstance(a, KerasTensor) and isinstance(b, KerasTensor):
-            first, second = (t[id(x)] for t, x in zip(self.numbers, (a, b), strict=True))
-            return a if first == second else _differ()
-        if isinstance(a, keras.Variable) and a is b and id(a) in self.first.buffers:
-            return _numpy(keras.ops.convert_to_tensor(a))
+        for kinds, merge in self._merges:
+            if isinstance(a, kinds) and isinstance(b, kinds):
+                return merge(a, b)
         if isinstance(a, (keras.Variable, keras.layers.Layer)):
-            return a if a is b else _differ()
-        if isinstance(a, slice) and isinstance(b, slice):
-            parts = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
-            return slice(*(self.value(x, y) for x, y in parts))
-        if isinstance(a, (bool, np.bool_)) or isinstance(b, (bool, np.bool_)):
-            return a if a == b else _differ()
-        if isinstance(a, (int, np.integer)) and isinstance(b, (int, np.integer)):
-            return _whole(int(a), int(b))
+            return _differ()
         if _is_array(a) and _is_array(b):
             return _constant(_numpy(a), _numpy(b))
         return a if a is b or a == b else _differ()
+
+    @property
+    def _merges(self) -> tuple:
+        """Kinds of values, and how two of a kind become one; the first that fits counts."""
+        return (
+            ((tuple, list), self._sequence),
+            (dict, self._dict),
+            (KerasTensor, self._tensor),
+            (keras.Variable, self._variable),
+            (keras.layers.Layer, lambda a, b: a if a is b else _differ()),
+            (slice, self._slice),
+            ((bool, np.bool_), lambda a, b: a if a == b else _differ()),
+            ((int, np.integer), _whole_number),
+        )
+
+    def _sequence(self, a: Any, b: Any) -> Any:
+        if type(a) is not type(b) or len(a) != len(b):
+            return a if a == b else _differ()
+        return type(a)(self.value(x, y) for x, y in zip(a, b, strict=True))
+
+    def _dict(self, a: dict, b: dict) -> dict:
+        return {k: self.value(a[k], b[k]) for k in a} if a.keys() == b.keys() else _differ()
+
+    def _tensor(self, a: KerasTensor, b: KerasTensor) -> Any:
+        first, second = (t[id(x)] for t, x in zip(self.numbers, (a, b), strict=True))
+        return a if first == second else _differ()
+
+    def _variable(self, a: keras.Variable, b: keras.Variable) -> Any:
+        if a is not b:
+            return _differ()
+        return _numpy(keras.ops.convert_to_tensor(a)) if id(a) in self.first.buffers else a
+
+    def _slice(self, a: slice, b: slice) -> slice:
+        parts = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
+        return slice(*(self.value(x, y) for x, y in parts))
 
 
 class LeafMerge(Merge):
@@ -155,7 +177,10 @@ def _differ() -> Any:
     raise CannotTrace("behaves differently in training, or computes with the batch size")
 
 
-def _whole(a: int, b: int) -> Any:
+def _whole_number(a: Any, b: Any) -> Any:
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a if a == b else _differ()
+    a, b = int(a), int(b)
     if a == b:
         return a
     first, second = BATCHES
@@ -190,16 +215,19 @@ def _resolved(step: RecordedCall, args: tuple, kwargs: dict) -> tuple[tuple, dic
     flat = tree.flatten((args, kwargs))
     if any(isinstance(x, _Batch) for x in flat):
         raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
-    if any(isinstance(x, keras.Variable) for x in flat):
-        name = next(x.path for x in flat if isinstance(x, keras.Variable))
-        raise CannotTrace(f"uses its own variable {name!r} directly")
+    for variable in (x for x in flat if isinstance(x, keras.Variable)):
+        raise CannotTrace(f"uses its own variable {variable.path!r} directly")
     before = tree.flatten((step.args, step.kwargs))
     shrunk = any(isinstance(x, np.ndarray) and x.shape != y.shape for x, y in _zip(flat, before))
     if shrunk and not isinstance(step.op, keras.layers.Layer):
-        shapes = [tuple(x.shape) for x in tensors_in(step.op.compute_output_spec(*args, **kwargs))]
-        if shapes != [tuple(x.shape) for x in step.outputs]:
-            raise CannotTrace(f"has a constant for each sample of the batch in {step.op.name!r}")
+        _require_same_shapes(step, args, kwargs)
     return args, kwargs
+
+
+def _require_same_shapes(step: RecordedCall, args: tuple, kwargs: dict) -> None:
+    shapes = [tuple(x.shape) for x in tensors_in(step.op.compute_output_spec(*args, **kwargs))]
+    if shapes != [tuple(x.shape) for x in step.outputs]:
+        raise CannotTrace(f"has a constant for each sample of the batch in {step.op.name!r}")
 
 
 def _zip(a: list, b: list) -> Iterable:
