@@ -30,16 +30,17 @@ class QuantizationMode:
         activations: dtype of what flows between operations: "float32", "int8" or "int16". Integers
             need ranges, which come from representative data; the inputs and outputs of the file
             are such integers too, unless `io="float32"`.
-        operations: the operations that the file may hold, as names in `tf.lite.OpsSet`. What has
-            no such operation is an error: an integer mode without float operations is integer
-            throughout.
+        operations: the operations that the file may hold, as names in `tf.lite.OpsSet`. Of an
+            integer mode, TensorFlow's converter still writes what has no integer kernel (ELU, say)
+            as a float operation between a dequantization and a quantization.
 
     Raises:
         ValueError: a dtype is none of these, or activations are integers and weights are not.
 
     Example:
-        >>> mode = QuantizationMode("int8_or_float", weights="int8", activations="int8",
-        ...                         operations=("TFLITE_BUILTINS_INT8", "TFLITE_BUILTINS"))
+        >>> int16x8 = "EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8"
+        >>> mode = QuantizationMode("int16x8", weights="int8", activations="int16",
+        ...                         operations=(int16x8,))
         >>> keras_polar.export_tflite(small, "small.tflite", mode, representative_data=images)
     """
 
