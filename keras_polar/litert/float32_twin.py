@@ -44,13 +44,15 @@ def _steps(call: Call, graph: Graph) -> int:
 
     A nested model may have been built with an open size and be called with a fixed one.
     """
-    built = (x.get_build_config() or {} for x in _recurrent(call.op))
-    shapes = [
-        x.get("input_shape") or x.get("shapes_dict", {}).get("sequences_shape") for x in built
-    ]
-    known = [s[1] for s in shapes if s and s[1]]
-    given = [graph.specs[i].shape for i in call.inputs]
-    return max(known or [s[1] or 0 for s in given if len(s) > 2], default=0)
+    built = [steps for x in _recurrent(call.op) if (steps := _steps_when_built(x))]
+    called = (graph.specs[i].shape for i in call.inputs)
+    return max(built or (s[1] or 0 for s in called if len(s) > 2), default=0)
+
+
+def _steps_when_built(layer: Any) -> int | None:
+    config = layer.get_build_config() or {}
+    shape = config.get("input_shape") or config.get("shapes_dict", {}).get("sequences_shape")
+    return shape[1] if shape else None
 
 
 def twin(core: Any, *, unrolled: bool = False) -> keras.Model:

@@ -139,13 +139,13 @@ FLOAT_PATH = (
 @full_precision()
 def _check_equal(model: Any, twin: Any) -> None:
     inputs = random_inputs(model)
-    found = _difference(model, twin, inputs)
+    difference = _difference(model, twin, inputs)
     is_half = any("16" in layer.compute_dtype for layer in model.layers)
     tolerance = TOLERANCE_HALF if is_half else TOLERANCE
-    if not found <= tolerance:
+    if not difference <= tolerance:
         raise ValueError(
             f"quantize_aware: expected the tf_keras twin of {model.name!r} to equal it to "
-            f"{tolerance:g} of the largest output; it differs by {found:g}. {FLOAT_PATH}"
+            f"{tolerance:g} of the largest output; it differs by {difference:g}. {FLOAT_PATH}"
         )
 
 
