@@ -76,10 +76,10 @@ coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub:
 	$(RUN) -m pip install --quiet --editable '.[hub]'
 	$(RUN) examples/benchmarks/coverage_matrix.py
 
-scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/scaling.md; an hour
+scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/benchmarks/scaling.md; an hour
 	$(RUN) examples/benchmarks/scaling.py
 
-latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/latency.md; half an hour
+latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/benchmarks/latency.md; half an hour
 	$(RUN) examples/benchmarks/latency.py
 
 # The notice that it silences is about versions to come, not about the pages.
