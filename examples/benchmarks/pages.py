@@ -387,9 +387,9 @@ def training():
     run = ratios["whole run, static, macs"][1]
     return f"""\
 A training step of ResNet-20 with gates takes {ratios["static"][1]:.2f} (static) or
-{ratios["dynamic"][1]:.2f} times (dynamic) as long as a dense one; once the gates are settled and the
-network is compacted, {large:.2f} (half of the weights gone) or {small:.2f} (half of the MACs). With
-the default schedule and half of the MACs removed a run of static gates takes {run:.2f} of the dense
+{ratios["dynamic"][1]:.2f} times (dynamic) as long as a dense one; once the gates are settled and
+the network is compacted, {large:.2f} (half of the weights gone) or {small:.2f} (half of the MACs).
+With the default schedule and half of the MACs removed a run of static gates takes {run:.2f} of the dense
 time and {effort(ours, dense):.2f} of its MACs.
 """
 
@@ -431,12 +431,12 @@ def gates():
 Neither that slope nor the initial logit of 2 matters much: ResNet-20, half of the MACs removed with
 static gates, {own("sigmoid")} %; with a constant slope {own("identity")} %, one that is zero beyond
 ±2 {own("clipped")} %, an initial logit of 1 or 4 {own("open1")} % and {own("open4")} %
-(`python examples/benchmarks/gate_variants.py --variant=identity` and so on; 12,800 images, 12 epochs,
+(`python examples/benchmarks/gate_variants.py --variant=identity` and so on; {images(SHORT)},
 training images held out, one seed, with which half a point is chance). Nor does it matter when the
 gates settle, after 30 % ({own("sigmoid", "_0.2,0.3,0.3")} %), 40 % ({own("sigmoid")} %, the default
-and the run above) or 50 % of the run ({own("sigmoid", "_0.2,0.5,0.5")} %), or much how hard they are
-pressed: `Schedule(rate=100)`, ten times the default, has {own("sigmoid", "_0.2,0.4,0.4,4,100")} %
-(the same command with `--schedule=0.2,0.3,0.3`, `0.2,0.5,0.5` and `0.2,0.4,0.4,4,100`).
+and the run above) or 50 % of the run ({own("sigmoid", "_0.2,0.5,0.5")} %), or much how hard they
+are pressed: `Schedule(rate=100)`, ten times the default, has
+{own("sigmoid", "_0.2,0.4,0.4,4,100")} % (the same command with `--schedule=0.2,0.3,0.3`, `0.2,0.5,0.5` and `0.2,0.4,0.4,4,100`).
 """
 
 
