@@ -389,8 +389,8 @@ def training():
 A training step of ResNet-20 with gates takes {ratios["static"][1]:.2f} (static) or
 {ratios["dynamic"][1]:.2f} times (dynamic) as long as a dense one; once the gates are settled and
 the network is compacted, {large:.2f} (half of the weights gone) or {small:.2f} (half of the MACs).
-With the default schedule and half of the MACs removed a run of static gates takes {run:.2f} of the dense
-time and {effort(ours, dense):.2f} of its MACs.
+With the default schedule and half of the MACs removed a run of static gates takes {run:.2f} of
+the dense time and {effort(ours, dense):.2f} of its MACs.
 """
 
 
@@ -436,7 +436,8 @@ training images held out, one seed, with which half a point is chance). Nor does
 gates settle, after 30 % ({own("sigmoid", "_0.2,0.3,0.3")} %), 40 % ({own("sigmoid")} %, the default
 and the run above) or 50 % of the run ({own("sigmoid", "_0.2,0.5,0.5")} %), or much how hard they
 are pressed: `Schedule(rate=100)`, ten times the default, has
-{own("sigmoid", "_0.2,0.4,0.4,4,100")} % (the same command with `--schedule=0.2,0.3,0.3`, `0.2,0.5,0.5` and `0.2,0.4,0.4,4,100`).
+{own("sigmoid", "_0.2,0.4,0.4,4,100")} % (the same command with
+`--schedule=0.2,0.3,0.3`, `0.2,0.5,0.5` and `0.2,0.4,0.4,4,100`).
 """
 
 
