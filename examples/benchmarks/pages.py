@@ -197,8 +197,8 @@ def start():
     whole = [runs(m, WHOLE) for m in ("dense", "static", "narrow_longer")]
     return f"""\
 ResNet-20 on CIFAR-10, half of the multiply-accumulates (MACs) removed: {images(LONG)}, the same
-data and optimiser for all, {seeds(ours)}. *Training*: MACs spent on it; *.tflite time*: latency of
-the file; both over the dense network's.
+data and optimiser for all, {seeds(ours)}; images had been encoded as JPEG once more. *Training*:
+MACs spent on it; *.tflite time*: latency of the file; both over the dense network's.
 
 {table(COLUMNS, lines(methods, LONG))}
 - **The loss against dense is {loss(ours, dense)} points**, with {share(ours)} of the weights and
