@@ -25,7 +25,16 @@ def run(script, *arguments):
 @pytest.mark.slow
 def test_demo(tmp_path):
     text = run("demo.py", "--epochs=4", f"--output_dir={tmp_path}")
-    assert "Certificate" in text
+    lines = text.splitlines()
+    # A line for each phase, then the table, then the files and the pictures.
+    assert [line[:3] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
+    assert "4/4" in lines[0]
+    assert "accuracy" in lines[1]
+    assert len(lines) < 30
+    order = [text.index(x) for x in ("Digits, one run each", "Certificate", "Models:", "Pictures:")]
+    assert order == sorted(order)
+    named = [Path(line.strip()) for line in lines if line.startswith("  /")]
+    assert {*named} == {*tmp_path.iterdir()}
     files = {p.name for p in tmp_path.iterdir()}
     pictures = {"open_rates.png", "polarization.png", "widths.png"}
     assert {*pictures, "dense.tflite", "small.tflite", "small.keras"} <= files
