@@ -13,8 +13,8 @@ ORDER = (
     "_version tables backends processes graph rules coupling costs selection gates surgery litert "
     "training inspection plots callbacks cli __init__ __main__"
 ).split()
-# Folders that import nothing but NumPy and the parts above.
-PLAIN = ("selection",)
+# What decides about masks computes with NumPy alone.
+PLAIN = ("selection/budget.py", "selection/select.py")
 LONGEST = 60  # lines of a function
 
 
@@ -49,16 +49,13 @@ def private_to_keras(path, tree):
     """Imports of `keras.src`, and attributes with an underscore of what is not the library's."""
     if part(path) == "graph" or path.as_posix() == "training/keras_hooks.py":
         return []
-    mine = {n.name for t in MODULES.values() for n in ast.walk(t) if hasattr(n, "name")}
-    mine |= {n.attr for t in MODULES.values() for n in ast.walk(t) if is_own_attribute(n)}
-    mine |= {n.target.id for t in MODULES.values() for n in ast.walk(t) if is_field(n)}
     return [n for n in imported(tree) if n.startswith("keras.src")] + [
         n.attr
         for n in ast.walk(tree)
         if isinstance(n, ast.Attribute)
         and n.attr.startswith("_")
         and not n.attr.startswith("__")
-        and n.attr not in mine
+        and n.attr not in OWN_NAMES
     ]
 
 
@@ -71,6 +68,12 @@ def is_own_attribute(node):
 def is_field(node):
     """`_x: int = 0` of a dataclass."""
     return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+
+
+NODES = [node for tree in MODULES.values() for node in ast.walk(tree)]
+OWN_NAMES = {n.name for n in NODES if hasattr(n, "name")}
+OWN_NAMES |= {n.attr for n in NODES if is_own_attribute(n)}
+OWN_NAMES |= {n.target.id for n in NODES if is_field(n)}
 
 
 def backend_asked(path, tree):
@@ -93,7 +96,7 @@ def backends_imported(path, tree):
 def not_plain(path, tree):
     """What NumPy code imports besides."""
     other = ("keras.", "tensorflow")
-    return [n for n in imported(tree) if part(path) in PLAIN and n.startswith(other)]
+    return [n for n in imported(tree) if path.as_posix() in PLAIN and n.startswith(other)]
 
 
 def undocumented(path, tree):

@@ -14,6 +14,7 @@ from keras_polar.backends import require_supported, to_numpy
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.objective import PruningObjective
+from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
 from keras_polar.selection.select import rank_units, select_units
@@ -195,6 +196,12 @@ class GatedModel(keras.Model):
         if kwargs.get("training"):
             self.consensus.count_settled(self.stand_in.sparsity)
         return self.stand_in.model(*args, **kwargs)
+
+    def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras on JAX comes in here, not by `__call__`, which would forget: a layer that remembers
+        # the id of a loss of an earlier trace takes away whatever loss has that id in this one.
+        forget_losses(self)
+        return super().stateless_call(*args, **kwargs)
 
     @property
     def losses(self) -> list:

@@ -185,6 +185,7 @@ def test_states_of_layers_go_through_the_switch_and_back():
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras on JAX trains no stateful recurrent layers")
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on PyTorch overwrites what gradients need")
 def test_what_a_recurrent_layer_carries_goes_through_the_switch_and_back():
     def build():
         inputs = keras.Input((8,), batch_size=16)
@@ -198,6 +199,28 @@ def test_what_a_recurrent_layer_carries_goes_through_the_switch_and_back():
     for a, b in zip(*(m.get_layer("carries").states for m in (gated, whole)), strict=True):
         assert np.abs(to_numpy(a)).max() > 1e-3
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-3, atol=1e-5)
+
+
+class Adds(layers.Layer):
+    loss = None
+
+    def call(self, x):
+        if self.loss is not None:
+            self.add_loss(self.loss)
+        return x
+
+
+def test_no_loss_is_taken_away_by_a_layer_that_remembers_its_id():
+    """Traces follow one another, and so the ids of their losses may be the same."""
+    keras.utils.set_random_seed(0)
+    gated = keras_polar.apply(network(Adds(name="early"), Adds(name="late")), 0.5)
+    early, late = (gated.get_layer(name) for name in ("early", "late"))
+    one, two, three = (ops.convert_to_tensor(float(i)) for i in (1, 2, 3))
+    variables = [[v.value for v in gated.trainable_variables]]
+    variables += [[v.value for v in gated.non_trainable_variables]]
+    for early.loss, late.loss in ((one, two), (two, three)):
+        _, _, losses = gated.stateless_call(*variables, data()[0], return_losses=True)
+        assert [float(to_numpy(x)) for x in losses] == [float(early.loss), float(late.loss)]
 
 
 L1, L2 = keras.regularizers.L1(0.01), keras.regularizers.L2(0.05)
