@@ -208,7 +208,7 @@ def _make_rectangular(sites: tuple[CallSite, ...], units: Units) -> None:
     if not arrays:
         return
     roots = units.roots()
-    # What stays is as good as nobody's: only free units must form a rectangle.
+    # What stays is as good as no unit: only free units must form a rectangle.
     is_fixed = units.fixed(roots)
     forest = Forest(roots)
     for ids in arrays:

@@ -182,7 +182,7 @@ class CallSite:
         return [ids for i, ids in enumerate(self.inputs) if i != self.place(mask)]
 
     def pin_all(self, why: str) -> list[Ids]:
-        """Pins every input; the outputs belong to nobody."""
+        """Pins every input; the outputs belong to no unit."""
         self.refused = why
         for ids in self.inputs:
             self.pin(ids, why)

@@ -1,4 +1,4 @@
-"""Layers nobody wrote a rule for: their `call` is run on symbolic tensors to see what it does.
+"""Layers without a rule of their own: their `call` is run on symbolic tensors to see what it does.
 
 The layer itself stays as it is in every model; the trace only says how units flow through it. That
 it will do the same on fewer units is not taken for granted: a twin, made from its config and built

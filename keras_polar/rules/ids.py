@@ -72,7 +72,7 @@ class Units:
             self._pins.append((np.unique(ids[ids >= 0]), reason))
 
     def tie(self, a: Ids, b: Ids, reason: str) -> None:
-        """Units at the same position go together; with nobody's elements they stay."""
+        """Units at the same position go together; with elements of no unit they stay."""
         if a is b:
             return
         a, b = (x.ravel() for x in drop_constant_axes(*np.broadcast_arrays(a, b)))
@@ -148,7 +148,7 @@ class Forest:
 
 
 def look_up(table: np.ndarray, ids: Ids, default: int | bool) -> np.ndarray:
-    """`table[ids]`, `default` for nobody's elements, broadcast views preserved."""
+    """`table[ids]`, `default` for elements of no unit, broadcast views preserved."""
     (small,) = drop_constant_axes(ids)
     safe = np.where(small >= 0, small, 0)
     found = np.where(small >= 0, table[safe] if len(table) else 0, default)

@@ -166,7 +166,7 @@ def concatenate(arrays: list[Ids], axis: int, shape: tuple) -> Ids:
 
 
 class PadRule(Rule):
-    """`ops.pad`: what is padded with zeros belongs to nobody."""
+    """`ops.pad`: what is padded with zeros belongs to no unit."""
 
     def flow(self, site: CallSite) -> list[Ids]:
         (ids,), op = site.inputs, site.op
@@ -335,7 +335,7 @@ def _consumed(key: tuple) -> list[tuple[int, Any]]:
 
 
 def _on_unknown(part: Any, ids: Ids, axis: int | None) -> Any:
-    """Axes without units, whose size may be a stand-in, are taken at their start."""
+    """Axes without units, whose size may stand for another, are taken at their start."""
     if axis is None or varies(ids, axis):
         return part
     return 0 if isinstance(part, int) else slice(0, 1)

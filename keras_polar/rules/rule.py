@@ -47,7 +47,7 @@ class CostTerm:
     """A cost that is a product: each coefficient times how many units of each factor are open.
 
     Attributes:
-        factors: id vectors; nobody's elements (-1) always count as open.
+        factors: id vectors; elements of no unit (-1) always count as open.
         weights: number of weights per combination of units.
         macs: multiply-accumulates per sample and combination of units.
         units: 1 for the units a layer produces.

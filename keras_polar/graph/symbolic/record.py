@@ -284,7 +284,7 @@ class CallRecorder:
             return [_twin(x) for x in tensors_in(found[0])]
 
         # Keras' own `__call__` casts the inputs, finds masks and sets the mode as ever, but the
-        # node it records for the layer gets stand-ins: the real outputs keep their history.
+        # node it records for the layer gets copies: the real outputs keep their history.
         layer.__dict__["symbolic_call"] = symbolic_call
         try:
             stand_ins = layer_class.__call__(layer, *args, **kwargs)
