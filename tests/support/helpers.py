@@ -6,9 +6,21 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 
 import keras_polar
 from keras_polar.surgery.certificate import difference, random_inputs
+
+
+def quick(chosen, every):
+    """The cases of a sweep, those that are not chosen marked as slow."""
+    return [
+        x if x in chosen else pytest.param(*_arguments(x), marks=pytest.mark.slow) for x in every
+    ]
+
+
+def _arguments(case):
+    return case if isinstance(case, tuple) else (case,)
 
 
 def randomise(model, seed=0):

@@ -71,7 +71,7 @@ def states(gated):
     return [to_numpy(v) for v in variables]
 
 
-QUICK = ("momentum", "adamw", "ema", "loss_scale")
+QUICK = ("adamw", "loss_scale")
 
 
 @pytest.mark.parametrize(

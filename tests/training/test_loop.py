@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import small_resnet
+from helpers import quick, small_resnet
 from keras import layers, ops
 
 import keras_polar
@@ -263,9 +263,12 @@ def penalised_branches():
     return keras.Model(inputs, layers.Dense(3)(x))
 
 
-@pytest.mark.parametrize("gate", ["static", "dynamic"])
+BUILDS = [penalised, penalised_twice, penalised_sequence, penalised_branches]
+ALL = [(build, gate) for build in BUILDS for gate in ("static", "dynamic")]
+
+
 @pytest.mark.parametrize(
-    "build", [penalised, penalised_twice, penalised_sequence, penalised_branches]
+    ("build", "gate"), quick([(b, "dynamic" if b is penalised else "static") for b in BUILDS], ALL)
 )
 def test_penalties_count_what_is_open(build, gate, tmp_path):
     """Before the switch, after it, in the small model and in one that is loaded."""
