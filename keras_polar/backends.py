@@ -180,3 +180,57 @@ def placed_like(value: np.ndarray, like: Any) -> Any:
 
     value = np.asarray(value, like.dtype)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+
+
+def gradient_function(function: Callable[..., Any]) -> Callable[..., list[np.ndarray]]:
+    """(points, *others) -> the gradients of a scalar with respect to each of the points.
+
+    Args:
+        function: gets a list of tensors, the points, and whatever else is handed on; returns a
+            scalar tensor. It is compiled where the backend compiles.
+    """
+    makers = {"tensorflow": _tensorflow_gradients, "jax": _jax_gradients, "torch": _torch_gradients}
+    if BACKEND not in makers:
+        raise NotImplementedError(
+            f"Keras on {BACKEND!r} has no gradients. Set KERAS_BACKEND to one of "
+            f"{', '.join(makers)} in a new process."
+        )
+    gradients = makers[BACKEND](function)
+
+    def on_arrays(points: Sequence[Any], *others: Any) -> list[np.ndarray]:
+        tensors = [ops.convert_to_tensor(x) for x in points]
+        return [to_numpy(g) for g in gradients(tensors, *map(ops.convert_to_tensor, others))]
+
+    return on_arrays
+
+
+def _tensorflow_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    @tf.function
+    def gradients(points: list, *others: Any) -> list:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(points)
+            value = function(points, *others)
+        return tape.gradient(value, points, unconnected_gradients="zero")
+
+    return gradients
+
+
+def _jax_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(jax.grad(function))
+
+
+def _torch_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    def gradients(points: list, *others: Any) -> Any:
+        points = [x.detach().requires_grad_() for x in points]
+        with torch.enable_grad():
+            return torch.autograd.grad(
+                function(points, *others), points, allow_unused=True, materialize_grads=True
+            )
+
+    return gradients

@@ -2,10 +2,12 @@
 
 import re
 from collections import ChainMap, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
@@ -14,16 +16,18 @@ from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.rules import CallSite
 from keras_polar.rules.call_site import ids_along, inner_vector
+from keras_polar.training.gate_specs import GateSpec
 from keras_polar.training.problem import GATES, PruningProblem
 
 
-class GateInserter:
-    """Rebuilds a graph with a mask in front of every reader of gated units."""
+class MaskInserter:
+    """Rebuilds a graph with a mask in front of every consumer of gated units.
 
-    def __init__(self, problem: PruningProblem) -> None:
-        self.problem, self.coupling, self.specs = problem, problem.coupling, problem.specs
-        self.gate_class = GATES[problem.options.gate]
-        coupling = self.coupling
+    What decides about the units is a subclass's (`_gate`), and so is what comes last (`_last`).
+    """
+
+    def __init__(self, coupling: Coupling, specs: Sequence[GateSpec]) -> None:
+        self.coupling, self.specs = coupling, specs
         self.sites = {id(s.call): i for i, s in enumerate(coupling.sites)}
         self.decided_at: dict[int, list[int]] = defaultdict(list)
         for i, spec in enumerate(self.specs):
@@ -45,7 +49,7 @@ class GateInserter:
         local = local.new_child(self._masked_branches(site, local))
         if call is self.coupling.graph.calls[-1]:
             # Last of all, so that every gate is known and the output keeps its layer's name.
-            local = local.new_child(self._consensus(call.inputs[0], local))
+            local = local.new_child(self._last(call.inputs[0], local))
         return self._call(site, local)
 
     def _call(self, site: CallSite, values: Any) -> Any:
@@ -141,6 +145,28 @@ class GateInserter:
         places = start[group] + self.coupling.index_of[vector]
         return np.where(group >= 0, places, sum(sizes)).tolist()
 
+    def _name(self, wanted: str) -> str:
+        name = unused(wanted, self.names)
+        self.names.add(name)
+        return name
+
+    def _gate(self, i: int, site: CallSite, values: Any) -> Any:
+        """The gates of a spec, a symbolic tensor of shape (batch or 1, units)."""
+        raise NotImplementedError
+
+    def _last(self, index: int, values: Any) -> dict:
+        """What replaces the first input of the last call, once all gates are known."""
+        return {}
+
+
+class GateInserter(MaskInserter):
+    """Rebuilds the graph of a problem with gates and their losses."""
+
+    def __init__(self, problem: PruningProblem) -> None:
+        super().__init__(problem.coupling, problem.specs)
+        self.problem = problem
+        self.gate_class = GATES[problem.options.gate]
+
     def _gate(self, i: int, site: CallSite, values: Any) -> Any:
         target = self.specs[i]
         name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', target.name)}_gate")
@@ -158,12 +184,7 @@ class GateInserter:
         )
         return gate(value)
 
-    def _name(self, wanted: str) -> str:
-        name = unused(wanted, self.names)
-        self.names.add(name)
-        return name
-
-    def _consensus(self, index: int, values: Any) -> dict:
+    def _last(self, index: int, values: Any) -> dict:
         budget, options = self.problem.budget, self.problem.options
         layer = PruningObjective(
             budget.sparsity,

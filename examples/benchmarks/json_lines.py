@@ -1,0 +1,31 @@
+"""Rows of results in a file, one JSON object per line: what stands there is not repeated.
+
+A line that was cut off while it was written counts as not written.
+"""
+
+import json
+from pathlib import Path
+
+
+def read_lines(path: Path) -> list[dict]:
+    """All rows, in order."""
+    return list(map(json.loads, _whole_lines(path).splitlines()))
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """Row name -> row; the later of two with the same name."""
+    return {row["name"]: row for row in read_lines(path)}
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Appends a row; the file and its folder are made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = _whole_lines(path).encode()
+    with path.open("ab") as file:
+        file.truncate(len(whole))
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def _whole_lines(path: Path) -> str:
+    text = path.read_bytes().decode() if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
