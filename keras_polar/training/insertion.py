@@ -154,6 +154,7 @@ class GateInserter:
             target.members,
             target.floor,
             axis,
+            self.problem.options.importance == "gradients",
             name=name,
         )
         return gate(value)
@@ -173,6 +174,7 @@ class GateInserter:
             options.schedule.get_config(),
             options.round_to,
             options.compact,
+            options.importance,
             name=self._name("consensus"),
         )
         gates = [self.gates[i] for i in range(len(self.specs))]
