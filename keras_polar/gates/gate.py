@@ -77,7 +77,8 @@ class Gate(keras.layers.Layer):
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
         listens: whether it keeps the squares of its gradients, and is led by what they say (see
-            `keras_polar.gates.importance`), instead of by its own logits alone.
+            `keras_polar.gates.importance`), instead of by its own logits alone: those of "samples",
+            for which it has a gate each, or of a "batch", or none.
 
     Attributes:
         pressure: returns that of the schedule, 0 in warm-up to 1; the gated model sets it. None
@@ -94,7 +95,7 @@ class Gate(keras.layers.Layer):
         members: dict | None = None,
         min_units: int = 1,
         axis: int = -1,
-        listens: bool = False,
+        listens: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)  # what it looks at keeps its precision
@@ -165,6 +166,8 @@ class Gate(keras.layers.Layer):
     def _listened(self, gates: Any, samples: Any) -> Any:
         if not self.listens:
             return gates
+        if self.listens == "samples":
+            gates = ops.broadcast_to(gates, (samples, self.units))
         rate = HEARD * (1 - ops.cast(self.settled, "float32"))
         closed = ops.cast(ops.convert_to_tensor(self.lead) < 0, "float32")
         count = ops.cast(samples, "float32")
@@ -188,7 +191,7 @@ class Gate(keras.layers.Layer):
             state.assign(state + rate * (ops.stop_gradient(ops.mean(now, axis=0)) - state))
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (1, self.units)
+        return (input_shape[0] if self.listens == "samples" else 1, self.units)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None
@@ -202,7 +205,7 @@ class Gate(keras.layers.Layer):
             "members": self.members,
             "min_units": self.min_units,
             "axis": self.axis,
-            **({"listens": True} if self.listens else {}),
+            **({"listens": self.listens} if self.listens else {}),
         }
 
 

@@ -33,6 +33,10 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     return ops.sum(ops.convert_to_tensor(weights) * ops.where(agreed, 0.0, disagreement))
 
 
+# What an open unit is ahead of a closed one, as a logarithm: neither comes and goes by noise.
+STAY = 0.2
+
+
 @saved_as("Consensus")
 class PruningObjective(keras.layers.Layer):
     """Adds the polarization and sparsity losses of all gates; passes its first input through.
@@ -125,11 +129,12 @@ class PruningObjective(keras.layers.Layer):
 
         All compete in one currency: what closing a unit adds to the loss, over what it saves.
         """
-        now = ops.concatenate([ops.cast(lead() > 0, "float32") for _, lead, _ in self.listeners])
+        lead = ops.concatenate([lead() for _, lead, _ in self.listeners])
+        now = ops.cast(lead >= 0, "float32")
         saved = self.cost.slopes(self._counts(now), self.full_cost)
         saved = ops.repeat(saved, np.asarray(self.units), axis=0)
         wanted = ops.concatenate([wanted() for wanted, _, _ in self.listeners])
-        wanted = wanted - ops.log(ops.maximum(saved, 1e-12))
+        wanted = wanted - ops.log(ops.maximum(saved, 1e-12)) + STAY * now
         above = balance(wanted, lambda kept: 1 - self.expected_sparsity(kept), target)
         ends = np.cumsum(self.units)
         for (_, _, tell), end, n in zip(self.listeners, ends, self.units, strict=True):

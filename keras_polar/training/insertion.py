@@ -154,10 +154,15 @@ class GateInserter:
             target.members,
             target.floor,
             axis,
-            self.problem.options.importance == "gradients",
+            self._listens(target),
             name=name,
         )
         return gate(value)
+
+    def _listens(self, spec: Any) -> str | None:
+        if self.problem.options.importance == "logits":
+            return None
+        return "samples" if spec.per_sample else "batch"
 
     def _name(self, wanted: str) -> str:
         name = unused(wanted, self.names)
