@@ -100,7 +100,7 @@ class Polynomial:
         scaled = ops.convert_to_tensor(self._scale / scale, "float32")
         total = ops.zeros((groups + 1,), "float32")
         for i in range(index.shape[1]):
-            others = [j for j in range(index.shape[1]) if j != i]
+            others = np.delete(np.arange(index.shape[1], dtype="int32"), i)
             rest = scaled * ops.prod(ops.take(factors, others, axis=1), axis=1)
             owner = ops.convert_to_tensor(index[:, i], "int32")
             total = total + ops.segment_sum(rest, owner, groups + 1)

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_polar.backends import replicas
 from keras_polar.gates.importance import damage, listen
 
 PACKAGE = "keras_polar"
@@ -21,7 +22,7 @@ GAIN = 10.0
 OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
 MOMENTUM = 0.95  # of the moving averages of the gates
 HEARD = 0.05  # rate of the moving averages of what the loss says
-SETTLING = 0.1  # rate of the open rates of gates that are led
+SETTLING = 0.2  # rate of the open rates of gates that are led
 SLOPE = 40.0  # of the logits of such gates, at full pressure, by the logarithm of what a unit is worth
 # What decides about units, whatever floats the model computes in: in halves the small steps of
 # logits and averages would be lost.
@@ -169,14 +170,21 @@ class Gate(keras.layers.Layer):
         if self.listens == "samples":
             gates = ops.broadcast_to(gates, (samples, self.units))
         rate = HEARD * (1 - ops.cast(self.settled, "float32"))
-        closed = ops.cast(ops.convert_to_tensor(self.lead) < 0, "float32")
-        count = ops.cast(samples, "float32")
-        return listen(gates, ops.convert_to_tensor(self.heard), closed, count, rate)
+        count = replicas() ** 2 * ops.cast(samples, "float32")
+        return listen(gates, ops.convert_to_tensor(self.heard), 1 - self.is_led_open(), count, rate)
 
-    def wanted(self) -> Any:
-        """Logarithm of what closing each unit adds to the loss, infinite where it has to stay."""
-        wanted = ops.log(damage(ops.convert_to_tensor(self.heard)))
+    def wanted(self, stay: Any = 0.0) -> Any:
+        """Logarithm of what closing each unit adds to the loss, infinite where it has to stay.
+
+        Args:
+            stay: what open units are ahead of closed ones.
+        """
+        wanted = ops.log(damage(ops.convert_to_tensor(self.heard))) + stay * self.is_led_open()
         return ops.where(most_open(wanted, self.min_units) > 0, float("inf"), wanted)
+
+    def is_led_open(self) -> Any:
+        """0/1 per unit; all 1 as long as nothing has been told."""
+        return ops.cast(ops.convert_to_tensor(self.lead) >= 0, "float32")
 
     def consensus(self) -> Any:
         """0/1 per unit, float32 of shape (units,): what inference uses."""

@@ -29,7 +29,8 @@ def listen(gates: Any, heard: Any, closed: Any, samples: Any, rate: Any) -> Any:
         heard: of shape (2, units), moving averages: `F_uu`, and the sum of `F_uv` over all closed
             units v but u.
         closed: which units count as closed, 0 or 1, of shape (units,).
-        samples: how many the batch has; the loss is their mean.
+        samples: how many the batch has; the loss is their mean. Where the batch is a share of a
+            larger one, times the square of the number of shares.
         rate: of the moving averages.
     """
 
@@ -66,9 +67,14 @@ def balance(wanted: Any, cost_of: Any, target: Any) -> Any:
     """
     is_free = ops.isfinite(wanted)
     low = ops.min(wanted) - 1.0  # nothing closed
-    high = ops.maximum(ops.max(ops.where(is_free, wanted, low)), low) + 1e-3
+    most = ops.max(ops.where(is_free, wanted, low)) + 1.0
+    high = most
     for _ in range(STEPS):
         middle = (low + high) / 2
         is_met = cost_of(ops.cast(wanted > middle, "float32")) <= target
         low, high = ops.where(is_met, low, middle), ops.where(is_met, middle, high)
-    return ops.where(is_free, wanted - (low + high) / 2, 1.0)
+    # Halfway to the next unit on either side: round-off decides about none.
+    stays = wanted > high
+    last = ops.max(ops.where(stays, ops.min(wanted) - 2.0, wanted))
+    first = ops.min(ops.where(stays & is_free, wanted, most))
+    return ops.where(is_free, wanted - (last + first) / 2, 1.0)

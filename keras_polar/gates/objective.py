@@ -33,8 +33,9 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     return ops.sum(ops.convert_to_tensor(weights) * ops.where(agreed, 0.0, disagreement))
 
 
-# What an open unit is ahead of a closed one, as a logarithm: neither comes and goes by noise.
-STAY = 0.2
+# What an open unit is ahead of a closed one at the settle step, as a logarithm: units come and go
+# by noise when nothing is decided yet, and no longer when everything is.
+STAY = 2.0
 
 
 @saved_as("Consensus")
@@ -58,8 +59,8 @@ class PruningObjective(keras.layers.Layer):
         latest: "sparsity" (expected, of the last training step) and "polarization" (1 if all
             samples agreed), scalar variables. `fit` puts them into its logs. They are no metrics:
             those are the user's, in the order that he compiled.
-        listeners: for every group the gate's `wanted` and a setter of its `lead`; the gated model
-            sets them. None where gates are led by nobody.
+        listeners: for every group the gate's `wanted`, `is_led_open`, and a setter of its `lead`; the
+            gated model sets them. None where gates are led by nobody.
     """
 
     listeners: tuple | None = None
@@ -129,12 +130,13 @@ class PruningObjective(keras.layers.Layer):
 
         All compete in one currency: what closing a unit adds to the loss, over what it saves.
         """
-        lead = ops.concatenate([lead() for _, lead, _ in self.listeners])
-        now = ops.cast(lead >= 0, "float32")
+        now = ops.concatenate([is_open() for _, is_open, _ in self.listeners])
+        step = ops.convert_to_tensor(self.step)
+        stay = STAY * ops.square(self.schedule.certainty(step, self.steps))
         saved = self.cost.slopes(self._counts(now), self.full_cost)
         saved = ops.repeat(saved, np.asarray(self.units), axis=0)
-        wanted = ops.concatenate([wanted() for wanted, _, _ in self.listeners])
-        wanted = wanted - ops.log(ops.maximum(saved, 1e-12)) + STAY * now
+        wanted = ops.concatenate([wanted(stay) for wanted, _, _ in self.listeners])
+        wanted = wanted - ops.log(ops.maximum(saved, 1e-12))
         above = balance(wanted, lambda kept: 1 - self.expected_sparsity(kept), target)
         ends = np.cumsum(self.units)
         for (_, _, tell), end, n in zip(self.listeners, ends, self.units, strict=True):

@@ -247,7 +247,7 @@ class GatedModel(keras.Model):
 def _listener(group: GateGroup) -> tuple:
     """What the objective leads a gate by: functions, as a layer would own the variables it has."""
     gate = group._gate
-    return gate.wanted, lambda: ops.convert_to_tensor(gate.lead), lambda x: gate.lead.assign(x)
+    return gate.wanted, gate.is_led_open, lambda lead: gate.lead.assign(lead)
 
 
 def _warn_of_frozen_gates(gated: GatedModel) -> None:
