@@ -128,6 +128,16 @@ def global_mean(x: Any) -> Any:
     return context.all_reduce(tf.distribute.ReduceOp.MEAN, x)
 
 
+def replicas() -> int:
+    """How many replicas share a batch: each sees the gradients of its part of their mean loss."""
+    if BACKEND != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
 def require_supported(model: Any) -> None:
     """Raises a NotImplementedError if Keras cannot train under the model's strategy."""
     strategy = getattr(model, "distribute_strategy", None)  # Keras on TensorFlow has it

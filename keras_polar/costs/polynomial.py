@@ -85,6 +85,27 @@ class Polynomial:
         products = ops.prod(ops.take(known, index, axis=0), axis=-1)
         return ops.sum(products * ops.convert_to_tensor(self._scale / scale, "float32"))
 
+    def slopes(self, counts: Any, scale: float) -> Any:
+        """What one unit more in each group costs, divided by `scale`: float32 of shape (groups,).
+
+        Whole tiles of channels are taken for a slope.
+
+        Args:
+            counts: as in `expected`.
+        """
+        groups = counts.shape[0]
+        index = np.where(self._index > groups, self._index - groups, self._index)
+        factors = ops.take(ops.concatenate([ops.ones((1,), counts.dtype), counts]), index, axis=0)
+        factors = ops.cast(factors, "float32")
+        scaled = ops.convert_to_tensor(self._scale / scale, "float32")
+        total = ops.zeros((groups + 1,), "float32")
+        for i in range(index.shape[1]):
+            others = np.delete(np.arange(index.shape[1], dtype="int32"), i)
+            rest = scaled * ops.prod(ops.take(factors, others, axis=1), axis=1)
+            owner = ops.convert_to_tensor(index[:, i], "int32")
+            total = total + ops.segment_sum(rest, owner, groups + 1)
+        return total[1:]
+
     def get_config(self) -> dict:
         return {"coefficients": self.coefficients, "factors": self.factors}
 

@@ -34,6 +34,7 @@ def apply(
     schedule: Schedule | None = None,
     compact: bool = True,
     latency_table: LatencyTable | str | os.PathLike | None = None,
+    importance: str = "gradients",
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -72,6 +73,9 @@ def apply(
         latency_table: for `measure="latency"`: a `keras_polar.LatencyTable` of the device, or the
             path of one. None measures on this machine what the user's cache does not hold yet
             (TensorFlow only; minutes for a large model), with `keras_polar.latency_table`.
+        importance: what decides about units. "gradients": what the squares of the gates' gradients
+            say that closing them adds to the loss, over what they cost; the shares of groups come
+            out of it. "logits": the gates' own logits alone, every group gives the same share.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
@@ -113,6 +117,7 @@ def apply(
         schedule=Schedule() if schedule is None else schedule,
         compact=bool(compact),
         latency_table=latency_table,
+        importance=importance,
     )
     problem = pruning_problem(model, options)
     warn_of_ties(problem.coupling.graph, "apply")

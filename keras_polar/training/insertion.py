@@ -180,9 +180,15 @@ class GateInserter(MaskInserter):
             target.members,
             target.floor,
             axis,
+            self._listens(target),
             name=name,
         )
         return gate(value)
+
+    def _listens(self, spec: GateSpec) -> str | None:
+        if self.problem.options.importance == "logits":
+            return None
+        return "samples" if spec.per_sample else "batch"
 
     def _last(self, index: int, values: Any) -> dict:
         budget, options = self.problem.budget, self.problem.options
@@ -194,6 +200,7 @@ class GateInserter(MaskInserter):
             options.schedule.get_config(),
             options.round_to,
             options.compact,
+            options.importance,
             name=self._name("consensus"),
         )
         gates = [self.gates[i] for i in range(len(self.specs))]

@@ -40,6 +40,8 @@ class GatedModel(keras.Model):
         gates = [layer for layer in self.layers if isinstance(layer, Gate)]
         for gate in gates:
             gate.pressure = self.consensus.pressure
+        if any(gate.listens for gate in gates):
+            self.consensus.listeners = tuple(map(_listener, self.groups))
         if gates:
             mask_penalties(self)
 
@@ -98,12 +100,23 @@ class GatedModel(keras.Model):
     def _wanted(self) -> list[np.ndarray]:
         """For `plan.settle`; infinite where masks were set by hand."""
         groups = self.groups
-        scores = [g.open_rates + to_numpy(g._gate.scores) for g in groups]
-        free = rank_units(scores, [g.open_rates < 0.5 for g in groups], self.budget)
+        if all(g._gate.listens for g in groups) and self._have_heard():
+            free = [to_numpy(g._gate.lead) for g in groups]
+        else:
+            free = self._ranked()
         return [
             np.where(g.mask, np.inf, -np.inf) if g.settled else wanted
             for g, wanted in zip(groups, free, strict=True)
         ]
+
+    def _have_heard(self) -> bool:
+        """Whether the loss has said anything of each group, and the gates were told."""
+        return all(to_numpy(v).any() for g in self.groups for v in (g._gate.heard, g._gate.lead))
+
+    def _ranked(self) -> list[np.ndarray]:
+        groups = self.groups
+        scores = [g.open_rates + to_numpy(g._gate.scores) for g in groups]
+        return rank_units(scores, [g.open_rates < 0.5 for g in groups], self.budget)
 
     def require_finite(self, when: str) -> None:
         """Raises a FloatingPointError that names the layers whose trained values are not finite."""
@@ -236,6 +249,12 @@ class GatedModel(keras.Model):
                 "that settles them. Expected a student without gates. Train the gated model with "
                 "its own `fit` first; `small = keras_polar.convert(gated)` can be the student then."
             )
+
+
+def _listener(group: GateGroup) -> tuple:
+    """What the objective leads a gate by: functions, as a layer would own the variables it has."""
+    gate = group._gate
+    return gate.wanted, gate.is_led_open, lambda lead: gate.lead.assign(lead)
 
 
 def _warn_of_frozen_gates(gated: GatedModel) -> None:

@@ -23,6 +23,7 @@ from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels", "blocks")
+IMPORTANCES = ("gradients", "logits")
 LISTED = 8  # groups that a warning names
 
 
@@ -41,6 +42,7 @@ class Options:
     schedule: Schedule
     compact: bool
     latency_table: LatencyTable | str | os.PathLike | None
+    importance: str = "gradients"
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -124,6 +126,7 @@ def _check_names(options: Options) -> None:
     for name, value, known in (
         *([] if isinstance(options.measure, Measure) else [("measure", options.measure, measures)]),
         ("gate", options.gate, tuple(GATES)),
+        ("importance", options.importance, IMPORTANCES),
         *(("granularity", kind, GRANULARITIES) for kind in granularity or (granularity,)),
     ):
         if value not in known:
