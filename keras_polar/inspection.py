@@ -141,19 +141,19 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
     found = counted(coupling)
     rows = _layer_rows(coupling, _shares(found))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
-    branches = tuple(block.layers for block in branches_of(coupling, ignore))
+    branches = tuple(branch.layers for branch in branches_of(coupling, ignore))
     return Inspection(model.name, tuple(rows), shares[0], shares[1], branches, found.unknown)
 
 
-def _shares(found: Cost) -> dict[str, tuple[float, float | None]]:
+def _shares(totals: Cost) -> dict[str, tuple[float, float | None]]:
     """Each layer's shares of the weights and multiply-accumulates, all its calls together."""
     costs: dict[str, Counter] = {}
-    for row in found.rows:
+    for row in totals.rows:
         costs.setdefault(row.name, Counter()).update(weights=row.weights, macs=row.macs)
     return {
         name: (
-            own["weights"] / max(1, found.weights),
-            None if name in found.unknown else own["macs"] / max(1, found.macs),
+            own["weights"] / max(1, totals.weights),
+            None if name in totals.unknown else own["macs"] / max(1, totals.macs),
         )
         for name, own in costs.items()
     }
@@ -184,12 +184,12 @@ def _removable(coupling: Coupling, measure: str) -> float:
 
 def _unknown_rows(coupling: Coupling, shares: dict) -> list[InspectRow]:
     """Layers of unknown cost, or with weights, that their rule cannot follow units through."""
-    found = {
+    unknown = {
         s.name: s
         for s in coupling.sites
         if s.refused and (is_unknown(s.op) or s.macs is None or getattr(s.op, "weights", None))
     }
     return [
         InspectRow(name, type(site.op).__name__, 0, 0, "", site.refused, *shares[name])
-        for name, site in found.items()
+        for name, site in unknown.items()
     ]

@@ -159,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 def _compare(
-    tables: list[dict[str, Any]], who: str, what: str, same: Callable | None = None
+    tables: list[dict[str, Any]], who: str, disagreement: str, same: Callable | None = None
 ) -> None:
     same = same or (lambda a, b: a == b)
     names = dict.fromkeys(name for table in tables for name in table)
@@ -168,7 +168,9 @@ def _compare(
     if wrong:
         lines = "".join(f"\n- {name}: {_who_says_what(said[name])}" for name in wrong)
         remedies = dict.fromkeys(map(_remedy, wrong))
-        raise ValueError(f"{who}: its {len(tables)} processes {what}{lines}\n{' '.join(remedies)}")
+        raise ValueError(
+            f"{who}: its {len(tables)} processes {disagreement}{lines}\n{' '.join(remedies)}"
+        )
 
 
 def _who_says_what(values: list) -> str:
@@ -261,7 +263,7 @@ def _settings(model: Any) -> dict[str, Any]:
     consensus, optimizer = model.consensus, model.optimizer
     names = ("sparsity", "measure", "round_to", "compact")
     schedule = consensus.schedule.get_config().items()
-    found = {
+    settings = {
         **{name: getattr(consensus, name) for name in names},
         **{f"schedule's {name}": value for name, value in schedule},
         "gates": [f"{type(g._gate).__name__} of {g.units}" for g in model.groups],
@@ -269,8 +271,8 @@ def _settings(model: Any) -> dict[str, Any]:
     }
     if isinstance(optimizer, keras.optimizers.Optimizer):
         config = optimizer.get_config().items()
-        found |= {f"optimizer's {name}": value for name, value in config if name != "name"}
-    return found
+        settings |= {f"optimizer's {name}": value for name, value in config if name != "name"}
+    return settings
 
 
 def _states(model: Any) -> dict[str, Any]:

@@ -96,9 +96,9 @@ def sizes_known(coupling: Coupling) -> bool:
     return all(None not in coupling.graph.specs[i].shape[1:] for i in tensors)
 
 
-def _row(site: CallSite, own: list[CostTerm]) -> CostRow:
+def _row(site: CallSite, cost_terms: list[CostTerm]) -> CostRow:
     def total(measure: str) -> int:
-        return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
+        return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in cost_terms)
 
     shape = site.specs[site.call.outputs[0]].shape
     kind = type(site.op).__name__
@@ -106,11 +106,11 @@ def _row(site: CallSite, own: list[CostTerm]) -> CostRow:
     return CostRow(site.name, kind, shape, *costs, macs_known=site.macs is not None)
 
 
-def cost_table(found: Cost) -> tuple:
+def cost_table(cost: Cost) -> tuple:
     """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
     # Rows of a layer that is called several times become one.
     layers: dict[str, list[CostRow]] = {}
-    for row in found.rows:
+    for row in cost.rows:
         layers.setdefault(row.name, []).append(row)
     rows = [
         (
@@ -120,11 +120,11 @@ def cost_table(found: Cost) -> tuple:
         for r in map(_together, layers.values())
         if r.weights or r.macs or not r.macs_known
     ]
-    macs = f"{found.macs:,}" + " + ?" * bool(found.unknown)
-    total = ("total", "", "", f"{found.weights:,}", macs, f"{found.units:,}")
+    macs = f"{cost.macs:,}" + " + ?" * bool(cost.unknown)
+    total = ("total", "", "", f"{cost.weights:,}", macs, f"{cost.units:,}")
     notes = [
-        "" if found.sizes_known else "MACs per position: sizes of the input are not known",
-        f"MACs that cannot be counted: {', '.join(found.unknown)}" if found.unknown else "",
+        "" if cost.sizes_known else "MACs per position: sizes of the input are not known",
+        f"MACs that cannot be counted: {', '.join(cost.unknown)}" if cost.unknown else "",
     ]
     return ["layer", "kind", "output", *COUNTED], [*rows, total], ". ".join(filter(None, notes))
 

@@ -74,12 +74,12 @@ class Fused:
         """Which ids stay at each of the widths that are timed; all of them first."""
         read, made = self._groups()
         levels = [range(LEVELS if own else 1) for own in (read, made)]
-        found: dict[tuple, dict[int, int]] = {}
+        distinct: dict[tuple, dict[int, int]] = {}
         for of_read, of_made in itertools.product(*levels):
             counts = {g: _level(self.coupling, g, of_read) for g in read}
             counts |= {g: _level(self.coupling, g, of_made) for g in made}
-            found.setdefault(tuple(counts.values()), counts)
-        return [_flags(self.coupling, counts) for counts in found.values()]
+            distinct.setdefault(tuple(counts.values()), counts)
+        return [_flags(self.coupling, counts) for counts in distinct.values()]
 
     def _groups(self) -> tuple[list[int], list[int]]:
         """Groups with units in the inputs, and those that appear in the piece alone."""
@@ -115,8 +115,8 @@ class Fused:
 
 def fused(coupling: Coupling) -> list[Fused]:
     """The pieces of a coupled graph, in order; every call is in one of them."""
-    readers = Counter(t for s in coupling.sites for t in dict.fromkeys(s.call.inputs))
-    readers.update(refs_in(coupling.graph.outputs))
+    consumers = Counter(t for s in coupling.sites for t in dict.fromkeys(s.call.inputs))
+    consumers.update(refs_in(coupling.graph.outputs))
     chains: list[list[int]] = []
     ends: dict[int, list[int]] = {}  # tensor -> the chain that a follower would join
     for i, site in enumerate(coupling.sites):
@@ -126,7 +126,7 @@ def fused(coupling: Coupling) -> list[Fused]:
             chain = []
             chains.append(chain)
         chain.append(i)
-        if len(site.call.outputs) == 1 and readers[site.call.outputs[0]] == 1:
+        if len(site.call.outputs) == 1 and consumers[site.call.outputs[0]] == 1:
             ends[site.call.outputs[0]] = chain
     return [_piece(coupling, chain) for chain in chains]
 
@@ -162,12 +162,12 @@ def _value(term: Amount, flags: np.ndarray) -> int:
 
 
 def _groups_in(coupling: Coupling, arrays: Iterable[Ids]) -> list[int]:
-    found: dict[int, None] = {}
+    groups: dict[int, None] = {}
     for ids in arrays:
         lines = [ids_along(ids, axis) for axis in range(ids.ndim)]
         vector = np.concatenate([np.zeros(0, int), *lines])
-        found |= dict.fromkeys(np.unique(coupling.group_of[vector[vector >= 0]]).tolist())
-    return [g for g in found if g >= 0]
+        groups |= dict.fromkeys(np.unique(coupling.group_of[vector[vector >= 0]]).tolist())
+    return [g for g in groups if g >= 0]
 
 
 def _level(coupling: Coupling, group: int, level: int) -> int:

@@ -2,7 +2,7 @@
 
 The table holds what was measured: operation by operation, the time at a few widths. Between them
 time is a constant plus so much per element read, element written and multiply-accumulate, with
-output channels counted one by one or in whole blocks, as the measurements say, and with no
+output channels counted one by one or in whole tiles, as the measurements say, and with no
 coefficient below zero. For a convolution that is a constant, a part for each input channel, one for
 each output channel and one for each pair: the latency of a network is a polynomial of its open
 counts, as its other costs are.
@@ -42,7 +42,7 @@ class LatencyTable(Measure):
         ops: from operation, in words with a digest of its configuration, to what was measured:
             one row for each combination of widths, full width first. A row holds the elements
             read, elements written and multiply-accumulates of one inference, the last two again
-            with output channels in whole blocks of 16, and the time in nanoseconds.
+            with output channels in whole tiles of 16, and the time in nanoseconds.
 
     Example:
 
@@ -162,13 +162,13 @@ def coefficients(points: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple((found / scale).tolist())
 
 
-def _non_negative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _non_negative(matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Non-negative least squares of a few columns: the best of all sets of columns."""
     best, error = np.zeros(matrix.shape[1]), np.inf
     for used in itertools.product((False, True), repeat=matrix.shape[1]):
         found = np.zeros(len(used))
-        found[list(used)] = np.linalg.lstsq(matrix[:, used], wanted, rcond=None)[0]
-        off = float(np.sum((matrix @ found - wanted) ** 2))
+        found[list(used)] = np.linalg.lstsq(matrix[:, used], times, rcond=None)[0]
+        off = float(np.sum((matrix @ found - times) ** 2))
         if (found >= 0).all() and off < error:
             best, error = found, off
     return best

@@ -32,7 +32,7 @@ from keras_polar.rules.ids import (
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Classes of units with the same makers and readers, hence interchangeable in cost.
+    """Classes of units with the same producers and consumers, hence interchangeable in cost.
 
     Attributes:
         name: of the first producing layer, with what the units are where it makes several kinds
@@ -164,33 +164,33 @@ def _pin_ignored(sites: tuple[CallSite, ...], units: Units, ignore: Iterable[str
                 units.pin(vector, f"ignored by {pattern!r}")
 
 
-def sites_of(sites: tuple[CallSite, ...], patterns: Any, what: str) -> dict[str, list[CallSite]]:
+def sites_of(sites: tuple[CallSite, ...], patterns: Any, option: str) -> dict[str, list[CallSite]]:
     """The calls of the layers that each glob pattern matches, by name or by path.
 
     Raises:
-        TypeError: the patterns are not strings; `what` is the option that they were given for.
+        TypeError: the patterns are not strings; `option` is the option that they were given for.
         ValueError: a pattern matches none.
     """
-    found = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, what)}
-    for pattern in (p for p, matches in found.items() if not matches):
+    by_pattern = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, option)}
+    for pattern in (p for p, matches in by_pattern.items() if not matches):
         names = sorted({s.name for s in sites if s.produces})
         raise ValueError(
-            f"{what}: expected names or glob patterns of layers; {pattern!r} matches none. "
+            f"{option}: expected names or glob patterns of layers; {pattern!r} matches none. "
             f"Layers with units: {', '.join(names)}."
         )
-    return found
+    return by_pattern
 
 
-def _strings(patterns: Any, what: str) -> list[str]:
+def _strings(patterns: Any, option: str) -> list[str]:
     is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    found = [*patterns] if is_list else [patterns]
-    for pattern in found:
+    strings = [*patterns] if is_list else [patterns]
+    for pattern in strings:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"{what}: expected a list of names or glob patterns of layers, "
+                f"{option}: expected a list of names or glob patterns of layers, "
                 f"['stem', 'block1_*'] say; received {pattern!r}."
             )
-    return found
+    return strings
 
 
 def _matches(site: CallSite, pattern: str) -> bool:
@@ -258,33 +258,35 @@ def _groups(sites: tuple[CallSite, ...], roots: np.ndarray, reasons: dict) -> tu
     _, first, inverse = np.unique(signatures[free], return_index=True, return_inverse=True)
     labels = np.full(len(roots), -1)
     labels[free] = inverse
-    makers = _makers(sites, labels[roots])
+    producers = _producers(sites, labels[roots])
     by_label = np.split(free[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse)))
     names: dict[str, int] = {}
     found = []
     for label in np.argsort(first).tolist():
-        if len(by_label[label]) > 1 and label in makers:
-            found.append(_group(roots, by_label[label], makers[label], sites, names))
+        if len(by_label[label]) > 1 and label in producers:
+            found.append(_group(roots, by_label[label], producers[label], sites, names))
     return tuple(found)
 
 
 def _group(
-    roots: np.ndarray, own: np.ndarray, makers: list[int], sites: tuple, names: dict
+    roots: np.ndarray, classes: np.ndarray, producers: list[int], sites: tuple, names: dict
 ) -> Group:
-    first = sites[makers[0]]
-    name = first.name if len(first.produces) == 1 else f"{first.name}.{_kind(first, roots, own)}"
+    first = sites[producers[0]]
+    name = (
+        first.name if len(first.produces) == 1 else f"{first.name}.{_kind(first, roots, classes)}"
+    )
     number = names[name] = names.get(name, 0) + 1
     name = name if number == 1 else f"{name}:{number}"
     made = roots[np.concatenate([first.axes[p] for p in first.produces])]
     found, places = np.unique(made, return_index=True)
-    members = places[np.searchsorted(found, own)].astype(np.int32)
-    layers = tuple(dict.fromkeys(sites[i].name for i in makers))
-    return Group(name, layers, own, members, makers[0])
+    members = places[np.searchsorted(found, classes)].astype(np.int32)
+    layers = tuple(dict.fromkeys(sites[i].name for i in producers))
+    return Group(name, layers, classes, members, producers[0])
 
 
-def _kind(site: CallSite, roots: np.ndarray, own: np.ndarray) -> str:
+def _kind(site: CallSite, roots: np.ndarray, classes: np.ndarray) -> str:
     """The axis of a layer on which units of a group stand."""
-    return next(p for p in site.produces if own[0] in roots[site.axes[p]])
+    return next(p for p in site.produces if classes[0] in roots[site.axes[p]])
 
 
 def _signatures(sites: tuple[CallSite, ...], roots: np.ndarray) -> np.ndarray:
@@ -307,14 +309,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _makers(sites: tuple[CallSite, ...], labels: np.ndarray) -> dict[int, list[int]]:
+def _producers(sites: tuple[CallSite, ...], labels: np.ndarray) -> dict[int, list[int]]:
     """Label -> indices of the calls that produce units with it (`labels[id]`), in order."""
-    makers: dict[int, list[int]] = {}
+    producers: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
         for name in site.produces:
             for label in np.unique(labels[site.axes[name]]).tolist():
-                makers.setdefault(label, []).append(i)
-    return makers
+                producers.setdefault(label, []).append(i)
+    return producers
 
 
 def _places(groups: tuple[Group, ...], roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

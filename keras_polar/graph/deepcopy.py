@@ -65,10 +65,10 @@ def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
     return new
 
 
-def is_other_float(dtype: Any, wanted: str) -> bool:
-    """Whether a dtype is one of floats, and another than that wanted."""
+def is_other_float(dtype: Any, float_name: str) -> bool:
+    """Whether a dtype is one of floats, and another than `float_name`."""
     name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
-    return name in _FLOATS and name != wanted
+    return name in _FLOATS and name != float_name
 
 
 def _set_policies(layer: Any, dtype: str) -> None:

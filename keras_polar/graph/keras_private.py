@@ -77,18 +77,18 @@ def core_of(model: Any) -> Any:
 
 
 def _not_functional(model: Any) -> str:
-    what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
+    problem = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
     if isinstance(model, keras.Sequential) and not model.built:
         return (
-            f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
-            "first layer, or call `model.build(input_shape)`."
+            f"{problem} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as "
+            "its first layer, or call `model.build(input_shape)`."
         )
     if isinstance(model, keras.Model):
         return (
-            f"{what} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make it "
-            "functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+            f"{problem} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make "
+            "it functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
         )
-    return f"{what}. Pass a `keras.Model` built from `keras.Input` tensors."
+    return f"{problem}. Pass a `keras.Model` built from `keras.Input` tensors."
 
 
 def has_parts(op: Any) -> bool:

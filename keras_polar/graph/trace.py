@@ -242,15 +242,17 @@ def _flat_names(taken: list[str], calls: list[Call]) -> dict[int, str]:
     return names
 
 
-def _output_names(wanted: list, outputs: tuple, calls: list[Call], names: dict) -> dict[int, str]:
+def _output_names(
+    output_names: list, outputs: tuple, calls: list[Call], names: dict
+) -> dict[int, str]:
     """Names for the last layers of nested models: by outputs' names losses are given."""
-    if len(wanted) == 1 or len(set(wanted)) < len(wanted):
+    if len(output_names) == 1 or len(set(output_names)) < len(output_names):
         return {}
-    makers: dict[int, list] = {id(c.op): [] for c in calls}
+    made_by: dict[int, list] = {id(c.op): [] for c in calls}
     for call in calls:
-        makers[id(call.op)] += call.outputs
-    only = {made[0]: op for op, made in makers.items() if len(made) == 1}
-    pairs = zip(wanted, outputs, strict=True)
+        made_by[id(call.op)] += call.outputs
+    only = {made[0]: op for op, made in made_by.items() if len(made) == 1}
+    pairs = zip(output_names, outputs, strict=True)
     return {only[i]: n for n, i in pairs if i in only and n not in names.values()}
 
 
@@ -263,17 +265,17 @@ def warn_of_ties(graph: Graph, caller: str) -> None:
     users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
         for variable in getattr(call.op, "trainable_variables", ()):
-            _, found = users.setdefault(id(variable), (variable.path, {}))
-            found[id(call.op)] = call.name
+            _, names = users.setdefault(id(variable), (variable.path, {}))
+            names[id(call.op)] = call.name
     for call in graph.calls:  # given to an operation, a variable stays what it is
         for x in tree.flatten((call.args, call.kwargs)):
             if id(x) in users:
                 users[id(x)][1][id(call.op)] = call.name
-    for path, found in users.values():
-        if len(found) > 1:
+    for path, names in users.values():
+        if len(names) > 1:
             warnings.warn(
                 f"{caller}: variable {path!r} of model {graph.name!r} is used by "
-                f"{', '.join(map(repr, found.values()))}, which do not share it in the new model. "
+                f"{', '.join(map(repr, names.values()))}, which do not share it in the new model. "
                 "Call one and the same layer several times instead (for tied embeddings "
                 "keras.layers.ReversibleEmbedding).",
                 stacklevel=3,

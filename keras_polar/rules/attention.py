@@ -29,18 +29,18 @@ class MultiHeadRule(Rule):
     """
 
     def flow(self, site: CallSite) -> list:
-        given = site.given()
-        query, value = (site.place(given.get(name)) for name in ("query", "value"))
-        key = site.place(given["key"]) if "key" in given else value
+        arguments = site.given()
+        query, value = (site.place(arguments.get(name)) for name in ("query", "value"))
+        key = site.place(arguments["key"]) if "key" in arguments else value
         if min(query, value, key) < 0:
             return site.pin_all("attends to something that is not a tensor of the model")
         for name, tensor in (("query_in", query), ("value_in", value), ("key_in", key)):
             site.read(name, -1, tensor)
         for name in MASKS:
-            site.pin_argument(given.get(name), "is used as a mask")
+            site.pin_argument(arguments.get(name), "is used as a mask")
         self.make_heads(site)
         self._read_inside(site)
-        if _has_mask_per_head(site, given.get("attention_mask"), query):
+        if _has_mask_per_head(site, arguments.get("attention_mask"), query):
             site.pin(site.axes["q"], "has an attention mask for every head")
         return self._outputs(site)
 
@@ -67,7 +67,7 @@ class MultiHeadRule(Rule):
         return outputs
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        found = {
+        projections = {
             "_query_dense.kernel": ("query_in", "q", "key"),
             "_query_dense.bias": ("q", "key"),
             "_key_dense.kernel": ("key_in", "kv", "key"),
@@ -80,7 +80,7 @@ class MultiHeadRule(Rule):
         # The output may have several axes: the units are the last one's.
         other = (None,) * (len(variable_at(op, "_output_dense.kernel").shape) - 3)
         out = {"kernel": ("q", "value", *other, "out"), "bias": (*other, "out")}
-        return found | {f"_output_dense.{name}": axes for name, axes in out.items()}
+        return projections | {f"_output_dense.{name}": axes for name, axes in out.items()}
 
     def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
         # The layer divides by the root of its key width, which is smaller now.

@@ -59,15 +59,15 @@ class TracedRule(Rule):
     def _variables(self, site: CallSite, run: Expansion, resized: dict) -> dict[str, Ids]:
         """Ids of the layer's own variables: those of its input, where they are sized by it."""
         lines = _lines(site)
-        found: dict[str, Ids] = {}
+        ids_of: dict[str, Ids] = {}
         for name, symbol in run.variables.items():
             axes = [i for i, n in enumerate(symbol.shape) if n in resized and n in lines]
             if len(axes) > 1:
                 raise CannotTrace(f"has a variable {name!r} with units on several axes")
             for axis in axes:
                 vector = site.set_axis(f"{name} {axis}", lines[symbol.shape[axis]])
-                found[name] = vector
-        return found
+                ids_of[name] = vector
+        return ids_of
 
     def weights(self, op: Any) -> dict[str, tuple]:
         return {
@@ -85,12 +85,12 @@ class TracedRule(Rule):
 
 
 def _sum_of(parts: list[CallSite]) -> list[CostTerm] | None:
-    found: list[CostTerm] = []
+    terms: list[CostTerm] = []
     for part in parts:
         if part.macs is None:
             return None
-        found += part.macs
-    return found
+        terms += part.macs
+    return terms
 
 
 def traced_macs(site: CallSite) -> list[CostTerm] | None:
@@ -109,12 +109,12 @@ def traced_macs(site: CallSite) -> list[CostTerm] | None:
 def _dependent(run: Expansion, parts: list[CallSite]) -> list[CallSite]:
     """The calls that compute with the inputs: what is made of weights alone is made once."""
     known = {id(x) for x in run.inlets}
-    found = []
+    dependent = []
     for step, part in zip(run.steps, parts, strict=True):
         if any(id(x) in known for x in tensors_in((step.args, step.kwargs))):
             known.update(map(id, step.outputs))
-            found.append(part)
-    return found
+            dependent.append(part)
+    return dependent
 
 
 class TracedPinRule(PinRule):
@@ -139,12 +139,12 @@ def _small(ids: Ids) -> Ids:
 
 def _lines(site: CallSite) -> dict[int, Ids]:
     """Size -> the ids along the input axis of that size, of the first input that has one."""
-    found: dict[int, Ids] = {}
+    lines: dict[int, Ids] = {}
     for ids in site.inputs:
         for axis in range(1, ids.ndim):
             if varies(ids, axis):
-                found.setdefault(ids.shape[axis], ids_along(ids, axis))
-    return found
+                lines.setdefault(ids.shape[axis], ids_along(ids, axis))
+    return lines
 
 
 def _resized(site: CallSite, is_far: bool) -> dict[int, int]:

@@ -97,13 +97,13 @@ class EinsumDenseRule(Rule):
 
     def weights(self, op: Any) -> dict[str, tuple]:
         kernel = tuple(op.equation.replace(" ", "").split("->")[0].split(",")[1])
-        found: dict[str, tuple] = {"kernel": kernel}
+        axes: dict[str, tuple] = {"kernel": kernel}
         if op.bias is not None:
             outputs = _outputs(op)
             first = min(outputs.index(c) for c in op.bias_axes)
             names = [c if c in op.bias_axes else None for c in outputs[first:]]
-            found["bias"] = (*names, *(None,) * (len(op.bias.shape) - len(names)))
-        return found
+            axes["bias"] = (*names, *(None,) * (len(op.bias.shape) - len(names)))
+        return axes
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         op = site.op

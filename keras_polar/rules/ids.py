@@ -134,13 +134,13 @@ class Forest:
             self.parents[here] = top
             here = top
 
-    def join(self, left: Ids, right: Ids) -> None:
+    def join(self, first: Ids, second: Ids) -> None:
         """Makes one class of each pair, all pairs at once."""
-        while left.size:
-            left, right = self.find(left), self.find(right)
-            apart = left != right
-            left, right = left[apart], right[apart]
-            np.minimum.at(self.parents, np.maximum(left, right), np.minimum(left, right))
+        while first.size:
+            first, second = self.find(first), self.find(second)
+            apart = first != second
+            first, second = first[apart], second[apart]
+            np.minimum.at(self.parents, np.maximum(first, second), np.minimum(first, second))
 
     def roots(self) -> np.ndarray:
         """The root of every id, int32 of shape (ids,)."""

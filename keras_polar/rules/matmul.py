@@ -56,18 +56,18 @@ class ContractionRule(Rule):
             operands, out = self._operands(site)
         except ValueError as error:
             return site.pin_all(str(error))
-        found = None
+        out_label = None
         for operand, label in zip(operands, _choices(operands, out), strict=True):
             if label is None and operand.ids is not None:
                 site.pin(operand.ids, "meets fixed elements or other units")
             elif label is not None:
                 vector = self._take(site, operand, label, label in out)
-                found = label if label in out else found
+                out_label = label if label in out else out_label
                 site.units.tie(site.axes["units"], vector, f"meets fixed elements in {site.name!r}")
         shape = site.output_shapes[0]
-        if found is None or len(shape) != len(out):
+        if out_label is None or len(shape) != len(out):
             return [no_unit(shape)]
-        return [broadcast_along(site.axes["units"], out.index(found), shape)]
+        return [broadcast_along(site.axes["units"], out.index(out_label), shape)]
 
     def _take(self, site: CallSite, operand: Operand, label: Any, passes: bool) -> Ids:
         take = site.follow if passes else site.read

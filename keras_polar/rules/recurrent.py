@@ -34,17 +34,17 @@ class RecurrentRule(Rule):
         if not all(map(gates_of, cells)):
             kinds = ", ".join(dict.fromkeys(type(cell).__name__ for cell in cells))
             return site.pin_all(f"is read by a cell of a kind that is not known: {kinds}")
-        given = site.given()
-        tensor = site.place(next(iter(given.values())))
+        arguments = site.given()
+        tensor = site.place(next(iter(arguments.values())))
         if tensor < 0:
             return site.pin_all("reads something that is not a tensor of the model")
         site.read("in", self.axis(site, len(site.inputs[tensor].shape)), tensor)
-        site.pin_argument(given.get("mask"), "is used as a mask")
+        site.pin_argument(arguments.get("mask"), "is used as a mask")
         out = site.produce_inside("out", units_of(cells[0]))
         for prefix, cell in zip(parts, cells, strict=True):
             site.set_axis(f"{prefix}packed", np.tile(out, gates_of(cell)))
             site.read_inside(f"{prefix}cell.recurrent_kernel", len(cell.recurrent_kernel.shape) - 2)
-        self._tie_initial_states(site, given.get("initial_state"))
+        self._tie_initial_states(site, arguments.get("initial_state"))
         why = self._why_fixed(site.op, cells)
         if why:
             site.pin(out, why)
@@ -90,7 +90,7 @@ class RecurrentRule(Rule):
         return ""
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        found = {}
+        axes_of = {}
         for prefix in self.parts(op):
             packed = f"{prefix}packed"
             for name, axes in zip(
@@ -99,8 +99,8 @@ class RecurrentRule(Rule):
                 path = f"{prefix}cell.{name}"
                 variable = variable_at(op, path)
                 if variable is not None:  # windows and GRU's two biases stand in front
-                    found[path] = (*(None,) * (len(variable.shape) - len(axes)), *axes)
-        return found
+                    axes_of[path] = (*(None,) * (len(variable.shape) - len(axes)), *axes)
+        return axes_of
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         config = site.op.get_config()

@@ -77,13 +77,13 @@ TRACED = frozenset(
 def classes(table: dict[str, str], look_up: Any) -> dict[type, str]:
     """Class -> reason, for the classes that this version of Keras has."""
     named = {name: why for why, names in table.items() for name in names.split()}
-    found = {}
+    reasons = {}
     for name, why in named.items():
         try:
-            found[look_up(name)] = why
+            reasons[look_up(name)] = why
         except AttributeError:  # of a newer Keras
             continue
-    return found
+    return reasons
 
 
 PINNED = {

@@ -76,13 +76,13 @@ def _model_macs(model: Any) -> list[CostTerm] | None:
     """What a model computes whose units all stay; None if nobody knows."""
     graph = trace_model(model)
     rows = dict.fromkeys(refs_in(graph.inputs), 1)
-    found: list[CostTerm] | None = []
+    terms: list[CostTerm] | None = []
     for call in graph.calls:
         ids = [no_unit(sizes(graph.specs[i].shape)) for i in call.inputs]
         site = CallSite(call, graph.specs, Units(), ids, {}, rule_for(call.op), refused="inside")
         rows.update(dict.fromkeys(call.outputs, set_rows(site, [rows[i] for i in call.inputs])))
-        found = None if found is None or site.macs is None else found + site.macs
-    return found if all(None not in spec.shape[1:] for spec in graph.specs) else None
+        terms = None if terms is None or site.macs is None else terms + site.macs
+    return terms if all(None not in spec.shape[1:] for spec in graph.specs) else None
 
 
 class SpectralNormalizationRule(PinRule):

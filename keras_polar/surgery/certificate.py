@@ -70,20 +70,20 @@ def check_certificate(
     """
     inputs = random_inputs(gated) if inputs is True else inputs
     try:
-        found = difference(gated, small, inputs)
+        deviation = difference(gated, small, inputs)
     except (TypeError, ValueError) as error:
         raise ValueError(_do_not_fit(gated, inputs, error)) from error
     is_half = any("16" in layer.compute_dtype for layer in gated.layers)
     tolerance = 2e-2 if is_half else 1e-4
-    if not found <= tolerance:
+    if not deviation <= tolerance:
         where = explain(inputs, tolerance) if explain else ""
         raise ValueError(
             f"Certificate: expected the converted model to equal {gated.name!r} to {tolerance:g} "
-            f"of the largest output, but it differs by {found:g}. {where}. If that layer has a "
+            f"of the largest output, but it differs by {deviation:g}. {where}. If that layer has a "
             "rule given to keras_polar.register, compare `flow`, `weights` and `config` with what "
             "its call computes."
         )
-    return found
+    return deviation
 
 
 def _do_not_fit(model: Any, inputs: Any, error: Exception) -> str:

@@ -73,8 +73,8 @@ def _flags(gated: Any, coupling: Coupling) -> np.ndarray:
         ValueError: a layer cannot be cut any more.
     """
     made, flags = coupling.produced(), flags_for(gated, coupling)
-    makers = {name for group in gated.groups for name in group.members}
-    lost = [s for s in coupling.sites if s.name in makers - made.keys()]
+    producers = {name for group in gated.groups for name in group.members}
+    lost = [s for s in coupling.sites if s.name in producers - made.keys()]
     closed = np.unique(coupling.roots[~flags]).tolist()
     reasons = [f"{s.name!r} {why_altered(s.op) or 'has no rule'}" for s in lost]
     reasons += [coupling.reasons[root] for root in closed if root in coupling.reasons]

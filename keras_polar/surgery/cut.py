@@ -91,15 +91,15 @@ class Cutter:
 
 
 def _masked(site: CallSite, kept: KeptUnits, values: dict) -> dict:
-    found = {}
+    masked = {}
     for tensor, axis in site.reads:
         index, ids = site.call.inputs[tensor], site.inputs[tensor]
         x = keras.ops.convert_to_tensor(values[index])
         shape = [1] * len(x.shape)
         shape[axis] = ids.shape[axis]
         mask = np.isin(np.arange(shape[axis]), kept.where(ids, axis)).reshape(shape)
-        found[index] = x * keras.ops.cast(mask, x.dtype)
-    return found
+        masked[index] = x * keras.ops.cast(mask, x.dtype)
+    return masked
 
 
 def _masked_inside(site: CallSite, kept: KeptUnits) -> list[tuple]:

@@ -160,12 +160,12 @@ class _Places:
     def _mask(self, ids: Ids) -> tuple[list[Gate], np.ndarray]:
         places = self._of(ids)
         which = np.where(places >= 0, np.searchsorted(self.ends, places, side="right"), -1)
-        own = [i for i in np.unique(which).tolist() if i >= 0]
-        sizes = np.array([self.gates[i].units for i in own])
+        gate_indices = [i for i in np.unique(which).tolist() if i >= 0]
+        sizes = np.array([self.gates[i].units for i in gate_indices])
         shift = np.zeros(len(self.gates), int)
-        shift[own] = np.cumsum([0, *sizes[:-1]]) - (self.ends[own] - sizes)
+        shift[gate_indices] = np.cumsum([0, *sizes[:-1]]) - (self.ends[gate_indices] - sizes)
         index = np.where(which >= 0, places + shift[which], sizes.sum())
-        return [self.gates[i] for i in own], index.astype("int32")
+        return [self.gates[i] for i in gate_indices], index.astype("int32")
 
 
 def _wrap(places: _Places, site: CallSite) -> None:

@@ -183,8 +183,8 @@ def _leaf_run(leaf: Leaf, batch: int, training: Any) -> RecordedRun:
     names = [k for k, v in vars(leaf.op).items() if any(v is w for w in leaf.op.weights)]
     if len(names) != len(leaf.op.weights):
         raise CannotTrace("holds variables in a structure")
-    own = {n: getattr(leaf.op, n) for n in names}
-    symbols = {n: keras.Input(batch_shape=v.shape, dtype=v.dtype) for n, v in own.items()}
+    variables = {n: getattr(leaf.op, n) for n in names}
+    symbols = {n: keras.Input(batch_shape=v.shape, dtype=v.dtype) for n, v in variables.items()}
     watch = CallRecorder(leaf.op, lambda op: False, {}, lambda op: False)
     watch.is_paused = True  # it may draw random numbers: it stays whole, and the scope undoes it
     vars(leaf.op).update(symbols)
@@ -194,7 +194,7 @@ def _leaf_run(leaf: Leaf, batch: int, training: Any) -> RecordedRun:
     except Exception as error:
         raise CannotTrace(why(error)) from error
     finally:
-        vars(leaf.op).update(own)
+        vars(leaf.op).update(variables)
     flat = tree.flatten(outputs)
     if not all(isinstance(x, KerasTensor) for x in flat):
         raise CannotTrace("returns something that does not depend on its inputs")

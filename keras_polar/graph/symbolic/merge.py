@@ -82,15 +82,15 @@ class Merge:
 
     def _operation(self, step: RecordedCall, other: Any) -> Any:
         """The first of two `keras.ops` nodes, its attributes free of the batch size."""
-        own, others = (_attributes(op) for op in (step.op, other))
-        if own.keys() != others.keys():
+        attributes, others = (_attributes(op) for op in (step.op, other))
+        if attributes.keys() != others.keys():
             raise CannotTrace("behaves differently in training")
-        found = {k: self.value(own[k], others[k]) for k in own}
-        if "newshape" in found:
-            found["newshape"] = _newshape(found["newshape"], step.outputs[0].shape)
-        if any(isinstance(x, _Batch) for x in tree.flatten(found)):
+        merged = {k: self.value(attributes[k], others[k]) for k in attributes}
+        if "newshape" in merged:
+            merged["newshape"] = _newshape(merged["newshape"], step.outputs[0].shape)
+        if any(isinstance(x, _Batch) for x in tree.flatten(merged)):
             raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
-        changes = {k: v for k, v in found.items() if isinstance(v, tuple) and v != own[k]}
+        changes = {k: v for k, v in merged.items() if isinstance(v, tuple) and v != attributes[k]}
         return with_attributes(step.op, changes) if changes else step.op
 
     def value(self, a: Any, b: Any) -> Any:

@@ -277,11 +277,11 @@ class CallRecorder:
     def _in_line(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if layer.activity_regularizer is not None:
             raise CannotTrace(f"{self.part(layer)}has an activity regularizer")
-        found = []
+        results = []
 
         def symbolic_call(*args: Any, **kwargs: Any) -> list:
-            found.append(layer.call(*args, **kwargs))
-            return [_twin(x) for x in tensors_in(found[0])]
+            results.append(layer.call(*args, **kwargs))
+            return [_twin(x) for x in tensors_in(results[0])]
 
         # Keras' own `__call__` casts the inputs, finds masks and sets the mode as ever, but the
         # node it records for the layer gets copies: the real outputs keep their history.
@@ -290,12 +290,12 @@ class CallRecorder:
             stand_ins = layer_class.__call__(layer, *args, **kwargs)
         finally:
             del layer.__dict__["symbolic_call"]
-        for x, stand_in in zip(tensors_in(found[0]), stand_ins, strict=True):
+        for x, stand_in in zip(tensors_in(results[0]), stand_ins, strict=True):
             mask = backend.get_keras_mask(stand_in)
             if mask is not None and backend.get_keras_mask(x) is None:
                 backend.set_keras_mask(x, mask)
                 self.loses_mask = True
-        return found[0]
+        return results[0]
 
     def _kept(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         self.is_paused = True
