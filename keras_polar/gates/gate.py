@@ -23,7 +23,9 @@ OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
 MOMENTUM = 0.95  # of the moving averages of the gates
 HEARD = 0.05  # rate of the moving averages of what the loss says
 SETTLING = 0.2  # rate of the open rates of gates that are led
-SLOPE = 40.0  # of the logits of such gates, at full pressure, by the logarithm of what a unit is worth
+SLOPE = (
+    40.0  # of the logits of such gates, at full pressure, by the logarithm of what a unit is worth
+)
 # What decides about units, whatever floats the model computes in: in halves the small steps of
 # logits and averages would be lost.
 FLOAT32 = {"dtype": "float32", "autocast": False}
