@@ -59,8 +59,8 @@ class PruningObjective(keras.layers.Layer):
         latest: "sparsity" (expected, of the last training step) and "polarization" (1 if all
             samples agreed), scalar variables. `fit` puts them into its logs. They are no metrics:
             those are the user's, in the order that he compiled.
-        listeners: for every group the gate's `wanted`, `is_led_open`, and a setter of its `lead`; the
-            gated model sets them. None of them where gates decide alone.
+        listeners: for every group the gate's `wanted`, `is_led_open`, and a setter of its `lead`;
+            the gated model sets them. None of them where gates decide alone.
     """
 
     listeners: tuple = ()

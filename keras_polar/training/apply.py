@@ -34,7 +34,7 @@ def apply(
     schedule: Schedule | None = None,
     compact: bool = True,
     latency_table: LatencyTable | str | os.PathLike | None = None,
-    importance: str = "gradients",
+    importance: str = "logits",
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 

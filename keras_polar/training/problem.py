@@ -42,7 +42,7 @@ class Options:
     schedule: Schedule
     compact: bool
     latency_table: LatencyTable | str | os.PathLike | None
-    importance: str = "gradients"
+    importance: str = "logits"
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
