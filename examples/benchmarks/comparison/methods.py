@@ -1,7 +1,7 @@
 """Methods by name: from a `protocol.Run` to the network that would be shipped.
 
-Most controls are named by what they rank units by and by where they cut: `l1_even`, `fisher_inside`,
-`group_norm_free`. Every combination of `CRITERIA` and `SHARES` is a method. Options are
+Most controls are named by what they rank units by and by where they cut: `l1_even`,
+`fisher_inside`, `group_norm_free`. Every combination of `CRITERIA` and `SHARES` is a method. Options are
 appended to a name, `l1_even+teacher`, and give a row of their own; `OPTIONS` says what they do.
 """
 
@@ -244,7 +244,7 @@ def cut_once(run, *, scores, shares="even", penalty=None):
         _penalise_scales(model, penalty)
     model = run.train(model, last=run.cuts_at)
     model = _cut(run, model, run.setting.sparsity, scores, shares)
-    if not run.setting.regime == "scratch":
+    if run.setting.regime != "scratch":
         run.notes["accuracy_at_cut"] = protocol.accuracies(model, run.data)
     return run.train(model, first=run.cuts_at)
 

@@ -13,12 +13,12 @@ from absl import app, flags
 BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BENCHMARKS.parent))
 
-import methods
-import reporting
-import results
+import methods  # noqa: E402
+import reporting  # noqa: E402
+import results  # noqa: E402
 
-RESULTS = BENCHMARKS / "results"
-PAGE = BENCHMARKS.parents[1] / "docs" / "comparison.md"
+RESULTS = Path(__file__).with_name("results")
+PAGE = BENCHMARKS.parents[1] / "docs" / "benchmarks" / "comparison_paired.md"
 MARKERS = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 CONTROLS = ("dense", "l1_even")  # that the others are set against, on the same seeds
 IMAGES = {"held_out": "held out", "test": "test"}
@@ -78,14 +78,16 @@ def _accuracy(runs, key):
 
 
 def _ahead(runs, control, key):
-    """The mean difference in points and its 95 % interval; of less than two pairs none."""
+    """The mean difference in points and its 95 % interval, which takes two pairs; and how many
+    pairs there are, where some seeds have none."""
     if runs[0]["method"] == (control[0]["method"] if control else ""):
         return ""
     found = results.difference(runs, control, key)
     if found is None:
         return ""
-    mean, half, _ = found
-    return f"{100 * mean:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    mean, half, pairs = found
+    text = f"{100 * mean:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+    return text + ("" if pairs == len(runs) else f" ({pairs} of {len(runs)} seeds)")
 
 
 def _mean(runs, key, form):
@@ -143,9 +145,9 @@ def _described(runs):
 
 
 def _trainings(runs):
-    """Pairs of a training and its runs; those of which something was removed. Trained ones first."""
+    """Pairs of a training and its runs; those of which something was removed."""
     pairs = results.grouped(runs, results.TRAINING)
-    pruned = [(t, own) for t, own in pairs if _targets(own)]
+    pruned = [(training, own) for training, own in pairs if _targets(own)]
     return sorted(pruned, key=lambda pair: pair[0]["regime"] != "trained")
 
 
@@ -178,11 +180,11 @@ def _command(setting):
 
 
 def _picture(training):
-    words = [training["regime"], training["model"]]
-    words += [f"w{training['width']}"] if training["width"] else []
+    words = ["compare"] + (["trained"] if training["regime"] == "trained" else [])
+    words += [training["model"]] + ([f"w{training['width']}"] if training["width"] else [])
     words += [f"{training['image_size']}px", training["train_images"], f"e{training['epochs']}"]
     words += [f"steps{training['steps']}"] if training["steps"] else []
-    return f"images/compare_{'_'.join(map(str, words))}.png"
+    return f"images/{'_'.join(map(str, words))}.png"
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def _draw_target(panel, runs, control):
     known = [n for n in rows if found["held_out"][n]]
     ordered = sorted(known, key=lambda n: found["held_out"][n][0])
     for i, (key, label) in enumerate(IMAGES.items()):
-        means, halves = zip(*((found[key][n][0], found[key][n][1] or 0) for n in ordered))
+        means, halves = ([found[key][n][j] or 0 for n in ordered] for j in (0, 1))
         places = [place + 0.2 * (0.5 - i) for place in range(len(ordered))]
         bars = {"fmt": "o", "ms": 4, "capsize": 2, "label": label}
         panel.errorbar([100 * m for m in means], places, xerr=[100 * h for h in halves], **bars)
