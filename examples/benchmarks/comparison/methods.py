@@ -1,8 +1,9 @@
 """Methods by name: from a `protocol.Run` to the network that would be shipped.
 
 Most controls are named by what they rank units by and by where they cut: `l1_even`,
-`fisher_inside`, `group_norm_free`. Every combination of `CRITERIA` and `SHARES` is a method. Options are
-appended to a name, `l1_even+teacher`, and give a row of their own; `OPTIONS` says what they do.
+`fisher_inside`, `group_norm_free`. Every combination of `CRITERIA` and `SHARES` is a method.
+Options are appended to a name, `l1_even+teacher`, and give a row of their own; `OPTIONS` says what
+they do.
 """
 
 import bisect
