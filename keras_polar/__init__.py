@@ -21,6 +21,7 @@ from keras_polar.litert import (
 )
 from keras_polar.rules import Rule
 from keras_polar.rules.registry import register
+from keras_polar.selection.importance import Importance
 from keras_polar.surgery.convert import convert
 from keras_polar.surgery.remove import remove
 from keras_polar.training.apply import apply
@@ -28,6 +29,7 @@ from keras_polar.training.model import GatedModel
 
 __all__ = [
     "GatedModel",
+    "Importance",
     "LatencyTable",
     "Measure",
     "Rule",

@@ -12,6 +12,7 @@ from keras_polar.gates.gate import saved_as
 from keras_polar.gates.importance import balance
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.keras_private import only_loss
+from keras_polar.selection.importance import CRITERIA, Importance
 
 
 def polarization_loss(open_rates: Any, weights: Any) -> Any:
@@ -38,6 +39,10 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
 STAY = 2.0
 
 
+# What gates listen to when they decide themselves.
+BY_GATES = ("logits", "gradients")
+
+
 @saved_as("Consensus")
 class PruningObjective(keras.layers.Layer):
     """Adds the polarization and sparsity losses of all gates; passes its first input through.
@@ -56,6 +61,7 @@ class PruningObjective(keras.layers.Layer):
         importance: what gates listen to, as `apply` has it.
 
     Attributes:
+        criterion: the `Importance` that ranks units when the gates settle; None for the gates.
         latest: "sparsity" (expected, of the last training step) and "polarization" (1 if all
             samples agreed), scalar variables. `fit` puts them into its logs. They are no metrics:
             those are the user's, in the order that he compiled.
@@ -90,6 +96,7 @@ class PruningObjective(keras.layers.Layer):
         self.round_to = round_to
         self.compact = compact
         self.importance = importance
+        self.criterion: Importance | None = CRITERIA.get(importance)
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
 

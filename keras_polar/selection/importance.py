@@ -197,3 +197,63 @@ def per_cost(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     full = np.asarray(budget.units)
     saved = [budget.full_cost - budget.cost(full - one) for one in np.eye(len(full), dtype=int)]
     return [s / max(cost, TINY) for s, cost in zip(scores, saved, strict=True)]
+
+
+class Importance:
+    """What ranks the units when the gates settle, instead of the gates.
+
+    A subclass says in `scores` how much each unit matters.
+
+    Attributes:
+        name: as in saved models. One that is loaded needs the object again:
+            `gated.consensus.criterion = <the object>`.
+        is_free: whether units of different groups are compared with one another; otherwise every
+            group gives the same share, the units with its lowest scores.
+
+    Example:
+
+        >>> class LargestWeight(keras_polar.Importance):
+        ...     name = "largest_weight"
+        ...     def scores(self, coupling):
+        ...         return [rank(group) for group in coupling.groups]
+        >>> gated = keras_polar.apply(model, 0.5, importance=LargestWeight())
+    """
+
+    name = "importance"
+    is_free = False
+
+    def scores(self, coupling: Coupling) -> list[np.ndarray]:
+        """How much each unit matters.
+
+        Args:
+            coupling: of the network without gates, with the weights of now: its `groups`, and in
+                `sites` the layers.
+
+        Returns:
+            One float array of shape (units,) per group.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected an importance with a method `scores(coupling)` that "
+            "gives one float array of shape (units,) for each of `coupling.groups`."
+        )
+
+
+class Criterion(Importance):
+    """An importance that is a function of the coupled network alone."""
+
+    def __init__(self, function: Callable, is_free: bool = False) -> None:
+        self.name, self.function, self.is_free = function.__name__, function, is_free
+
+    def scores(self, coupling: Coupling) -> list[np.ndarray]:
+        return self.function(coupling)
+
+
+CRITERIA = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion(l1_norm),
+        Criterion(batch_norm_scale),
+        Criterion(group_norm, is_free=True),
+        Criterion(at_random),
+    )
+}

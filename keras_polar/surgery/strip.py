@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.coupling.branches import shorten
-from keras_polar.coupling.coupling import Coupling
+from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.mask import Mask
@@ -15,6 +15,7 @@ from keras_polar.gates.objective import PruningObjective
 from keras_polar.gates.weight_mask import WeightMask, unpack
 from keras_polar.graph.ir import Call, Graph, alive, bypass, refs_in
 from keras_polar.rules import trace_model
+from keras_polar.selection.importance import Importance
 
 
 def stripped(gated: Any) -> Graph:
@@ -66,6 +67,29 @@ def flags_for(gated: Any, coupling: Coupling) -> np.ndarray:
     for group, roots, places in units_of(gated, coupling):
         flags[roots] = group.mask[places]
     return flags[coupling.roots]
+
+
+def scores_of(gated: Any, importance: Importance) -> dict[str, np.ndarray]:
+    """What an importance says of the units of each group, by the group's name; not of branches.
+
+    Raises:
+        ValueError: it gives arrays of other shapes.
+    """
+    coupling = couple(strip(trace_model(gated), set()))
+    scores = [np.asarray(s, float) for s in importance.scores(coupling)]
+    shapes = [(group.units,) for group in coupling.groups]
+    if [s.shape for s in scores] != shapes:
+        raise ValueError(
+            f"Importance {importance.name!r}: expected arrays of shapes {shapes}, one for each of "
+            f"coupling.groups; received {[s.shape for s in scores]}."
+        )
+    by_id = np.zeros(len(coupling.roots))
+    for coupled, values in zip(coupling.groups, scores, strict=True):
+        by_id[coupled.roots] = values
+    by_group: dict[str, np.ndarray] = {}
+    for group, roots, places in units_of(gated, coupling):
+        by_group.setdefault(group.name, np.zeros(group.units))[places] = by_id[roots]
+    return by_group
 
 
 def units_of(gated: Any, coupling: Coupling) -> Iterator[tuple[GateGroup, np.ndarray, np.ndarray]]:

@@ -13,6 +13,7 @@ from keras_polar.gates.groups import is_gated
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
+from keras_polar.selection.importance import Importance
 from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
@@ -34,7 +35,7 @@ def apply(
     schedule: Schedule | None = None,
     compact: bool = True,
     latency_table: LatencyTable | str | os.PathLike | None = None,
-    importance: str = "logits",
+    importance: str | Importance = "logits",
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -76,6 +77,9 @@ def apply(
         importance: what decides about units. "gradients": what the squares of the gates' gradients
             say that closing them adds to the loss, over what they cost; the shares of groups come
             out of it. "logits": the gates' own logits alone, every group gives the same share.
+            "l1_norm", "batch_norm_scale", "group_norm" (units of all groups compared), "at_random"
+            or a `keras_polar.Importance` of your own: weights as they are when the gates settle,
+            whatever the gates say; these are controls.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.

@@ -186,12 +186,13 @@ class GateInserter(MaskInserter):
         return gate(value)
 
     def _listens(self, spec: GateSpec) -> str | None:
-        if self.problem.options.importance == "logits":
+        if self.problem.options.importance != "gradients":
             return None
         return "samples" if spec.per_sample else "batch"
 
     def _last(self, index: int, values: Any) -> dict:
         budget, options = self.problem.budget, self.problem.options
+        importance = options.importance
         layer = PruningObjective(
             budget.sparsity,
             self.problem.measure.name,
@@ -200,8 +201,10 @@ class GateInserter(MaskInserter):
             options.schedule.get_config(),
             options.round_to,
             options.compact,
-            options.importance,
+            importance if isinstance(importance, str) else importance.name,
             name=self._name("consensus"),
         )
+        if not isinstance(importance, str):
+            layer.criterion = importance
         gates = [self.gates[i] for i in range(len(self.specs))]
         return {index: layer(values[index], gates)}

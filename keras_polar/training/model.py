@@ -13,12 +13,14 @@ from keras import ops
 from keras_polar.backends import require_supported, to_numpy
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
-from keras_polar.gates.objective import PruningObjective
+from keras_polar.gates.objective import BY_GATES, PruningObjective
 from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
+from keras_polar.selection.importance import Importance
 from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
+from keras_polar.surgery.strip import scores_of
 from keras_polar.training.keras_hooks import is_called_by, losses_are_handed_over
 from keras_polar.training.loop import Run
 
@@ -100,7 +102,10 @@ class GatedModel(keras.Model):
     def _wanted(self) -> list[np.ndarray]:
         """For `plan.settle`; infinite where masks were set by hand."""
         groups = self.groups
-        if all(g._gate.listens for g in groups) and self._have_heard():
+        criterion = self._criterion()
+        if criterion is not None:
+            free = self._by_criterion(criterion)
+        elif all(g._gate.listens for g in groups) and self._have_heard():
             free = [to_numpy(g._gate.lead) for g in groups]
         else:
             free = self._ranked()
@@ -108,6 +113,25 @@ class GatedModel(keras.Model):
             np.where(g.mask, np.inf, -np.inf) if g.settled else wanted
             for g, wanted in zip(groups, free, strict=True)
         ]
+
+    def _criterion(self) -> Importance | None:
+        layer = self.consensus
+        if layer.criterion is None and layer.importance not in BY_GATES:
+            raise ValueError(
+                f"settle of {self.name!r}: it was made with importance={layer.importance!r}, an "
+                "object that a saved model does not hold. Set it again: "
+                "`gated.consensus.criterion = <the keras_polar.Importance>`."
+            )
+        return layer.criterion
+
+    def _by_criterion(self, criterion: Importance) -> list[np.ndarray]:
+        """Branches, of which a criterion says nothing, are ranked by their gates."""
+        known = scores_of(self, criterion)
+        groups = self.groups
+        scores = [known.get(g.name, g.open_rates + to_numpy(g._gate.scores)) for g in groups]
+        if criterion.is_free and not any(g.is_block for g in groups):
+            return scores
+        return rank_units(scores, [np.zeros(g.units, bool) for g in groups], self.budget)
 
     def _have_heard(self) -> bool:
         """Whether the loss has said anything of each group, and the gates were told."""

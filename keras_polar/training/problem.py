@@ -14,16 +14,18 @@ from keras_polar.costs.measures import MEASURES, Measure, cost_of
 from keras_polar.coupling.branches import Branch
 from keras_polar.coupling.coupling import Coupling, analyze, ignoring, why_fixed
 from keras_polar.gates.gate import DynamicGate, Gate
+from keras_polar.gates.objective import BY_GATES
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.quantized import why_altered
 from keras_polar.litert.measure_latency import measured_table
 from keras_polar.selection.budget import Budget, budget_of, usual_floors
+from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 
 GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels", "blocks")
-IMPORTANCES = ("gradients", "logits")
+IMPORTANCES = (*BY_GATES, *CRITERIA)
 LISTED = 8  # groups that a warning names
 
 
@@ -42,7 +44,7 @@ class Options:
     schedule: Schedule
     compact: bool
     latency_table: LatencyTable | str | os.PathLike | None
-    importance: str = "logits"
+    importance: str | Importance = "logits"
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -124,13 +126,18 @@ def _check_names(options: Options) -> None:
     granularity = options.granularity
     measures = (*MEASURES, LatencyTable.name)
     for name, value, known in (
-        *([] if isinstance(options.measure, Measure) else [("measure", options.measure, measures)]),
+        *_named("measure", options.measure, Measure, measures),
         ("gate", options.gate, tuple(GATES)),
-        ("importance", options.importance, IMPORTANCES),
+        *_named("importance", options.importance, Importance, IMPORTANCES),
         *(("granularity", kind, GRANULARITIES) for kind in granularity or (granularity,)),
     ):
         if value not in known:
             raise ValueError(f"apply: expected {name} to be one of {known}, received {value!r}.")
+
+
+def _named(name: str, value: Any, kind: type, known: tuple) -> list[tuple]:
+    """An argument that is a name, and has to be a known one; none if it is an object."""
+    return [] if isinstance(value, kind) else [(name, value, known)]
 
 
 def _check_numbers(options: Options) -> None:
