@@ -74,7 +74,7 @@ class Compaction:
         """The sub-network trains on, from where the gated model is."""
         for piece in self.pieces:
             assign(piece.part, piece.cut(to_numpy(piece.whole)))
-        self.gated.optimizer, self.gated.stand_in = self.part, self
+        self.gated.optimizer, self.gated.sub_network = self.part, self
         self._swap_function()
         self.gated.__dict__.update(self.methods)
         self.gated.make_train_function()
@@ -83,7 +83,7 @@ class Compaction:
         """The gated model trains on, from where the sub-network is."""
         for piece in self.pieces:
             assign(piece.whole, piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
-        self.gated.optimizer, self.gated.stand_in = self.whole, None
+        self.gated.optimizer, self.gated.sub_network = self.whole, None
         self._swap_function()
         for name in self.methods:
             del self.gated.__dict__[name]

@@ -32,10 +32,10 @@ class GatedModel(keras.Model):
     In inference mode it always is the static sub-network of its current consensus.
 
     Attributes:
-        stand_in: the `Compaction` that trains in its place at the moment, or None.
+        sub_network: the `Compaction` that trains in its place at the moment, or None.
     """
 
-    stand_in = None
+    sub_network = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -196,8 +196,8 @@ class GatedModel(keras.Model):
 
     def synchronize(self) -> None:
         """Brings this model up to date and back, should its sub-network train in its place."""
-        if self.stand_in is not None:
-            self.stand_in.leave()
+        if self.sub_network is not None:
+            self.sub_network.leave()
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """`keras.Model.save`.
@@ -216,23 +216,23 @@ class GatedModel(keras.Model):
     @contextlib.contextmanager
     def _up_to_date(self) -> Iterator[None]:
         """In the middle of an epoch: the sub-network that trains goes on afterwards."""
-        stand_in = self.stand_in
+        sub_network = self.sub_network
         self.synchronize()
         try:
             yield
         finally:
-            if stand_in is not None:
-                stand_in.enter()
+            if sub_network is not None:
+                sub_network.enter()
 
     # What Keras' training step asks a model for.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stand_in is None:
+        if self.sub_network is None:
             self._refuse_distiller(kwargs.get("training"))
             return super().__call__(*args, **kwargs)
         if kwargs.get("training"):
-            self.consensus.count_settled(self.stand_in.sparsity)
-        return self.stand_in.model(*args, **kwargs)
+            self.consensus.count_settled(self.sub_network.sparsity)
+        return self.sub_network.model(*args, **kwargs)
 
     def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
         # Keras on JAX comes in here, not by `__call__`, which would forget: a layer that remembers
@@ -243,27 +243,27 @@ class GatedModel(keras.Model):
     @property
     def losses(self) -> list:
         # Keras on JAX hands the losses of a step over in between.
-        if self.stand_in is None or losses_are_handed_over(self):
+        if self.sub_network is None or losses_are_handed_over(self):
             return super().losses
-        return self.stand_in.model.losses
+        return self.sub_network.model.losses
 
     @property
     def metrics(self) -> list:
-        if self.stand_in is None:
+        if self.sub_network is None:
             return super().metrics
-        return [self.stand_in.metrics.get(id(m), m) for m in super().metrics]
+        return [self.sub_network.metrics.get(id(m), m) for m in super().metrics]
 
     @property
     def variables(self) -> list:
-        if self.stand_in is None:
+        if self.sub_network is None:
             return super().variables
-        return [*self.stand_in.model.variables, *self.consensus.variables]
+        return [*self.sub_network.model.variables, *self.consensus.variables]
 
     @property
     def trainable_weights(self) -> list:
-        if self.stand_in is None:
+        if self.sub_network is None:
             return super().trainable_weights
-        return self.stand_in.model.trainable_weights
+        return self.sub_network.model.trainable_weights
 
     def _refuse_distiller(self, training: Any) -> None:
         if training and is_called_by(keras.distillation.Distiller.call):

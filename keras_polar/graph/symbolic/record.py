@@ -287,11 +287,11 @@ class CallRecorder:
         # node it records for the layer gets copies: the real outputs keep their history.
         layer.__dict__["symbolic_call"] = symbolic_call
         try:
-            stand_ins = layer_class.__call__(layer, *args, **kwargs)
+            copies = layer_class.__call__(layer, *args, **kwargs)
         finally:
             del layer.__dict__["symbolic_call"]
-        for x, stand_in in zip(tensors_in(results[0]), stand_ins, strict=True):
-            mask = backend.get_keras_mask(stand_in)
+        for x, copy in zip(tensors_in(results[0]), copies, strict=True):
+            mask = backend.get_keras_mask(copy)
             if mask is not None and backend.get_keras_mask(x) is None:
                 backend.set_keras_mask(x, mask)
                 self.loses_mask = True
