@@ -1,4 +1,4 @@
-"""What the loss says of units: squares of the gradients of their gates, which no optimizer hands on.
+"""What the loss says of units: squares of their gates' gradients, which no optimizer hands on.
 
 The mean of a gate's gradient is noise in a trained network; the mean of its square over the samples
 ranks units almost as the loss does that closing each alone adds. A gradient is known only after
