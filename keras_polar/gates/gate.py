@@ -180,7 +180,8 @@ class Gate(keras.layers.Layer):
         Args:
             stay: what open units are ahead of closed ones.
         """
-        wanted = ops.log(damage(ops.convert_to_tensor(self.heard))) + stay * self.is_led_open()
+        heard = ops.stop_gradient(ops.convert_to_tensor(self.heard))
+        wanted = ops.log(damage(heard)) + stay * self.is_led_open()
         return ops.where(most_open(wanted, self.min_units) > 0, float("inf"), wanted)
 
     def is_led_open(self) -> Any:

@@ -37,6 +37,7 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
 # What an open unit is ahead of a closed one at the settle step, as a logarithm: units come and go
 # by noise when nothing is decided yet, and no longer when everything is.
 STAY = 2.0
+APART = 0.01  # the logarithm by which the order of units decides where nothing else does
 
 
 # What gates listen to when they decide themselves.
@@ -141,18 +142,24 @@ class PruningObjective(keras.layers.Layer):
         step = ops.convert_to_tensor(self.step)
         stay = STAY * ops.square(self.schedule.certainty(step, self.steps))
         saved = self.cost.slopes(self._counts(now), self.full_cost)
-        saved = ops.repeat(saved, np.asarray(self.units), axis=0)
+        saved = ops.take(saved, self._groups(), axis=0)
         wanted = ops.concatenate([wanted(stay) for wanted, _, _ in self.listeners])
         wanted = wanted - ops.log(ops.maximum(saved, 1e-12))
+        # Units that are worth the same (nothing, say) go one by one.
+        order = np.linspace(0, APART, sum(self.units), dtype="float32")
+        wanted = wanted + ops.convert_to_tensor(order)
         above = balance(wanted, lambda kept: 1 - self.expected_sparsity(kept), target)
         ends = np.cumsum(self.units)
         for (_, _, tell), end, n in zip(self.listeners, ends, self.units, strict=True):
             tell(above[end - n : end])
 
-    def _counts(self, rates: Any) -> Any:
+    def _groups(self) -> Any:
+        """Of all units, the group."""
         groups = np.repeat(np.arange(len(self.units)), self.units)
-        index = ops.convert_to_tensor(groups, "int32")
-        return ops.segment_sum(rates, index, len(self.units))
+        return ops.convert_to_tensor(groups, "int32")
+
+    def _counts(self, rates: Any) -> Any:
+        return ops.segment_sum(rates, self._groups(), len(self.units))
 
     def _report(self, sparsity: Any, polarization: Any) -> None:
         self.latest["sparsity"].assign(sparsity)

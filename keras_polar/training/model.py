@@ -106,7 +106,8 @@ class GatedModel(keras.Model):
         if criterion is not None:
             free = self._by_criterion(criterion)
         elif all(g._gate.listens for g in groups) and self._have_heard():
-            free = [to_numpy(g._gate.lead) for g in groups]
+            # What the gates have closed by themselves goes before all that they left open.
+            free = [to_numpy(g._gate.lead) - 1e3 * (g.open_rates < 0.5) for g in groups]
         else:
             free = self._ranked()
         return [
