@@ -13,7 +13,7 @@ INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
 # What runs on every backend of Keras.
 ANYWHERE := $(addprefix tests/,gates/test_gradients.py graph/test_frozen_shared_typed.py surgery/test_precision.py \
-	$(addprefix training/test_,backends.py fit_variants.py distribute.py))
+	$(addprefix training/test_,backends.py fit_variants.py distribute.py idioms.py loop.py))
 # PyPI's build for Linux brings CUDA along; another one: `make test-torch TORCH=torch==2.13.0+cpu`.
 TORCH ?= torch
 

@@ -239,6 +239,13 @@ class GatedModel(keras.Model):
         # Keras on JAX comes in here, not by `__call__`, which would forget: a layer that remembers
         # the id of a loss of an earlier trace takes away whatever loss has that id in this one.
         forget_losses(self)
+        if kwargs.get("training") and not kwargs.get("return_losses"):
+            warnings.warn(
+                f"stateless_call of {self.name!r} for training: expected return_losses=True; the "
+                "losses by which gates learn which units go are left out. Add `sum(losses)` to "
+                "yours: `y, states, losses = model.stateless_call(..., return_losses=True)`.",
+                stacklevel=2,
+            )
         return super().stateless_call(*args, **kwargs)
 
     @property

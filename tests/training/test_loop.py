@@ -223,6 +223,17 @@ def test_no_loss_is_taken_away_by_a_layer_that_remembers_its_id():
         assert [float(to_numpy(x)) for x in losses] == [float(early.loss), float(late.loss)]
 
 
+def test_a_step_of_ones_own_that_leaves_the_losses_out_is_told():
+    gated = keras_polar.apply(network(), 0.5)
+    variables = [[v.value for v in gated.trainable_variables]]
+    variables += [[v.value for v in gated.non_trainable_variables]]
+    with pytest.warns(UserWarning, match="expected return_losses=True"):
+        gated.stateless_call(*variables, data()[0], training=True)
+    *_, losses = gated.stateless_call(*variables, data()[0], training=True, return_losses=True)
+    assert len(losses) == 1
+    gated.stateless_call(*variables, data()[0])
+
+
 L1, L2 = keras.regularizers.L1(0.01), keras.regularizers.L2(0.05)
 
 
@@ -281,8 +292,8 @@ def test_penalties_count_what_is_open(build, gate, tmp_path):
     def losses(model):
         if BACKEND != "jax":
             return model.evaluate(x, y, batch_size=16, verbose=0)
-        # There Keras tells whose an added loss is by ids, those of earlier traces included: by
-        # chance it counts one twice, in any model.
+        # There layers of a plain model, such as the small one, remember the ids of losses of
+        # earlier traces: by chance Keras leaves one out.
         error = ops.mean(keras.losses.mean_squared_error(y, model(x)))
         return float(error + sum(model.losses))
 
