@@ -13,7 +13,7 @@ INSTALLED_QAT := $(VENV)/.installed-qat
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
 # What runs on every backend of Keras.
 ANYWHERE := $(addprefix tests/,gates/test_gradients.py graph/test_frozen_shared_typed.py surgery/test_precision.py \
-	$(addprefix training/test_,backends.py fit_variants.py distribute.py))
+	$(addprefix training/test_,backends.py fit_variants.py distribute.py idioms.py loop.py))
 # PyPI's build for Linux brings CUDA along; another one: `make test-torch TORCH=torch==2.13.0+cpu`.
 TORCH ?= torch
 
@@ -23,7 +23,7 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax test-torch coverage-matrix scaling latency docs lint format clean
+.PHONY: help setup demo test test-all test-jax test-torch coverage-matrix scaling latency results docs lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,11 +76,15 @@ coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub:
 	$(RUN) -m pip install --quiet --editable '.[hub]'
 	$(RUN) examples/benchmarks/coverage_matrix.py
 
-scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/scaling.md; an hour
+scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/benchmarks/scaling.md; an hour
 	$(RUN) examples/benchmarks/scaling.py
 
-latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/latency.md; half an hour
+latency: $(INSTALLED) ## bytes and time of pruned .tflite files, every precision: docs/benchmarks/latency.md; half an hour
 	$(RUN) examples/benchmarks/latency.py
+
+results: $(INSTALLED) ## measured numbers into README.md and docs, from committed results files
+	$(RUN) examples/benchmarks/comparison/report.py
+	$(RUN) examples/benchmarks/pages.py
 
 # The notice that it silences is about versions to come, not about the pages.
 docs: $(INSTALLED_DOCS) ## the documentation: site/index.html

@@ -52,7 +52,7 @@ setup(
     packages=find_packages(include=["keras_polar", "keras_polar.*"]),
     package_data={"keras_polar": ["py.typed"]},
     entry_points={"console_scripts": ["keras_polar = keras_polar.cli:main"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # of keras
     # Lower bounds stand only where an older version was seen to fail or was never tried.
     install_requires=[
         "absl-py",

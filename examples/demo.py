@@ -2,7 +2,7 @@
 
 Trains twice for as many epochs, once as it is and once with gates; converts the gated model to
 an ordinary smaller one, checks that both are the same function, exports both to LiteRT, and
-prints one table. The pictures show the gates at work and the widths that they left.
+prints one table and where the pictures are: the gates at work and the widths that they left.
 """
 
 import functools
@@ -12,6 +12,7 @@ import keras
 import models
 import reporting
 from absl import app, flags
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -57,6 +58,26 @@ def compile_classifier(model, steps=1):
     )
 
 
+def phases():
+    """Progress bars, one line for each phase of the demo."""
+    text = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*text, TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+
+
+class EpochBar(keras.callbacks.Callback):
+    """A line that grows with the epochs and shows the validation accuracy."""
+
+    async_safe = True  # looks at nothing but `logs`
+
+    def __init__(self, bars, name, epochs):
+        super().__init__()
+        self.bars, self.line = bars, bars.add_task(name, total=epochs, note="")
+
+    def on_epoch_end(self, epoch, logs=None):
+        note = f"accuracy {logs['val_accuracy']:.1%}"
+        self.bars.update(self.line, advance=1, note=note)
+
+
 def fit(model, train, test, options, callbacks=()):
     """The same training for the dense and the gated model."""
     keras.utils.set_random_seed(options.seed)  # The same order of the data for both.
@@ -67,7 +88,7 @@ def fit(model, train, test, options, callbacks=()):
         epochs=options.epochs,
         validation_data=test,
         callbacks=list(callbacks),
-        verbose=2,
+        verbose=0,
     )
 
 
@@ -98,33 +119,47 @@ def run(options):
     """Trains both models, prints the table and says where the files are."""
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = digits(options.seed)
+    data = digits(options.seed)
+    with phases() as bars:
+        dense, gated, rates = trained(data, options, bars)
+        small, results = compared(dense, gated, data[1], folder, bars)
+    pictures = draw(dense, small, rates.history, folder)
+    files = [folder / name for name in ("dense.tflite", "small.tflite", "small.keras")]
+    certificate = reporting.certificate(gated, small, data[1][0])
+    print_result(results, certificate, files, pictures)
 
+
+def trained(data, options, bars):
+    """The dense and the gated model, each after its training, and what the gates did in it."""
+    (train, test), epochs = data, options.epochs
     keras.utils.set_random_seed(options.seed)
     dense = models.build("resnet8", train[0].shape[1:], 10)
     gated = keras_polar.apply(dense, options.sparsity, gate=options.gate)
-    print(f"1/2 dense: {options.epochs} epochs", flush=True)
-    fit(dense, train, test, options)
-    print(f"2/2 with gates: {options.epochs} epochs", flush=True)
+    fit(dense, train, test, options, [EpochBar(bars, "1/3 train dense", epochs)])
     rates = keras_polar.callbacks.OpenRates()
-    fit(gated, train, test, options, [rates])
+    fit(gated, train, test, options, [rates, EpochBar(bars, "2/3 train with gates", epochs)])
+    return dense, gated, rates
 
+
+def compared(dense, gated, test, folder, bars):
+    """The small model, saved, and what dense and small one measure, their files included."""
+    line = bars.add_task("3/3 convert, export", total=3, note="")
     small = keras_polar.convert(gated, verify=test[0])
     compile_classifier(small)
     small.optimizer.build(small.trainable_variables)  # saved as a whole, it loads without a warning
-    files = [folder / "dense.tflite", folder / "small.tflite"]
-    results = [measure(m, test, path) for m, path in zip((dense, small), files, strict=True)]
-    latencies = keras_polar.benchmark_tflite(files, runs=LATENCY_RUNS)
-    for result, path in zip(results, files, strict=True):
-        result["latency_ms"] = latencies[str(path)].median
-
     small.save(folder / "small.keras")
-    files += [folder / "small.keras", *draw(dense, small, rates.history, folder)]
-    print_result(results, reporting.certificate(gated, small, test[0]), files)
+    files, results = [folder / "dense.tflite", folder / "small.tflite"], []
+    for model, path in zip((dense, small), files, strict=True):
+        results.append(measure(model, test, path))
+        bars.advance(line)
+    latencies = keras_polar.benchmark_tflite(files, runs=LATENCY_RUNS)
+    bars.advance(line)
+    times = [{"latency_ms": latencies[str(path)].median} for path in files]
+    return small, [{**r, **t} for r, t in zip(results, times, strict=True)]
 
 
-def print_result(results, certificate, files):
-    """The table, dense beside small, and the list of files."""
+def print_result(results, certificate, files, pictures):
+    """The table, dense beside small, and where the files and pictures are."""
     difference, largest = certificate
     caption = (
         f"Certificate: gated and small model differ by at most {difference:.1e} on the test "
@@ -132,7 +167,8 @@ def print_result(results, certificate, files):
     )
     rows = reporting.comparison_rows(*results)
     reporting.print_table("Digits, one run each", ("", "dense", "small", "ratio"), rows, caption)
-    print("Files:", *files, sep="\n  ")
+    print("Models:", *files, sep="\n  ")
+    print("Pictures:", *pictures, sep="\n  ")
 
 
 def main(argv):

@@ -9,6 +9,7 @@ keras_polar.export_tflite(small, "small.tflite")
 from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.costs.latency import LatencyTable
+from keras_polar.costs.measures import Measure
 from keras_polar.gates.schedule import Schedule
 from keras_polar.inspection import cost, inspect
 from keras_polar.litert import (
@@ -20,13 +21,17 @@ from keras_polar.litert import (
 )
 from keras_polar.rules import Rule
 from keras_polar.rules.registry import register
-from keras_polar.surgery.convert import convert, remove
+from keras_polar.selection.importance import Importance
+from keras_polar.surgery.convert import convert
+from keras_polar.surgery.remove import remove
 from keras_polar.training.apply import apply
 from keras_polar.training.model import GatedModel
 
 __all__ = [
     "GatedModel",
+    "Importance",
     "LatencyTable",
+    "Measure",
     "Rule",
     "Schedule",
     "__version__",

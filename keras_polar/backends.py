@@ -1,4 +1,4 @@
-"""What differs between TensorFlow, JAX and PyTorch while Keras' training loop runs."""
+"""All that differs between TensorFlow, JAX and PyTorch."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,9 +8,14 @@ import keras
 import numpy as np
 from keras import ops
 
+BACKEND = keras.backend.backend()
 # Keras on JAX takes the state out of a model's variables while it trains, and hands each part of a
 # step what that part is to see of it.
-IS_STATE_TAKEN = keras.backend.backend() == "jax"
+IS_STATE_TAKEN = BACKEND == "jax"
+# A model that trains is a compiled function of its variables, so that a smaller one may take over.
+CAN_COMPACT = BACKEND in ("tensorflow", "jax")
+# `ops.dot_product_attention` wants keys and values that are equally wide.
+WANTS_EQUAL_WIDTHS = BACKEND == "jax"
 
 
 class Reported:
@@ -65,7 +70,7 @@ def full_precision() -> Iterator[None]:
     on TPUs. Networks that are equal to float32 round-off then differ by up to 1e-3.
     """
     settings = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
-    set_precision = settings.get(keras.backend.backend())
+    set_precision = settings.get(BACKEND)
     if set_precision is None:  # NumPy, OpenVINO: no accelerator
         yield
         return
@@ -113,7 +118,7 @@ def global_mean(x: Any) -> Any:
 
     Outside TensorFlow a batch is one (possibly sharded) array and needs no help.
     """
-    if keras.backend.backend() != "tensorflow":
+    if BACKEND != "tensorflow":
         return x
     import tensorflow as tf
 
@@ -121,6 +126,16 @@ def global_mean(x: Any) -> Any:
     if context is None or context.num_replicas_in_sync == 1:
         return x
     return context.all_reduce(tf.distribute.ReduceOp.MEAN, x)
+
+
+def replicas() -> int:
+    """How many replicas share a batch: each sees the gradients of its part of their mean loss."""
+    if BACKEND != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
 
 
 def require_supported(model: Any) -> None:
@@ -153,6 +168,30 @@ def to_numpy(x: Any) -> np.ndarray:
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x))
 
 
+def process_count() -> int:
+    """How many processes of JAX train together."""
+    if BACKEND != "jax":
+        return 1
+    import jax
+
+    return jax.process_count()
+
+
+def from_every_process(array: np.ndarray) -> np.ndarray:
+    """An array of each process of JAX, stacked in the order of the processes."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(array)
+
+
+def placed_like(value: np.ndarray, like: Any) -> Any:
+    """An array of JAX with the type and on the devices of another; asks no other process."""
+    import jax
+
+    value = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+
+
 def gradient_function(function: Callable[..., Any]) -> Callable[..., list[np.ndarray]]:
     """(points, *others) -> the gradients of a scalar with respect to each of the points.
 
@@ -161,13 +200,12 @@ def gradient_function(function: Callable[..., Any]) -> Callable[..., list[np.nda
             scalar tensor. It is compiled where the backend compiles.
     """
     makers = {"tensorflow": _tensorflow_gradients, "jax": _jax_gradients, "torch": _torch_gradients}
-    backend = keras.backend.backend()
-    if backend not in makers:
+    if BACKEND not in makers:
         raise NotImplementedError(
-            f"Keras on {backend!r} has no gradients. Set KERAS_BACKEND to one of "
+            f"Keras on {BACKEND!r} has no gradients. Set KERAS_BACKEND to one of "
             f"{', '.join(makers)} in a new process."
         )
-    gradients = makers[backend](function)
+    gradients = makers[BACKEND](function)
 
     def on_arrays(points: Sequence[Any], *others: Any) -> list[np.ndarray]:
         tensors = [ops.convert_to_tensor(x) for x in points]

@@ -21,6 +21,7 @@ from keras_polar._version import __version__
 from keras_polar.gates.groups import require_gated
 from keras_polar.inspection import cost, inspect
 from keras_polar.litert import benchmark_tflite, export_tflite
+from keras_polar.litert.modes import modes_text
 from keras_polar.litert.validation import draft_of, put_in_place
 from keras_polar.surgery.convert import convert
 from keras_polar.tables import table_text
@@ -37,7 +38,7 @@ ARGUMENTS: dict[str, dict] = {
     "files": {"nargs": "+", "metavar": "file.tflite", "help": "LiteRT files to compare"},
     "--threads": {"type": int, "default": 1, "help": "how many threads the runtime may use"},
     "--runs": {"type": int, "default": 50, "help": "how often each file is timed"},
-    "--quantize": {"metavar": "KIND", "help": "float16, dynamic or int8 (which needs --data)"},
+    "--quantize": {"metavar": "KIND", "help": modes_text()},
     "--data": {
         "metavar": "FILE",
         "help": "samples for comparison and calibration: .npy, or .npz with an array per input",
@@ -78,11 +79,11 @@ def export_command(options: argparse.Namespace) -> str:
 
 def benchmark_command(options: argparse.Namespace) -> str:
     """Times LiteRT files in alternation: one inference each, median and quartiles."""
-    found = benchmark_tflite(options.files, threads=options.threads, runs=options.runs)
-    base = next(iter(found.values())).median
+    latencies = benchmark_tflite(options.files, threads=options.threads, runs=options.runs)
+    base = next(iter(latencies.values())).median
     rows = [
         (name, f"{os.path.getsize(name):,}", str(t), f"{t.median / base:.2f}")
-        for name, t in found.items()
+        for name, t in latencies.items()
     ]
     return table_text(["file", "bytes", "one inference", "of the first"], rows)
 
@@ -123,8 +124,8 @@ def read_samples(path: str, model: keras.Model) -> Any:
         )
     try:
         with open(path, "rb") as file:
-            found = np.load(file)
-            arrays = found if isinstance(found, np.ndarray) else dict(found)
+            content = np.load(file)
+            arrays = content if isinstance(content, np.ndarray) else dict(content)
     except ValueError as error:
         raise ValueError(
             f"Expected --data={path!r} to hold arrays of numbers as numpy.savez writes them: "
@@ -137,11 +138,11 @@ def _as_inputs(arrays: dict, model: keras.Model, path: str) -> Any:
     if len(arrays) == len(model.inputs) == 1:
         return next(iter(arrays.values()))
     names = [x.name for x in model.inputs]
-    wanted = sorted(model.input) if isinstance(model.input, dict) else names
-    if set(arrays) != set(wanted):
+    keys = sorted(model.input) if isinstance(model.input, dict) else names
+    if set(arrays) != set(keys):
         raise ValueError(
-            f"Expected --data={path!r} with one array for each input of the model, {wanted}; it "
-            f"holds {sorted(arrays)}. Name them so: `numpy.savez(path, {wanted[0]}=...)`."
+            f"Expected --data={path!r} with one array for each input of the model, {keys}; it "
+            f"holds {sorted(arrays)}. Name them so: `numpy.savez(path, {keys[0]}=...)`."
         )
     return arrays if isinstance(model.input, dict) else [arrays[name] for name in names]
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_polar.costs.count import Cost, counted
-from keras_polar.costs.polynomial import polynomial
+from keras_polar.costs.measures import MEASURES, cost_of
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
-from keras_polar.gates.groups import is_gated, stripped
-from keras_polar.rules import is_unknown, read
+from keras_polar.gates.groups import is_gated
+from keras_polar.rules import is_unknown, trace_model
+from keras_polar.surgery.strip import stripped
 from keras_polar.tables import table_html, table_text
-from keras_polar.training.gate_specs import blocks_of
+from keras_polar.training.gate_specs import branches_of
 
 
 def cost(model: Any) -> Cost:
@@ -36,7 +37,7 @@ def cost(model: Any) -> Cost:
 
 
 def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
-    return couple(stripped(model) if is_gated(model) else read(model), ignore)
+    return couple(stripped(model) if is_gated(model) else trace_model(model), ignore)
 
 
 @dataclass(frozen=True)
@@ -140,19 +141,19 @@ def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
     found = counted(coupling)
     rows = _layer_rows(coupling, _shares(found))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
-    branches = tuple(block.layers for block in blocks_of(coupling, ignore))
+    branches = tuple(branch.layers for branch in branches_of(coupling, ignore))
     return Inspection(model.name, tuple(rows), shares[0], shares[1], branches, found.unknown)
 
 
-def _shares(found: Cost) -> dict[str, tuple[float, float | None]]:
+def _shares(totals: Cost) -> dict[str, tuple[float, float | None]]:
     """Each layer's shares of the weights and multiply-accumulates, all its calls together."""
     costs: dict[str, Counter] = {}
-    for row in found.rows:
+    for row in totals.rows:
         costs.setdefault(row.name, Counter()).update(weights=row.weights, macs=row.macs)
     return {
         name: (
-            own["weights"] / max(1, found.weights),
-            None if name in found.unknown else own["macs"] / max(1, found.macs),
+            own["weights"] / max(1, totals.weights),
+            None if name in totals.unknown else own["macs"] / max(1, totals.macs),
         )
         for name, own in costs.items()
     }
@@ -176,19 +177,19 @@ def _layer_rows(coupling: Coupling, shares: dict) -> list[InspectRow]:
 
 def _removable(coupling: Coupling, measure: str) -> float:
     """Share of a cost that is gone when every group keeps one unit."""
-    total = polynomial(coupling, measure)
+    total = cost_of(coupling, MEASURES[measure])
     full = total([g.units for g in coupling.groups])
     return 1 - total([1] * len(coupling.groups)) / full if full else 0.0
 
 
 def _unknown_rows(coupling: Coupling, shares: dict) -> list[InspectRow]:
     """Layers of unknown cost, or with weights, that their rule cannot follow units through."""
-    found = {
+    unknown = {
         s.name: s
         for s in coupling.sites
         if s.refused and (is_unknown(s.op) or s.macs is None or getattr(s.op, "weights", None))
     }
     return [
         InspectRow(name, type(site.op).__name__, 0, 0, "", site.refused, *shares[name])
-        for name, site in found.items()
+        for name, site in unknown.items()
     ]

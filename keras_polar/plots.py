@@ -43,14 +43,14 @@ def _checked(history: Mapping[str, Any]) -> dict[str, np.ndarray]:
             "plots: expected open rates of at least one group, received none. Pass "
             "`rates = keras_polar.callbacks.OpenRates()` to fit, then `rates.history` here."
         )
-    found = {name: np.asarray(rates, "float32") for name, rates in history.items()}
-    for name, rates in found.items():
+    arrays = {name: np.asarray(rates, "float32") for name, rates in history.items()}
+    for name, rates in arrays.items():
         if rates.ndim != 2 or not rates.size:
             raise ValueError(
                 f"plots: expected open rates of shape (times, units) for group {name!r}, received "
                 f"shape {rates.shape}. `keras_polar.callbacks.OpenRates` records them so."
             )
-    return found
+    return arrays
 
 
 # --- the gates over time ---------------------------------------------------------------------
@@ -279,18 +279,18 @@ def trade_off(
 
 def _pairs(name: str, pairs: Any) -> np.ndarray:
     """(size, score) of shape (models, 2), the smallest first."""
-    found = np.asarray(pairs, "float64")
-    if found.ndim != 2 or found.shape[1] != 2 or not found.size:
+    points = np.asarray(pairs, "float64")
+    if points.ndim != 2 or points.shape[1] != 2 or not points.size:
         raise ValueError(
             f"plots.trade_off: expected {name!r} with a list of (size, score) pairs, received "
-            f"shape {found.shape}."
+            f"shape {points.shape}."
         )
-    if not ((found[:, 0] > 0).all() and ((found[:, 1] >= 0) & (found[:, 1] <= 1)).all()):
+    if not ((points[:, 0] > 0).all() and ((points[:, 1] >= 0) & (points[:, 1] <= 1)).all()):
         raise ValueError(
             f"plots.trade_off: expected sizes > 0 and scores in [0, 1] (0.92 for 92 %) of "
-            f"{name!r}, received {found.tolist()}."
+            f"{name!r}, received {points.tolist()}."
         )
-    return found[np.argsort(found[:, 0])]
+    return points[np.argsort(points[:, 0])]
 
 
 def _finish_trade_off(axis: Any, size: str, score: str, *, is_wide: bool) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.backends import from_every_process, placed_like, process_count
+
 # What is wrong where -> what to do. The first that a fact's name begins with counts.
 _REMEDIES = {
     "distribution": "Call keras.distribution.set_distribution(keras.distribution.DataParallel("
@@ -50,7 +52,7 @@ def require_agreement(facts: dict[str, Any], who: str = "this run") -> None:
         >>> keras.distribution.initialize("10.0.0.1:1234", num_processes=2, process_id=1)
         >>> keras_polar.processes.require_agreement({"seed": 0, "sparsity": 0.5})
     """
-    if _processes() > 1:
+    if process_count() > 1:
         _compare(_tables(facts), who, "cannot train together: they disagree about")
 
 
@@ -67,18 +69,18 @@ def watch_processes(model: Any, arguments: dict[str, Any]) -> list[keras.callbac
     Raises:
         ValueError: the processes cannot train together.
     """
-    if _processes() == 1:
+    if process_count() == 1:
         return []
     who = f"fit of {model.name!r}"
     require_agreement(_facts(model, arguments), who)
     if not _is_joint():
         raise ValueError(
-            f"{who}: expected a distribution over all {_processes()} processes of JAX, received "
+            f"{who}: expected a distribution over all {process_count()} processes of JAX, received "
             f"{_distribution()!r}: each would train for itself. {_REMEDIES['distribution']}"
         )
     if _batches(arguments.get("x"), arguments, "batch_size", "steps_per_epoch") is None:
         warnings.warn(
-            f"{who}: nobody knows how many batches its {_processes()} processes have. Where one "
+            f"{who}: nobody knows how many batches its {process_count()} processes have. Where one "
             "has fewer than another, all wait for ever. Give `fit` steps_per_epoch.",
             stacklevel=3,
         )
@@ -108,14 +110,7 @@ def assign(variable: Any, value: np.ndarray) -> None:
     JAX has all processes compare what is assigned, variable by variable: slow, and a process that
     is alone (it saves a file, or fails) would wait for ever.
     """
-    variable.assign(value if _processes() == 1 else _placed(value, variable.value))
-
-
-def _placed(value: np.ndarray, like: Any) -> Any:
-    import jax
-
-    value = np.asarray(value, like.dtype)
-    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+    variable.assign(value if process_count() == 1 else placed_like(value, variable.value))
 
 
 @contextlib.contextmanager
@@ -124,7 +119,7 @@ def alone() -> Iterator[None]:
 
     Keras makes an optimizer for comparison when it saves; its variables belong to this process.
     """
-    if _processes() == 1:
+    if process_count() == 1:
         yield
         return
     distribution = keras.distribution.distribution()
@@ -133,14 +128,6 @@ def alone() -> Iterator[None]:
         yield
     finally:
         keras.distribution.set_distribution(distribution)
-
-
-def _processes() -> int:
-    if keras.backend.backend() != "jax":
-        return 1
-    import jax
-
-    return jax.process_count()
 
 
 def _is_joint() -> bool:
@@ -159,12 +146,10 @@ def _distribution() -> str | None:
 
 def _tables(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """The facts of every process, in the order of the processes."""
-    from jax.experimental.multihost_utils import process_allgather
-
     text = np.frombuffer(json.dumps(facts, default=_plain).encode(), "uint8")
-    lengths = process_allgather(np.int32(text.size))
+    lengths = from_every_process(np.asarray(text.size, "int32"))
     padded = np.pad(text, (0, lengths.max() - text.size))
-    rows = zip(process_allgather(padded), lengths, strict=True)
+    rows = zip(from_every_process(padded), lengths, strict=True)
     return [json.loads(bytes(row[:length])) for row, length in rows]
 
 
@@ -174,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 def _compare(
-    tables: list[dict[str, Any]], who: str, what: str, same: Callable | None = None
+    tables: list[dict[str, Any]], who: str, disagreement: str, same: Callable | None = None
 ) -> None:
     same = same or (lambda a, b: a == b)
     names = dict.fromkeys(name for table in tables for name in table)
@@ -183,7 +168,9 @@ def _compare(
     if wrong:
         lines = "".join(f"\n- {name}: {_who_says_what(said[name])}" for name in wrong)
         remedies = dict.fromkeys(map(_remedy, wrong))
-        raise ValueError(f"{who}: its {len(tables)} processes {what}{lines}\n{' '.join(remedies)}")
+        raise ValueError(
+            f"{who}: its {len(tables)} processes {disagreement}{lines}\n{' '.join(remedies)}"
+        )
 
 
 def _who_says_what(values: list) -> str:
@@ -276,7 +263,7 @@ def _settings(model: Any) -> dict[str, Any]:
     consensus, optimizer = model.consensus, model.optimizer
     names = ("sparsity", "measure", "round_to", "compact")
     schedule = consensus.schedule.get_config().items()
-    found = {
+    settings = {
         **{name: getattr(consensus, name) for name in names},
         **{f"schedule's {name}": value for name, value in schedule},
         "gates": [f"{type(g._gate).__name__} of {g.units}" for g in model.groups],
@@ -284,8 +271,8 @@ def _settings(model: Any) -> dict[str, Any]:
     }
     if isinstance(optimizer, keras.optimizers.Optimizer):
         config = optimizer.get_config().items()
-        found |= {f"optimizer's {name}": value for name, value in config if name != "name"}
-    return found
+        settings |= {f"optimizer's {name}": value for name, value in config if name != "name"}
+    return settings
 
 
 def _states(model: Any) -> dict[str, Any]:

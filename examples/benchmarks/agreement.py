@@ -1,11 +1,11 @@
-"""Whether .tflite files of trained, pruned networks decide as Keras does: docs/agreement.md.
+"""Whether .tflite files of trained, pruned networks decide as Keras does: agreement.md.
 
     python examples/benchmarks/agreement.py --only=MobileNet
 
-The four networks of docs/latency.md learn scikit-learn's scanned digits, enlarged to the size of
+The four networks of `latency.py` learn scikit-learn's scanned digits, enlarged to the size of
 their images, and lose half of their multiply-accumulates in that one run. Every precision is
 compared with Keras on test images that neither the training nor the calibration has seen. Rows are
-kept in docs/agreement.jsonl; what is there is not made again.
+kept in docs/benchmarks/agreement.jsonl; what is there is not made again.
 """
 
 import os
@@ -111,7 +111,7 @@ def main(argv):
     """Entry point of absl."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    path = latency.ROOT / "docs" / "agreement.jsonl"
+    path = latency.DOCS / "agreement.jsonl"
     for name in latency.NAMES:
         if re.search(flags.FLAGS.only, name) and name not in read_rows(path):
             add_row(path, {"name": name} | measure(name))

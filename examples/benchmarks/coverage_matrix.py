@@ -133,12 +133,12 @@ def failure_of(row: dict) -> str:
 
 def predicted(model, gated) -> int:
     """Weights of the converted model, from the cost polynomial of the original one."""
-    from keras_polar.costs.polynomial import polynomial
-    from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import read
 
     counts = [int(group.mask.sum()) for group in gated.groups]
-    return polynomial(couple(read(model)), "weights")(counts)
+    from keras_polar.costs.measures import MEASURES, cost_of
+    from keras_polar.coupling.coupling import analyze
+
+    return cost_of(analyze(model), MEASURES["weights"])(counts)
 
 
 def pins(found) -> list[list]:

@@ -1,18 +1,18 @@
-"""What pruning gains where a model runs: docs/latency.md.
+"""What pruning gains where a model runs: docs/benchmarks/latency.md.
 
 Four networks at half of their multiply-accumulates, with the widths that `apply` settles on
 (within a layer chance picks the channels) and untrained weights, in every precision that
 `export_tflite` knows and with kept channels rounded up to multiples of 1, 4, 8 and 16, and as
 `apply` does by default. All files of a network take turns, so that a disturbance of the machine
-meets them alike. Files are kept in build/latency and rows in docs/latency.jsonl; what is there is
-not made again.
+meets them alike. Files are kept in build/latency and rows in docs/benchmarks/latency.jsonl; what
+is there is not made again.
 
     make latency
     python examples/benchmarks/latency.py --only=ResNet --runs=50
     python examples/benchmarks/latency.py --target
 
 The last prunes two networks for time, measure="latency", and compares the share of it that goes
-with what was asked for: rows in docs/latency_target.jsonl.
+with what was asked for: rows in docs/benchmarks/latency_target.jsonl.
 """
 
 import json
@@ -30,6 +30,7 @@ from settle_by_chance import settled
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs" / "benchmarks"
 SPARSITY = 0.5
 PRECISIONS = {"float32": None, "float16": "float16", "dynamic": "dynamic", "int8": "int8"}
 CALIBRATION = 16  # samples; speed does not depend on the ranges
@@ -40,7 +41,7 @@ _ONLY = flags.DEFINE_string("only", "", "Regular expression: networks to measure
 _RUNS = flags.DEFINE_integer("runs", 500, "Timed runs of each file.", lower_bound=1)
 _ROUNDINGS = flags.DEFINE_multi_integer("round_to", [1, 4, 8, 16], "Roundings, 1 among them.")
 _TARGET = flags.DEFINE_bool("target", False, "Measure what pruning for time gains, no other row.")
-_FOLDER = flags.DEFINE_string("output_dir", str(ROOT / "docs"), "Where latency.md and .jsonl are.")
+_FOLDER = flags.DEFINE_string("output_dir", str(DOCS), "Where latency.md and .jsonl are.")
 _FILES = flags.DEFINE_string("files", str(ROOT / "build" / "latency"), "Where .tflite files go.")
 
 
@@ -159,7 +160,7 @@ next one, which tells where layers are narrow.
 
 
 def write_tables(folder):
-    """docs/latency.md from the rows that there are."""
+    """docs/benchmarks/latency.md from the rows that there are."""
     rows = read_rows(folder / "latency.jsonl")
     rows = {name: rows[name] for name in NAMES if name in rows}
     if not rows:

@@ -1,9 +1,9 @@
-"""How analysis, apply and convert grow with the model: docs/scaling.md.
+"""How analysis, apply and convert grow with the model: docs/benchmarks/scaling.md.
 
 Chains and residual nets of 100, 1,000 and 5,000 layers, and the largest models of
 keras.applications, each in a process of its own. Seconds are processor time, which other work on
 the machine disturbs least. Keras' own `clone_model` is the yardstick: what it takes to build a
-model of that size at all. Rows are kept in docs/scaling.jsonl and not repeated.
+model of that size at all. Rows are kept in docs/benchmarks/scaling.jsonl and not repeated.
 
     make scaling
     python examples/benchmarks/scaling.py --only=residual
@@ -25,8 +25,8 @@ from json_lines import add_row, read_rows
 from rich.progress import track
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = ROOT / "docs" / "scaling.jsonl"
-TABLE = ROOT / "docs" / "scaling.md"
+ROWS = ROOT / "docs" / "benchmarks" / "scaling.jsonl"
+TABLE = ROOT / "docs" / "benchmarks" / "scaling.md"
 DEPTHS = (100, 1000, 5000)
 WIDTH = 4
 LARGE = {"ResNet50": 224, "EfficientNetV2L": 64, "NASNetLarge": 64, "ConvNeXtXLarge": 64}
@@ -84,13 +84,13 @@ def measure(build: Callable) -> dict:
 
     import keras_polar
     from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import read
+    from keras_polar.rules import trace_model
 
     sys.setrecursionlimit(100_000)  # Keras walks a model recursively, one frame per layer in a row
     keras_polar.apply(keras.Sequential([keras.Input((2,)), *dense(3)]), 0.1)  # first use is slow
     model, built = timed(build)
     own = peak_memory()
-    coupling, couple_s = timed(lambda: couple(read(model)))
+    coupling, couple_s = timed(lambda: couple(trace_model(model)))
     row = {
         "calls": len(coupling.graph.calls),
         "units": len(coupling.roots),

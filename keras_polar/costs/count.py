@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from keras_polar.coupling.coupling import Coupling, rules_of
-from keras_polar.rules import Rule, Site, Term
-from keras_polar.rules.rule import weight_terms
+from keras_polar.rules import CallSite, CostTerm, Rule
+from keras_polar.rules.call_site import weight_terms
 from keras_polar.tables import table_html, table_text
 
 COUNTED = ("weights", "macs", "units")
 
 
-def terms(coupling: Coupling) -> list[tuple[int, Term]]:
+def terms(coupling: Coupling) -> list[tuple[int, CostTerm]]:
     """Every cost term of a graph, with its call; weights and units of a shared layer once."""
     seen: set[int] = set()
     found = []
@@ -22,12 +22,12 @@ def terms(coupling: Coupling) -> list[tuple[int, Term]]:
     return found
 
 
-def site_terms(site: Site, rule: Rule, first_call: bool = True) -> list[Term]:
+def site_terms(site: CallSite, rule: Rule, first_call: bool = True) -> list[CostTerm]:
     """The cost terms of one call."""
     own = []
     if first_call:
         own += weight_terms(site, rule.weights(site.op))
-        own += [Term((site.axes[p],), units=1) for p in site.produces]
+        own += [CostTerm((site.axes[p],), units=1) for p in site.produces]
     return own + (site.macs or [])
 
 
@@ -84,7 +84,7 @@ def counted(coupling: Coupling) -> Cost:
     return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows), unknown=unknown)
 
 
-def unknown_macs(coupling: Coupling) -> dict[str, Site]:
+def unknown_macs(coupling: Coupling) -> dict[str, CallSite]:
     """The layers whose multiply-accumulates are not known, by name."""
     return {s.name: s for s in coupling.sites if s.macs is None}
 
@@ -96,9 +96,9 @@ def sizes_known(coupling: Coupling) -> bool:
     return all(None not in coupling.graph.specs[i].shape[1:] for i in tensors)
 
 
-def _row(site: Site, own: list[Term]) -> CostRow:
+def _row(site: CallSite, cost_terms: list[CostTerm]) -> CostRow:
     def total(measure: str) -> int:
-        return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in own)
+        return sum(getattr(t, measure) * math.prod(map(len, t.factors)) for t in cost_terms)
 
     shape = site.specs[site.call.outputs[0]].shape
     kind = type(site.op).__name__
@@ -106,11 +106,11 @@ def _row(site: Site, own: list[Term]) -> CostRow:
     return CostRow(site.name, kind, shape, *costs, macs_known=site.macs is not None)
 
 
-def cost_table(found: Cost) -> tuple:
+def cost_table(cost: Cost) -> tuple:
     """The cost of a model as columns, rows and a note; a row per layer that costs anything."""
     # Rows of a layer that is called several times become one.
     layers: dict[str, list[CostRow]] = {}
-    for row in found.rows:
+    for row in cost.rows:
         layers.setdefault(row.name, []).append(row)
     rows = [
         (
@@ -120,11 +120,11 @@ def cost_table(found: Cost) -> tuple:
         for r in map(_together, layers.values())
         if r.weights or r.macs or not r.macs_known
     ]
-    macs = f"{found.macs:,}" + " + ?" * bool(found.unknown)
-    total = ("total", "", "", f"{found.weights:,}", macs, f"{found.units:,}")
+    macs = f"{cost.macs:,}" + " + ?" * bool(cost.unknown)
+    total = ("total", "", "", f"{cost.weights:,}", macs, f"{cost.units:,}")
     notes = [
-        "" if found.sizes_known else "MACs per position: sizes of the input are not known",
-        f"MACs that cannot be counted: {', '.join(found.unknown)}" if found.unknown else "",
+        "" if cost.sizes_known else "MACs per position: sizes of the input are not known",
+        f"MACs that cannot be counted: {', '.join(cost.unknown)}" if cost.unknown else "",
     ]
     return ["layer", "kind", "output", *COUNTED], [*rows, total], ". ".join(filter(None, notes))
 

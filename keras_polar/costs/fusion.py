@@ -2,9 +2,9 @@
 
 A runtime folds batch normalization and simple activations into what comes before them: a layer
 and its followers take as long as the layer alone. Such a piece is timed by itself
-(litert/table.py); its time is told by its sizes, which are sums of products of open counts for
-every kind of layer: elements read, elements written and multiply-accumulates, and the last two with
-output channels counted in whole blocks, as kernels compute them.
+(litert/measure_latency.py); its time is told by its sizes, which are sums of products of open
+counts for every kind of layer: elements read, elements written and multiply-accumulates, and the
+last two with output channels counted in whole tiles, as kernels compute them.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.costs.polynomial import BLOCK, in_blocks
+from keras_polar.costs.polynomial import TILE, Amount, in_tiles
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.ir import Ref, refs_in
-from keras_polar.rules import Site, Term, rule_for
+from keras_polar.rules import CallSite
+from keras_polar.rules.call_site import ids_along, sizes
 from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.rule import line, sizes
 
 LEVELS = 4  # widths that are timed, of the inputs and of the outputs
 _STEP = 8  # they are multiples of it
@@ -50,7 +50,7 @@ class Fused:
     outputs: tuple[int, ...]
 
     @property
-    def sites(self) -> list[Site]:
+    def sites(self) -> list[CallSite]:
         return [self.coupling.sites[i] for i in self.calls]
 
     @property
@@ -58,28 +58,28 @@ class Fused:
         return self.sites[0].name
 
     @cached_property
-    def parts(self) -> list[list[Term]]:
-        """What its sizes are sums of, as terms in `macs`; see `sizes`."""
+    def parts(self) -> list[list[Amount]]:
+        """What its sizes are sums of; see `sizes`."""
         first, last = self.sites[0], self.sites[-1]
         places = ((first.call.inputs.index(t), t) for t in self.inputs)
         read = [_elements(self.coupling, t, first.inputs[i]) for i, t in places]
         made = zip(self.outputs, last.outputs, strict=True)
         written = [_elements(self.coupling, t, ids) for t, ids in made]
-        macs = [t for s in self.sites for t in s.macs or ()]
+        macs = [Amount(t.factors, t.macs) for s in self.sites for t in s.macs or ()]
         own = [f for t in written for f in t.factors]
-        return [read, written, macs, *([_blocked(t, own) for t in x] for x in (written, macs))]
+        return [read, written, macs, *([_tiled(t, own) for t in x] for x in (written, macs))]
 
     @cached_property
     def variants(self) -> list[np.ndarray]:
         """Which ids stay at each of the widths that are timed; all of them first."""
         read, made = self._groups()
         levels = [range(LEVELS if own else 1) for own in (read, made)]
-        found: dict[tuple, dict[int, int]] = {}
+        distinct: dict[tuple, dict[int, int]] = {}
         for of_read, of_made in itertools.product(*levels):
             counts = {g: _level(self.coupling, g, of_read) for g in read}
             counts |= {g: _level(self.coupling, g, of_made) for g in made}
-            found.setdefault(tuple(counts.values()), counts)
-        return [_flags(self.coupling, counts) for counts in found.values()]
+            distinct.setdefault(tuple(counts.values()), counts)
+        return [_flags(self.coupling, counts) for counts in distinct.values()]
 
     def _groups(self) -> tuple[list[int], list[int]]:
         """Groups with units in the inputs, and those that appear in the piece alone."""
@@ -93,7 +93,7 @@ class Fused:
         """What its time depends on when ids are gone.
 
         Elements read, elements written, multiply-accumulates; the last two with output channels
-        in whole blocks.
+        in whole tiles.
         """
         return tuple(sum(_value(t, flags) for t in terms) for terms in self.parts)
 
@@ -115,18 +115,18 @@ class Fused:
 
 def fused(coupling: Coupling) -> list[Fused]:
     """The pieces of a coupled graph, in order; every call is in one of them."""
-    readers = Counter(t for s in coupling.sites for t in dict.fromkeys(s.call.inputs))
-    readers.update(refs_in(coupling.graph.outputs))
+    consumers = Counter(t for s in coupling.sites for t in dict.fromkeys(s.call.inputs))
+    consumers.update(refs_in(coupling.graph.outputs))
     chains: list[list[int]] = []
     ends: dict[int, list[int]] = {}  # tensor -> the chain that a follower would join
     for i, site in enumerate(coupling.sites):
         own = set(site.call.inputs)
-        chain = ends.get(next(iter(own))) if len(own) == 1 and rule_for(site.op).fuses else None
+        chain = ends.get(next(iter(own))) if len(own) == 1 and site.rule.fuses else None
         if chain is None:
             chain = []
             chains.append(chain)
         chain.append(i)
-        if len(site.call.outputs) == 1 and readers[site.call.outputs[0]] == 1:
+        if len(site.call.outputs) == 1 and consumers[site.call.outputs[0]] == 1:
             ends[site.call.outputs[0]] = chain
     return [_piece(coupling, chain) for chain in chains]
 
@@ -139,46 +139,46 @@ def _piece(coupling: Coupling, chain: list[int]) -> Fused:
 # --- sizes -----------------------------------------------------------------------------------
 
 
-def _elements(coupling: Coupling, tensor: int, ids: Ids) -> Term:
+def _elements(coupling: Coupling, tensor: int, ids: Ids) -> Amount:
     """How many elements a tensor has: its units along one axis times all others."""
     total = math.prod(sizes(coupling.graph.specs[tensor].shape))
     for axis in range(ids.ndim):
-        if varies(ids, axis) and _groups_in(coupling, [line(ids, axis)]):
-            return Term((line(ids, axis),), macs=total // ids.shape[axis])
-    return Term((), macs=total)
+        if varies(ids, axis) and _groups_in(coupling, [ids_along(ids, axis)]):
+            return Amount((ids_along(ids, axis),), total // ids.shape[axis])
+    return Amount((), total)
 
 
-def _blocked(term: Term, made: list[Ids]) -> Term:
-    """The term with the units that a piece makes counted in blocks."""
+def _tiled(term: Amount, made: list[Ids]) -> Amount:
+    """The term with the units that a piece makes counted in tiles."""
     factors = enumerate(term.factors)
-    blocks = tuple(i for i, f in factors if any(np.array_equal(f, own) for own in made))
-    return replace(term, blocks=blocks)
+    tiled = tuple(i for i, f in factors if any(np.array_equal(f, own) for own in made))
+    return replace(term, tiled=tiled)
 
 
-def _value(term: Term, flags: np.ndarray) -> int:
+def _value(term: Amount, flags: np.ndarray) -> int:
     counts = [int(np.sum((v < 0) | flags[v])) for v in term.factors]
-    each = (in_blocks(n) if i in term.blocks else n for i, n in enumerate(counts))
-    return term.macs * math.prod(each)
+    each = (in_tiles(n) if i in term.tiled else n for i, n in enumerate(counts))
+    return term.amount * math.prod(each)
 
 
 def _groups_in(coupling: Coupling, arrays: Iterable[Ids]) -> list[int]:
-    found: dict[int, None] = {}
+    groups: dict[int, None] = {}
     for ids in arrays:
-        lines = [line(ids, axis) for axis in range(ids.ndim)]
+        lines = [ids_along(ids, axis) for axis in range(ids.ndim)]
         vector = np.concatenate([np.zeros(0, int), *lines])
-        found |= dict.fromkeys(np.unique(coupling.group_of[vector[vector >= 0]]).tolist())
-    return [g for g in found if g >= 0]
+        groups |= dict.fromkeys(np.unique(coupling.group_of[vector[vector >= 0]]).tolist())
+    return [g for g in groups if g >= 0]
 
 
 def _level(coupling: Coupling, group: int, level: int) -> int:
     """All units, some more than half of them, half, or a quarter, in steps that kernels make.
 
-    More than half by half a block, so that steps of whole blocks show.
+    More than half by half a tile, so that steps of whole tiles show.
     """
     units = coupling.groups[group].units
     step = _STEP if units > _STEP else 1
     quarter, half = (-(-units // (step * n)) * step for n in (4, 2))
-    half = in_blocks(half) if units > BLOCK else half
+    half = in_tiles(half) if units > TILE else half
     return min(units, (units, half + step, half, quarter)[level])
 
 
@@ -192,7 +192,7 @@ def _flags(coupling: Coupling, counts: dict[int, int]) -> np.ndarray:
 # --- descriptions ----------------------------------------------------------------------------
 
 
-def _described(site: Site) -> list:
+def _described(site: CallSite) -> list:
     """All that tells how long a call takes, as JSON can hold it."""
     op = site.op
     if isinstance(op, keras.layers.Layer):

@@ -2,7 +2,7 @@
 
 The table holds what was measured: operation by operation, the time at a few widths. Between them
 time is a constant plus so much per element read, element written and multiply-accumulate, with
-output channels counted one by one or in whole blocks, as the measurements say, and with no
+output channels counted one by one or in whole tiles, as the measurements say, and with no
 coefficient below zero. For a convolution that is a constant, a part for each input channel, one for
 each output channel and one for each pair: the latency of a network is a polynomial of its open
 counts, as its other costs are.
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from keras_polar.costs.fusion import Fused, fused
+from keras_polar.costs.measures import Measure
+from keras_polar.costs.polynomial import Amount
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.rules import Term
 
 FORMAT = 1  # of the file
 SIZES = 5  # of a piece, see fusion.py
@@ -29,7 +30,7 @@ _FULL = 10.0  # how much more the full width counts than others: the dense netwo
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Measure):
     """How long operations take on a device, measured one by one.
 
     Made by `keras_polar.latency_table`; `keras_polar.apply` takes it.
@@ -41,7 +42,7 @@ class LatencyTable:
         ops: from operation, in words with a digest of its configuration, to what was measured:
             one row for each combination of widths, full width first. A row holds the elements
             read, elements written and multiply-accumulates of one inference, the last two again
-            with output channels in whole blocks of 16, and the time in nanoseconds.
+            with output channels in whole tiles of 16, and the time in nanoseconds.
 
     Example:
 
@@ -54,6 +55,9 @@ class LatencyTable:
     runtime: str
     threads: int
     ops: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    name = "latency"
+    needs_sizes = True
 
     def __str__(self) -> str:
         """A line per operation, the time at full width and at the smallest."""
@@ -108,8 +112,8 @@ class LatencyTable:
         """The table of these operations alone, as far as they are in it."""
         return replace(self, ops={k: self.ops[k] for k in keys if k in self.ops})
 
-    def terms(self, coupling: Coupling) -> list[tuple[int, Term]]:
-        """The time of every piece of a graph as cost terms, with the first call of the piece.
+    def terms(self, coupling: Coupling) -> list[tuple[int, Amount]]:
+        """The time of every piece of a graph in picoseconds, with the first call of the piece.
 
         Args:
             coupling: of the whole model, nothing ignored: what varies in an operation is part of
@@ -120,7 +124,7 @@ class LatencyTable:
         """
         return [(p.calls[0], t) for p in fused(coupling) for t in self._piece_terms(p)]
 
-    def _piece_terms(self, piece: Fused) -> list[Term]:
+    def _piece_terms(self, piece: Fused) -> list[Amount]:
         if piece.key not in self.ops:
             raise ValueError(
                 f"The table of latencies ({self.device}, {self.runtime}) does not hold layer "
@@ -128,15 +132,14 @@ class LatencyTable:
                 "`keras_polar.latency_table(model).save(path)`, and pass that table."
             )
         constant, *slopes = coefficients(self.ops[piece.key])
-        found = [Term((), latency=round(PICOSECONDS * constant))]
+        found = [Amount((), round(PICOSECONDS * constant))]
         for slope, terms in zip(slopes, piece.parts, strict=True):
             found += [_timed(t, slope) for t in terms]
         return found
 
 
-def _timed(term: Term, slope: float) -> Term:
-    latency = round(PICOSECONDS * slope * term.macs)
-    return Term(term.factors, latency=latency, blocks=term.blocks)
+def _timed(term: Amount, slope: float) -> Amount:
+    return replace(term, amount=round(PICOSECONDS * slope * term.amount))
 
 
 def _point(values: Sequence) -> tuple[float, ...]:
@@ -159,13 +162,13 @@ def coefficients(points: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple((found / scale).tolist())
 
 
-def _non_negative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _non_negative(matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Non-negative least squares of a few columns: the best of all sets of columns."""
     best, error = np.zeros(matrix.shape[1]), np.inf
     for used in itertools.product((False, True), repeat=matrix.shape[1]):
         found = np.zeros(len(used))
-        found[list(used)] = np.linalg.lstsq(matrix[:, used], wanted, rcond=None)[0]
-        off = float(np.sum((matrix @ found - wanted) ** 2))
+        found[list(used)] = np.linalg.lstsq(matrix[:, used], times, rcond=None)[0]
+        off = float(np.sum((matrix @ found - times) ** 2))
         if (found >= 0).all() and off < error:
             best, error = found, off
     return best

@@ -5,8 +5,8 @@ group alone: a polynomial (bilinear for convolutions and Dense layers), exact fo
 and differentiable in between.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,20 +14,31 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_polar.costs.count import COUNTED, terms
-from keras_polar.coupling.branches import Block
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.rules import Term
 from keras_polar.rules.ids import Ids
 
-MEASURES = (*COUNTED, "latency")
 # Kernels compute so many output channels at a time; what is left over can take as long as all.
-BLOCK = 16
+TILE = 16
 
 
-def in_blocks(count: int) -> int:
-    """The count rounded up to whole blocks of channels."""
-    return -(-count // BLOCK) * BLOCK
+def in_tiles(count: int) -> int:
+    """The count rounded up to whole tiles of channels."""
+    return -(-count // TILE) * TILE
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What is paid for each combination of open units: a product.
+
+    Attributes:
+        factors: id vectors, whose open elements are counted; those of no unit (-1) always are.
+        amount: what one combination costs, in the unit of a measure.
+        tiled: positions of factors that count in whole tiles of channels (`TILE`).
+    """
+
+    factors: tuple[Ids, ...]
+    amount: int
+    tiled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Polynomial:
     Attributes:
         coefficients: one whole number per product.
         factors: the variables of each product, padded with -1 for "times one". With n variables,
-            n + i is variable i rounded up to whole blocks of channels.
+            n + i is variable i rounded up to whole tiles of channels.
     """
 
     coefficients: tuple[int, ...]
@@ -47,12 +58,12 @@ class Polynomial:
         """The exact value (int) for whole counts, one per group."""
         # int64 is exact up to 9e18; the largest networks take 1e13 multiply-accumulates.
         whole = [int(n) for n in counts]
-        known = np.array([1, *whole, *map(in_blocks, whole)], np.int64)
+        known = np.array([1, *whole, *map(in_tiles, whole)], np.int64)
         return int(known[self._index].prod(axis=-1) @ self._scale)
 
     @cached_property
     def _index(self) -> np.ndarray:
-        """Places in (1, *counts, *counts in blocks), int32 of shape (products, factors)."""
+        """Places in (1, *counts, *counts in tiles), int32 of shape (products, factors)."""
         width = len(self.factors[0]) if self.factors else 1  # nothing costs anything
         return np.asarray(self.factors, "int32").reshape(-1, width) + 1
 
@@ -66,13 +77,34 @@ class Polynomial:
         Args:
             counts: tensor of shape (groups,), open units per group, fractions allowed.
         """
-        # Blocks are a staircase; its gradient is taken for that of a slope.
-        steps = ops.ceil(counts / BLOCK) * BLOCK
+        # Tiles are a staircase; its gradient is taken for that of a slope.
+        steps = ops.ceil(counts / TILE) * TILE
         steps = counts + ops.stop_gradient(steps - counts)
         known = ops.concatenate([ops.ones((1,), counts.dtype), counts, steps])
         index = ops.convert_to_tensor(self._index, "int32")
         products = ops.prod(ops.take(known, index, axis=0), axis=-1)
         return ops.sum(products * ops.convert_to_tensor(self._scale / scale, "float32"))
+
+    def slopes(self, counts: Any, scale: float) -> Any:
+        """What one unit more in each group costs, divided by `scale`: float32 of shape (groups,).
+
+        Whole tiles of channels are taken for a slope.
+
+        Args:
+            counts: as in `expected`.
+        """
+        groups = counts.shape[0]
+        index = np.where(self._index > groups, self._index - groups, self._index)
+        factors = ops.take(ops.concatenate([ops.ones((1,), counts.dtype), counts]), index, axis=0)
+        factors = ops.cast(factors, "float32")
+        scaled = ops.convert_to_tensor(self._scale / scale, "float32")
+        total = ops.zeros((groups + 1,), "float32")
+        for i in range(index.shape[1]):
+            others = np.delete(np.arange(index.shape[1], dtype="int32"), i)
+            rest = scaled * ops.prod(ops.take(factors, others, axis=1), axis=1)
+            owner = ops.convert_to_tensor(index[:, i], "int32")
+            total = total + ops.segment_sum(rest, owner, groups + 1)
+        return total[1:]
 
     def get_config(self) -> dict:
         return {"coefficients": self.coefficients, "factors": self.factors}
@@ -85,43 +117,28 @@ class Polynomial:
 
 def polynomial(
     coupling: Coupling,
-    measure: str,
-    blocks: Sequence[Block] = (),
-    timed: Sequence[tuple[int, Term]] = (),
+    amounts: Iterable[tuple[int, Amount]],
+    branches: Sequence[Container[int]] = (),
 ) -> Polynomial:
-    """The cost of a coupled graph in one of `MEASURES`, as a function of open counts.
-
-    Its variables are the open units of each group, then 1 or 0 for each of `blocks`.
+    """The sum of what is paid for combinations of open units, as a function of open counts.
 
     Args:
-        timed: the cost terms of "latency" (picoseconds), which cannot be counted, with their calls.
+        amounts: pairs of a call and what is paid for it.
+        branches: the calls that go with each residual branch. Its variables, 1 or 0, come after
+            the open units of each group.
     """
     total: Counter = Counter()
-    inside = _blocks_of_calls(coupling, blocks)
-    for call, term in timed if measure == "latency" else terms(coupling):
-        coefficient = getattr(term, measure)
-        if coefficient:
+    groups = len(coupling.groups)
+    for call, term in amounts:
+        if term.amount:
             forms = [_linear(coupling, f) for f in term.factors]
-            for i in term.blocks:
-                forms[i] = _form_in_blocks(forms[i], len(coupling.groups) + len(blocks))
-            _add_product(total, coefficient, [*forms, *({b: 1} for b in inside[call])])
+            for i in term.tiled:
+                forms[i] = _in_tiles(forms[i], groups + len(branches))
+            inside = [{groups + i: 1} for i, calls in enumerate(branches) if call in calls]
+            _add_product(total, term.amount, [*forms, *inside])
     width = max([1, *map(len, total)])
     padded = [(*key, *[-1] * (width - len(key))) for key in total]
     return Polynomial(tuple(total.values()), tuple(padded))
-
-
-def _blocks_of_calls(coupling: Coupling, blocks: Sequence[Block]) -> dict[int, list[int]]:
-    """Call -> the variables of the blocks that it is in; several where blocks are nested."""
-    inside: dict[int, list[int]] = defaultdict(list)
-    for variable, block in enumerate(blocks, len(coupling.groups)):
-        for call in (*block.calls, *_sum_of_two(coupling, block)):
-            inside[call].append(variable)
-    return inside
-
-
-def _sum_of_two(coupling: Coupling, block: Block) -> tuple[int, ...]:
-    """The sum that a branch ends in, if it goes with the branch."""
-    return (block.merge,) if len(coupling.graph.calls[block.merge].inputs) == 2 else ()
 
 
 def _linear(coupling: Coupling, vector: Ids) -> Counter:
@@ -131,10 +148,10 @@ def _linear(coupling: Coupling, vector: Ids) -> Counter:
     return Counter({g: n if g < 0 else n // coupling.groups[g].units for g, n in found})
 
 
-def _form_in_blocks(form: Counter, variables: int) -> Counter:
-    """The same in whole blocks of channels, where that is a variable or a number."""
+def _in_tiles(form: Counter, variables: int) -> Counter:
+    """The same in whole tiles of channels, where that is a variable or a number."""
     if list(form) == [-1]:
-        return Counter({-1: in_blocks(form[-1])})
+        return Counter({-1: in_tiles(form[-1])})
     is_one_group = list(form.values()) == [1]
     return Counter({variables + i: 1 for i in form}) if is_one_group else form
 

@@ -16,7 +16,7 @@ from keras_polar.rules import rule_for
 
 
 @dataclass(frozen=True)
-class Block:
+class Branch:
     """A branch that ends in a sum.
 
     Attributes:
@@ -35,43 +35,43 @@ class Block:
 
 
 class _Wiring:
-    """Who makes and who reads each tensor of a graph."""
+    """The producer and the consumers of each tensor of a graph."""
 
     def __init__(self, graph: Graph) -> None:
         self.calls = graph.calls
-        self.maker = {t: i for i, c in enumerate(graph.calls) for t in c.outputs}
-        self.readers: dict[int, list[int]] = defaultdict(list)
+        self.producer = {t: i for i, c in enumerate(graph.calls) for t in c.outputs}
+        self.consumers: dict[int, list[int]] = defaultdict(list)
         self.calls_of: dict[int, list[int]] = defaultdict(list)
         for i, call in enumerate(graph.calls):
             self.calls_of[id(call.op)].append(i)
             for tensor in call.inputs:
-                self.readers[tensor].append(i)
+                self.consumers[tensor].append(i)
         self.outputs = set(refs_in(graph.outputs))
 
-    def makers(self, tensors: Iterable[int]) -> list[int]:
-        """The calls that make these tensors; model inputs have none."""
-        return [self.maker[t] for t in tensors if t in self.maker]
+    def producers(self, tensors: Iterable[int]) -> list[int]:
+        """The calls that produce these tensors; model inputs have none."""
+        return [self.producer[t] for t in tensors if t in self.producer]
 
     def exclusive(self, tensor: int, merge: int) -> tuple[int, ...]:
         """Calls whose results reach nothing but `merge` through `tensor`, ascending."""
-        found: set[int] = set()
-        waiting = [-i for i in self.makers([tensor])] if self.only_read(tensor, merge) else []
+        serving: set[int] = set()
+        waiting = [-i for i in self.producers([tensor])] if self.only_read(tensor, merge) else []
         seen = set(waiting)
-        while waiting:  # The latest call first: whether its readers count is decided by then.
+        while waiting:  # The latest call first: whether its consumers count is decided by then.
             call = -heapq.heappop(waiting)
-            if self._serves(call, tensor, found):
-                found.add(call)
-                for maker in {-i for i in self.makers(self.calls[call].inputs)} - seen:
-                    seen.add(maker)
-                    heapq.heappush(waiting, maker)
-        return tuple(sorted(found))
+            if self._serves(call, tensor, serving):
+                serving.add(call)
+                for producer in {-i for i in self.producers(self.calls[call].inputs)} - seen:
+                    seen.add(producer)
+                    heapq.heappush(waiting, producer)
+        return tuple(sorted(serving))
 
-    def only_read(self, tensor: int, reader: int) -> bool:
-        return self.readers[tensor] == [reader] and tensor not in self.outputs
+    def only_read(self, tensor: int, consumer: int) -> bool:
+        return self.consumers[tensor] == [consumer] and tensor not in self.outputs
 
-    def _serves(self, call: int, tensor: int, found: set) -> bool:
+    def _serves(self, call: int, tensor: int, serving: set) -> bool:
         return all(
-            t == tensor or (t not in self.outputs and found.issuperset(self.readers[t]))
+            t == tensor or (t not in self.outputs and serving.issuperset(self.consumers[t]))
             for t in self.calls[call].outputs
         )
 
@@ -84,13 +84,14 @@ class _Wiring:
     def descends(self, tensor: int, ancestors: list[int]) -> bool:
         """Whether `tensor` is one of `ancestors` or depends on any."""
         wanted, waiting, seen = set(ancestors), [tensor], {tensor}
-        earliest = min((self.maker.get(t, -1) for t in ancestors), default=0)
+        earliest = min((self.producer.get(t, -1) for t in ancestors), default=0)
         while waiting:
             current = waiting.pop()
             if current in wanted:
                 return True
-            maker = self.maker.get(current, -1)
-            new = [t for t in self.calls[maker].inputs if t not in seen] if maker > earliest else []
+            producer = self.producer.get(current, -1)
+            inputs = self.calls[producer].inputs if producer > earliest else ()
+            new = [t for t in inputs if t not in seen]
             seen.update(new)
             waiting += new
         return False
@@ -109,19 +110,19 @@ class _Wiring:
         )
 
 
-def find_blocks(graph: Graph) -> tuple[Block, ...]:
+def find_branches(graph: Graph) -> tuple[Branch, ...]:
     """The branches of a graph that can be removed, in the order of their sums.
 
     A branch stays whose weights are used elsewhere as well: its cost would not go with it.
     """
     wiring = _Wiring(graph)
-    found: list[Block] = []
+    branches: list[Branch] = []
     for i, call in enumerate(graph.calls):
-        blocks = [b for p in _summands(graph, call) if (b := _block(wiring, i, p)) is not None]
-        if len(blocks) == len(call.inputs):  # Something has to stay.
-            blocks.remove(min(blocks, key=lambda b: len(b.calls)))
-        found += [_numbered(b, n) for n, b in enumerate(blocks)]
-    return tuple(found)
+        candidates = [b for p in _summands(graph, call) if (b := _branch(wiring, i, p)) is not None]
+        if len(candidates) == len(call.inputs):  # Something has to stay.
+            candidates.remove(min(candidates, key=lambda b: len(b.calls)))
+        branches += [_numbered(b, n) for n, b in enumerate(candidates)]
+    return tuple(branches)
 
 
 def _summands(graph: Graph, call: Call) -> tuple[int, ...]:
@@ -131,19 +132,19 @@ def _summands(graph: Graph, call: Call) -> tuple[int, ...]:
     return rule_for(call.op).summands(call) if alike else ()
 
 
-def _block(wiring: _Wiring, merge: int, position: int) -> Block | None:
+def _branch(wiring: _Wiring, merge: int, position: int) -> Branch | None:
     inputs = wiring.calls[merge].inputs
     tensor, others = inputs[position], [t for i, t in enumerate(inputs) if i != position]
     calls = wiring.exclusive(tensor, merge)
     layers, entries = wiring.weighted(calls), wiring.entries(calls)
     if not layers or wiring.shares(calls) or not any(wiring.descends(t, entries) for t in others):
         return None
-    return Block(wiring.calls[merge].name, merge, tensor, calls, layers)
+    return Branch(wiring.calls[merge].name, merge, tensor, calls, layers)
 
 
-def _numbered(block: Block, number: int) -> Block:
-    name = f"block {block.name}" + (f":{number + 1}" if number else "")
-    return Block(name, block.merge, block.tensor, block.calls, block.layers)
+def _numbered(branch: Branch, number: int) -> Branch:
+    name = f"block {branch.name}" + (f":{number + 1}" if number else "")
+    return Branch(name, branch.merge, branch.tensor, branch.calls, branch.layers)
 
 
 def shorten(call: Call, closed: set[int]) -> Call:

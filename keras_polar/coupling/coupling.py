@@ -17,14 +17,22 @@ from typing import Any
 import numpy as np
 
 from keras_polar.graph.ir import Graph, refs_in
-from keras_polar.rules import Rule, Site, rule_for
-from keras_polar.rules.ids import Forest, Ids, Units, along, as_view, compact, nobody
-from keras_polar.rules.rule import set_rows, sizes
+from keras_polar.rules import CallSite, Rule, rule_for, trace_model
+from keras_polar.rules.call_site import set_rows, sizes
+from keras_polar.rules.ids import (
+    Forest,
+    Ids,
+    Units,
+    as_view,
+    broadcast_along,
+    drop_constant_axes,
+    no_unit,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Classes of units with the same makers and readers, hence interchangeable in cost.
+    """Classes of units with the same producers and consumers, hence interchangeable in cost.
 
     Attributes:
         name: of the first producing layer, with what the units are where it makes several kinds
@@ -57,15 +65,17 @@ class Coupling:
         groups: the prunable classes, grouped.
         group_of: id -> index of its group, -1 if it stays; int32 of shape (ids,).
         index_of: id -> index of its class within the group; int32 of shape (ids,).
+        flowed: the ties and pins that the operations ask for, before anything is ignored.
     """
 
     graph: Graph
-    sites: tuple[Site, ...]
+    sites: tuple[CallSite, ...]
     roots: np.ndarray
     reasons: dict[int, str]
     groups: tuple[Group, ...]
     group_of: np.ndarray
     index_of: np.ndarray
+    flowed: Units
 
     def produced(self) -> dict[str, Ids]:
         """Layer name -> ids of the units it makes, shape (units of the layer,)."""
@@ -86,24 +96,46 @@ def couple(graph: Graph, ignore: Iterable[str] = ()) -> Coupling:
         ValueError: a pattern of `ignore` matches no layer.
     """
     units = Units()
-    sites = _flow(graph, units)
+    return _solved(graph, _flow(graph, units), units, ignore)
+
+
+def analyze(model: Any) -> Coupling:
+    """The units of a model, composite layers without a rule opened.
+
+    Raises:
+        TypeError: `model` is not a functional or built Sequential model.
+    """
+    return couple(trace_model(model))
+
+
+def ignoring(coupling: Coupling, ignore: Iterable[str]) -> Coupling:
+    """The same units, with those of layers by these names (glob patterns) kept; see `couple`."""
+    return _solved(coupling.graph, coupling.sites, coupling.flowed, ignore)
+
+
+def _solved(
+    graph: Graph, sites: tuple[CallSite, ...], flowed: Units, ignore: Iterable[str]
+) -> Coupling:
+    units = flowed.copy()
     _pin_ignored(sites, units, ignore)
     _make_rectangular(sites, units)
     roots = units.roots()
     reasons = units.pinned(roots)
     groups = _groups(sites, roots, reasons)
-    return Coupling(graph, sites, roots, reasons, groups, *_places(groups, roots))
+    return Coupling(graph, sites, roots, reasons, groups, *_places(groups, roots), flowed)
 
 
-def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
-    ids: dict[int, Ids] = {i: nobody(sizes(graph.specs[i].shape)) for i in refs_in(graph.inputs)}
+def _flow(graph: Graph, units: Units) -> tuple[CallSite, ...]:
+    ids: dict[int, Ids] = {i: no_unit(sizes(graph.specs[i].shape)) for i in refs_in(graph.inputs)}
     shared: dict[int, dict] = {}
     rows = dict.fromkeys(ids, 1)
     sites = []
     for call in graph.calls:
         # Calls of a layer without weights are nothing to each other.
         axes = shared.setdefault(id(call.op), {}) if getattr(call.op, "weights", ()) else {}
-        site = Site(call, graph.specs, units, [ids[i] for i in call.inputs], axes)
+        site = CallSite(
+            call, graph.specs, units, [ids[i] for i in call.inputs], axes, rule_for(call.op)
+        )
         site.outputs = [as_view(ids) for ids in _followed(site)]
         ids.update(zip(call.outputs, site.outputs, strict=True))
         rows.update(dict.fromkeys(call.outputs, set_rows(site, [rows[i] for i in call.inputs])))
@@ -113,10 +145,10 @@ def _flow(graph: Graph, units: Units) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def _followed(site: Site) -> list[Ids]:
+def _followed(site: CallSite) -> list[Ids]:
     """What the rule says; all of a call's units stay if it does not fit the tensors' shapes."""
     try:
-        return rule_for(site.op).flow(site)
+        return site.rule.flow(site)
     except (IndexError, TypeError, ValueError) as error:
         site.reads, site.produces = [], []
         why = f"units cannot be followed through it: {error}"
@@ -125,47 +157,47 @@ def _followed(site: Site) -> list[Ids]:
         return site.pin_all(why)
 
 
-def _pin_ignored(sites: tuple[Site, ...], units: Units, ignore: Iterable[str]) -> None:
+def _pin_ignored(sites: tuple[CallSite, ...], units: Units, ignore: Iterable[str]) -> None:
     for pattern, found in sites_of(sites, ignore, "ignore").items():
         for site in found:
             for vector in site.axes.values():
                 units.pin(vector, f"ignored by {pattern!r}")
 
 
-def sites_of(sites: tuple[Site, ...], patterns: Any, what: str) -> dict[str, list[Site]]:
+def sites_of(sites: tuple[CallSite, ...], patterns: Any, option: str) -> dict[str, list[CallSite]]:
     """The calls of the layers that each glob pattern matches, by name or by path.
 
     Raises:
-        TypeError: the patterns are not strings; `what` is the option that they were given for.
+        TypeError: the patterns are not strings; `option` is the option that they were given for.
         ValueError: a pattern matches none.
     """
-    found = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, what)}
-    for pattern in (p for p, matches in found.items() if not matches):
+    by_pattern = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, option)}
+    for pattern in (p for p, matches in by_pattern.items() if not matches):
         names = sorted({s.name for s in sites if s.produces})
         raise ValueError(
-            f"{what}: expected names or glob patterns of layers; {pattern!r} matches none. "
+            f"{option}: expected names or glob patterns of layers; {pattern!r} matches none. "
             f"Layers with units: {', '.join(names)}."
         )
-    return found
+    return by_pattern
 
 
-def _strings(patterns: Any, what: str) -> list[str]:
+def _strings(patterns: Any, option: str) -> list[str]:
     is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    found = [*patterns] if is_list else [patterns]
-    for pattern in found:
+    strings = [*patterns] if is_list else [patterns]
+    for pattern in strings:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"{what}: expected a list of names or glob patterns of layers, "
+                f"{option}: expected a list of names or glob patterns of layers, "
                 f"['stem', 'block1_*'] say; received {pattern!r}."
             )
-    return found
+    return strings
 
 
-def _matches(site: Site, pattern: str) -> bool:
+def _matches(site: CallSite, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(n, pattern) for n in (site.name, site.call.path))
 
 
-def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
+def _make_rectangular(sites: tuple[CallSite, ...], units: Units) -> None:
     """Ties units until every tensor can be cut along one axis at a time.
 
     A tensor whose units vary along several axes (heads and channels of a reshaped Dense, say)
@@ -176,15 +208,15 @@ def _make_rectangular(sites: tuple[Site, ...], units: Units) -> None:
     if not arrays:
         return
     roots = units.roots()
-    # What stays is as good as nobody's: only free units must form a rectangle.
+    # What stays is as good as no unit: only free units must form a rectangle.
     is_fixed = units.fixed(roots)
     forest = Forest(roots)
     for ids in arrays:
-        _tie_to_best_axis(compact(ids)[0], forest, is_fixed, units)
+        _tie_to_best_axis(drop_constant_axes(ids)[0], forest, is_fixed, units)
 
 
 def _spans_several(ids: Ids) -> bool:
-    (small,) = compact(ids)
+    (small,) = drop_constant_axes(ids)
     return sum(_differs(small, axis) for axis in range(small.ndim)) > 1
 
 
@@ -201,7 +233,7 @@ def _tie_to_best_axis(ids: Ids, forest: Forest, is_fixed: np.ndarray, units: Uni
     lines = {a: np.moveaxis(rooted, a, 0).reshape(rooted.shape[a], -1) for a in range(ids.ndim)}
     best = max(lines, key=lambda a: len(np.unique(lines[a][:, 0])))
     vector = np.moveaxis(ids, best, 0).reshape(ids.shape[best], -1)[:, 0]
-    ties = along(vector, best, ids.shape)
+    ties = broadcast_along(vector, best, ids.shape)
     units.tie(ids, ties, "belongs to a tensor with fixed elements")
     both = (ids >= 0) & (ties >= 0)
     stays = (_is_fixed(ids, forest, is_fixed) | _is_fixed(ties, forest, is_fixed)) & both
@@ -218,7 +250,7 @@ def _is_fixed(ids: Ids, forest: Forest, is_fixed: np.ndarray) -> np.ndarray:
 # --- groups ----------------------------------------------------------------------------------
 
 
-def _groups(sites: tuple[Site, ...], roots: np.ndarray, reasons: dict) -> tuple[Group, ...]:
+def _groups(sites: tuple[CallSite, ...], roots: np.ndarray, reasons: dict) -> tuple[Group, ...]:
     signatures = _signatures(sites, roots)
     is_free = roots == np.arange(len(roots))
     is_free[list(reasons)] = False
@@ -226,36 +258,38 @@ def _groups(sites: tuple[Site, ...], roots: np.ndarray, reasons: dict) -> tuple[
     _, first, inverse = np.unique(signatures[free], return_index=True, return_inverse=True)
     labels = np.full(len(roots), -1)
     labels[free] = inverse
-    makers = _makers(sites, labels[roots])
+    producers = _producers(sites, labels[roots])
     by_label = np.split(free[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse)))
     names: dict[str, int] = {}
     found = []
     for label in np.argsort(first).tolist():
-        if len(by_label[label]) > 1 and label in makers:
-            found.append(_group(roots, by_label[label], makers[label], sites, names))
+        if len(by_label[label]) > 1 and label in producers:
+            found.append(_group(roots, by_label[label], producers[label], sites, names))
     return tuple(found)
 
 
 def _group(
-    roots: np.ndarray, own: np.ndarray, makers: list[int], sites: tuple, names: dict
+    roots: np.ndarray, classes: np.ndarray, producers: list[int], sites: tuple, names: dict
 ) -> Group:
-    first = sites[makers[0]]
-    name = first.name if len(first.produces) == 1 else f"{first.name}.{_kind(first, roots, own)}"
+    first = sites[producers[0]]
+    name = (
+        first.name if len(first.produces) == 1 else f"{first.name}.{_kind(first, roots, classes)}"
+    )
     number = names[name] = names.get(name, 0) + 1
     name = name if number == 1 else f"{name}:{number}"
     made = roots[np.concatenate([first.axes[p] for p in first.produces])]
     found, places = np.unique(made, return_index=True)
-    members = places[np.searchsorted(found, own)].astype(np.int32)
-    layers = tuple(dict.fromkeys(sites[i].name for i in makers))
-    return Group(name, layers, own, members, makers[0])
+    members = places[np.searchsorted(found, classes)].astype(np.int32)
+    layers = tuple(dict.fromkeys(sites[i].name for i in producers))
+    return Group(name, layers, classes, members, producers[0])
 
 
-def _kind(site: Site, roots: np.ndarray, own: np.ndarray) -> str:
+def _kind(site: CallSite, roots: np.ndarray, classes: np.ndarray) -> str:
     """The axis of a layer on which units of a group stand."""
-    return next(p for p in site.produces if own[0] in roots[site.axes[p]])
+    return next(p for p in site.produces if classes[0] in roots[site.axes[p]])
 
 
-def _signatures(sites: tuple[Site, ...], roots: np.ndarray) -> np.ndarray:
+def _signatures(sites: tuple[CallSite, ...], roots: np.ndarray) -> np.ndarray:
     """For every class a number that says in which axes of which calls it appears how often."""
     signatures = np.zeros(len(roots), np.uint64)
     event = 0
@@ -275,14 +309,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _makers(sites: tuple[Site, ...], labels: np.ndarray) -> dict[int, list[int]]:
+def _producers(sites: tuple[CallSite, ...], labels: np.ndarray) -> dict[int, list[int]]:
     """Label -> indices of the calls that produce units with it (`labels[id]`), in order."""
-    makers: dict[int, list[int]] = {}
+    producers: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
         for name in site.produces:
             for label in np.unique(labels[site.axes[name]]).tolist():
-                makers.setdefault(label, []).append(i)
-    return makers
+                producers.setdefault(label, []).append(i)
+    return producers
 
 
 def _places(groups: tuple[Group, ...], roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -313,6 +347,6 @@ def off_batch(coupling: Coupling) -> set[int]:
     return found
 
 
-def rules_of(coupling: Coupling) -> list[tuple[Site, Rule]]:
+def rules_of(coupling: Coupling) -> list[tuple[CallSite, Rule]]:
     """Every call with its rule."""
-    return [(site, rule_for(site.op)) for site in coupling.sites]
+    return [(site, site.rule) for site in coupling.sites]

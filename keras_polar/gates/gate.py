@@ -12,15 +12,35 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_polar.backends import replicas
+from keras_polar.gates.importance import damage, listen
+
 PACKAGE = "keras_polar"
 # Logits are this much larger than the variables behind them: gates have far fewer steps than
 # weights to go from open to closed, under any optimiser.
 GAIN = 10.0
 OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
 MOMENTUM = 0.95  # of the moving averages of the gates
+HEARD = 0.05  # rate of the moving averages of what the loss says
+SETTLING = 0.2  # rate of the open rates of gates that are led
+# Of the logits of such gates at full pressure, by the logarithm of what a unit is worth.
+SLOPE = 40.0
 # What decides about units, whatever floats the model computes in: in halves the small steps of
 # logits and averages would be lost.
 FLOAT32 = {"dtype": "float32", "autocast": False}
+
+
+def saved_as(name: str) -> Callable:
+    """Registers a class with Keras under a name that is not its own: that of files of before.
+
+    Keras looks for a layer's weights under the class's `__name__`.
+    """
+
+    def register(saved: type) -> type:
+        saved.__name__ = name
+        return keras.saving.register_keras_serializable(PACKAGE)(saved)
+
+    return register
 
 
 def hard_step(logits: Any, soft_of: Callable = ops.sigmoid) -> Any:
@@ -58,6 +78,9 @@ class Gate(keras.layers.Layer):
             for all in order. Empty for a branch, which is a single unit.
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
+        listens: whether it keeps the squares of its gradients, and is led by what they say (see
+            `keras_polar.gates.importance`), instead of by its own logits alone: those of "samples",
+            for which it has a gate each, or of a "batch", or none.
 
     Attributes:
         pressure: returns that of the schedule, 0 in warm-up to 1; the gated model sets it. None
@@ -74,6 +97,7 @@ class Gate(keras.layers.Layer):
         members: dict | None = None,
         min_units: int = 1,
         axis: int = -1,
+        listens: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)  # what it looks at keeps its precision
@@ -83,6 +107,7 @@ class Gate(keras.layers.Layer):
         self.members = members or {}
         self.min_units = min_units
         self.axis = axis
+        self.listens = listens
 
     def build(self, input_shape: tuple) -> None:
         self.build_logits(input_shape)
@@ -90,6 +115,10 @@ class Gate(keras.layers.Layer):
         self.scores = self._state("scores", "ones", (self.units,))
         self.settled_mask = self._state("settled_mask", "ones", (self.units,))
         self.settled = self._state("settled", "zeros", ())
+        if self.listens:
+            self.lead = self._state("lead", "zeros", (self.units,))
+            options = {**FLOAT32, "overwrite_with_gradient": True, "aggregation": "mean"}
+            self.heard = self.add_weight((2, self.units), "zeros", name="importance", **options)
 
     def _state(self, name: str, initializer: str, shape: tuple) -> Any:
         # aggregation: over the replicas of a tf.distribute strategy
@@ -107,16 +136,18 @@ class Gate(keras.layers.Layer):
     def call(self, x: Any, training: bool = False) -> Any:
         if not training:
             return ops.cast(self.consensus()[None], self.compute_dtype)
-        logits = self._pressed(self.logits(x))
+        logits = self._led(self._pressed(self.logits(x)))
         gates = self._with_floor(hard_step(logits))
         self._observe(gates, ops.sigmoid(logits))
+        gates = self._listened(gates, ops.shape(x)[0])
         settled = ops.cast(self.settled, "float32")
         fixed = ops.convert_to_tensor(self.settled_mask)
         return ops.cast(settled * fixed + (1 - settled) * gates, self.compute_dtype)
 
     def _with_floor(self, gates: Any) -> Any:
         """The units that have been most open stay so for all samples: no group ever collapses."""
-        floor = most_open(ops.convert_to_tensor(self.scores), self.min_units)
+        wanted = self.lead if self.listens else self.scores
+        floor = most_open(ops.convert_to_tensor(wanted), self.min_units)
         return gates + ops.stop_gradient(ops.maximum(gates, floor) - gates)
 
     def _pressed(self, logits: Any) -> Any:
@@ -126,6 +157,37 @@ class Gate(keras.layers.Layer):
         still = ops.stop_gradient(logits)
         return still + self.pressure() * (logits - still)
 
+    def _led(self, logits: Any) -> Any:
+        """Under pressure, logits by what the loss says of the units; own ones are added to that."""
+        if not self.listens:
+            return logits
+        pressure = ops.cast(1.0 if self.pressure is None else self.pressure(), "float32")
+        lead = SLOPE * pressure * ops.convert_to_tensor(self.lead)
+        return logits - OPEN + ops.where(pressure > 0, lead, OPEN)
+
+    def _listened(self, gates: Any, samples: Any) -> Any:
+        if not self.listens:
+            return gates
+        if self.listens == "samples":
+            gates = ops.broadcast_to(gates, (samples, self.units))
+        rate = HEARD * (1 - ops.cast(self.settled, "float32"))
+        count = replicas() ** 2 * ops.cast(samples, "float32")
+        return listen(gates, ops.convert_to_tensor(self.heard), 1 - self.is_led_open(), count, rate)
+
+    def wanted(self, stay: Any = 0.0) -> Any:
+        """Logarithm of what closing each unit adds to the loss, infinite where it has to stay.
+
+        Args:
+            stay: what open units are ahead of closed ones.
+        """
+        heard = ops.stop_gradient(ops.convert_to_tensor(self.heard))
+        wanted = ops.log(damage(heard)) + stay * self.is_led_open()
+        return ops.where(most_open(wanted, self.min_units) > 0, float("inf"), wanted)
+
+    def is_led_open(self) -> Any:
+        """0/1 per unit; all 1 as long as nothing has been told."""
+        return ops.cast(ops.convert_to_tensor(self.lead) >= 0, "float32")
+
     def consensus(self) -> Any:
         """0/1 per unit, float32 of shape (units,): what inference uses."""
         free = consensus(ops.convert_to_tensor(self.open_rates), self.min_units)
@@ -134,11 +196,12 @@ class Gate(keras.layers.Layer):
 
     def _observe(self, gates: Any, soft: Any) -> None:
         for state, now in ((self.open_rates, gates), (self.scores, soft)):
-            rate = (1 - MOMENTUM) * (1 - self.settled)  # settled gates are history
+            rate = SETTLING if self.listens else 1 - MOMENTUM
+            rate = rate * (1 - self.settled)  # settled gates are history
             state.assign(state + rate * (ops.stop_gradient(ops.mean(now, axis=0)) - state))
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (1, self.units)
+        return (input_shape[0] if self.listens == "samples" else 1, self.units)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None
@@ -152,6 +215,7 @@ class Gate(keras.layers.Layer):
             "members": self.members,
             "min_units": self.min_units,
             "axis": self.axis,
+            **({"listens": self.listens} if self.listens else {}),
         }
 
 
@@ -178,48 +242,3 @@ class DynamicGate(Gate):
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
         return (input_shape[0], self.units)
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class Mask(keras.layers.Layer):
-    """Multiplies the units of a tensor by their gates: closed units arrive as zeros.
-
-    Args:
-        axis: the axis of the tensor that the units are on; None if all of it is one unit.
-        index: for every position along `axis`, the gate among the concatenated ones, or one past
-            the end for units without a gate; None where the one gate fits as it is.
-    """
-
-    # axis has a default as the .h5 format of Keras leaves out an axis that is None.
-    def __init__(self, axis: int | None = None, index: list | None = None, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)  # what passes through keeps its type
-        self.axis = axis
-        self.index = index
-        self.supports_masking = True
-
-    def call(self, x: Any, gates: list) -> Any:
-        gate = gates[0] if self.index is None else self._arranged(gates)
-        shape = [1] * len(x.shape)
-        shape[0] = -1
-        if self.axis is not None:
-            shape[self.axis] = x.shape[self.axis]
-        gate = ops.cast(ops.reshape(gate, shape), x.dtype)
-        return ops.logical_and(x, gate) if gate.dtype == "bool" else x * gate
-
-    def _arranged(self, gates: list) -> Any:
-        one = ops.ones_like(gates[0][:, :1])
-        # Gates of one model have a batch axis or not all alike, but for those without an input.
-        rows = max((g for g in [*gates, one]), key=lambda g: g.shape[0] != 1)
-        wide = [ops.broadcast_to(g, (ops.shape(rows)[0], g.shape[1])) for g in [*gates, one]]
-        # With its type: on JAX, Keras makes floats of whole numbers where floatx is bfloat16.
-        index = ops.convert_to_tensor(self.index, "int32")
-        return ops.take(ops.concatenate(wide, axis=1), index, axis=1)
-
-    def compute_output_spec(self, x: Any, gates: list) -> Any:
-        return keras.KerasTensor(x.shape, x.dtype)
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        return previous_mask
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "axis": self.axis, "index": self.index}

@@ -8,9 +8,11 @@ from keras import ops
 
 from keras_polar.backends import global_mean
 from keras_polar.costs.polynomial import Polynomial
-from keras_polar.gates.gate import PACKAGE
+from keras_polar.gates.gate import saved_as
+from keras_polar.gates.importance import balance
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.keras_private import only_loss
+from keras_polar.selection.importance import CRITERIA, Importance
 
 
 def polarization_loss(open_rates: Any, weights: Any) -> Any:
@@ -32,8 +34,18 @@ def polarization_loss(open_rates: Any, weights: Any) -> Any:
     return ops.sum(ops.convert_to_tensor(weights) * ops.where(agreed, 0.0, disagreement))
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class Consensus(keras.layers.Layer):
+# What an open unit is ahead of a closed one at the settle step, as a logarithm: units come and go
+# by noise when nothing is decided yet, and no longer when everything is.
+STAY = 2.0
+APART = 0.01  # the logarithm by which the order of units decides where nothing else does
+
+
+# What gates listen to when they decide themselves.
+BY_GATES = ("logits", "gradients")
+
+
+@saved_as("Consensus")
+class PruningObjective(keras.layers.Layer):
     """Adds the polarization and sparsity losses of all gates; passes its first input through.
 
     The sparsity loss is a Lagrangian: `multiplier * (missing sparsity)`, where the multiplier
@@ -47,12 +59,18 @@ class Consensus(keras.layers.Layer):
         schedule: config of the `Schedule`.
         round_to: what `settle` has to respect.
         compact: whether `fit` goes on with the smaller network once the consensus is settled.
+        importance: what gates listen to, as `apply` has it.
 
     Attributes:
+        criterion: the `Importance` that ranks units when the gates settle; None for the gates.
         latest: "sparsity" (expected, of the last training step) and "polarization" (1 if all
             samples agreed), scalar variables. `fit` puts them into its logs. They are no metrics:
             those are the user's, in the order that he compiled.
+        listeners: for every group the gate's `wanted`, `is_led_open`, and a setter of its `lead`;
+            the gated model sets them. None of them where gates decide alone.
     """
+
+    listeners: tuple = ()
 
     def __init__(
         self,
@@ -63,6 +81,7 @@ class Consensus(keras.layers.Layer):
         schedule: dict,
         round_to: int | None = None,
         compact: bool = True,
+        importance: str = "logits",
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)  # what passes through keeps its type
@@ -77,6 +96,8 @@ class Consensus(keras.layers.Layer):
         self.schedule = Schedule(**schedule)
         self.round_to = round_to
         self.compact = compact
+        self.importance = importance
+        self.criterion: Importance | None = CRITERIA.get(importance)
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
 
@@ -107,8 +128,38 @@ class Consensus(keras.layers.Layer):
             sparsity = self.expected_sparsity(rates)
             disagreement = polarization_loss(rates, self.shares)
             self._report(sparsity, 1 - 4 * disagreement)
+            if self.listeners:
+                self._lead(1 - self.pressure() * self.sparsity)
             self._press(sparsity, disagreement)
         return x
+
+    def _lead(self, target: Any) -> None:
+        """Tells the gates which units are worth their cost when no more than `target` may stay.
+
+        All compete in one currency: what closing a unit adds to the loss, over what it saves.
+        """
+        now = ops.concatenate([is_open() for _, is_open, _ in self.listeners])
+        step = ops.convert_to_tensor(self.step)
+        stay = STAY * ops.square(self.schedule.certainty(step, self.steps))
+        saved = self.cost.slopes(self._counts(now), self.full_cost)
+        saved = ops.take(saved, self._groups(), axis=0)
+        wanted = ops.concatenate([wanted(stay) for wanted, _, _ in self.listeners])
+        wanted = wanted - ops.log(ops.maximum(saved, 1e-12))
+        # Units that are worth the same (nothing, say) go one by one.
+        order = np.linspace(0, APART, sum(self.units), dtype="float32")
+        wanted = wanted + ops.convert_to_tensor(order)
+        above = balance(wanted, lambda kept: 1 - self.expected_sparsity(kept), target)
+        ends = np.cumsum(self.units)
+        for (_, _, tell), end, n in zip(self.listeners, ends, self.units, strict=True):
+            tell(above[end - n : end])
+
+    def _groups(self) -> Any:
+        """Of all units, the group."""
+        groups = np.repeat(np.arange(len(self.units)), self.units)
+        return ops.convert_to_tensor(groups, "int32")
+
+    def _counts(self, rates: Any) -> Any:
+        return ops.segment_sum(rates, self._groups(), len(self.units))
 
     def _report(self, sparsity: Any, polarization: Any) -> None:
         self.latest["sparsity"].assign(sparsity)
@@ -125,10 +176,7 @@ class Consensus(keras.layers.Layer):
 
     def expected_sparsity(self, open_rates: Any) -> Any:
         """Share of the cost that is gated away; `open_rates` of all groups, concatenated."""
-        groups = np.repeat(np.arange(len(self.units)), self.units)
-        index = ops.convert_to_tensor(groups, "int32")
-        counts = ops.segment_sum(open_rates, index, len(self.units))
-        return 1 - self.cost.expected(counts, self.full_cost)
+        return 1 - self.cost.expected(self._counts(open_rates), self.full_cost)
 
     def _press(self, sparsity: Any, disagreement: Any) -> None:
         pressure = self.pressure() * (1 - self.settled)
@@ -137,6 +185,8 @@ class Consensus(keras.layers.Layer):
         grown = ops.maximum(self.multiplier + rate * ops.stop_gradient(missing), 0)
         self.multiplier.assign(ops.where(pressure > 0, grown, 0.0))
         sparsity_loss = ops.stop_gradient(grown) * ops.maximum(missing, 0)
+        if self.listeners:  # the threshold meets the target
+            sparsity_loss = 0.0
         polarization = self.schedule.polarization * disagreement
         self.step.assign(self.step + 1)
         # Last: assignments synchronise replicas, and a loss must come after that (see only_loss).
@@ -158,4 +208,5 @@ class Consensus(keras.layers.Layer):
             "schedule": self.schedule.get_config(),
             "round_to": self.round_to,
             "compact": self.compact,
+            "importance": self.importance,
         }

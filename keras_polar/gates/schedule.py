@@ -76,9 +76,15 @@ class Schedule:
 
     def pressure(self, step: Any, steps: Any) -> Any:
         """The pressure in [0, 1] at a step of a run of `steps` (0: length unknown, no pressure)."""
+        return self._between(self.warmup, self.ramp, step, steps)
+
+    def certainty(self, step: Any, steps: Any) -> Any:
+        """Grows from 0 at the end of the warm-up to 1 at the settle step."""
+        return self._between(self.warmup, self.settle, step, steps)
+
+    def _between(self, start: float, end: float, step: Any, steps: Any) -> Any:
         progress = step / ops.maximum(steps, 1.0) * ops.cast(steps > 0, "float32")
-        width = max(self.ramp - self.warmup, 1e-6)
-        return ops.clip((progress - self.warmup) / width, 0.0, 1.0)
+        return ops.clip((progress - start) / max(end - start, 1e-6), 0.0, 1.0)
 
     def settle_step(self, steps: int) -> int:
         """The number of steps after which a run of `steps` settles."""

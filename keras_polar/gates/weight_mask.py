@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from keras_polar.gates.gate import PACKAGE
+from keras_polar.gates.gate import saved_as
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import forget_losses, hand_on_masks
@@ -55,8 +55,8 @@ def masked_variables(layer: Any, masks: Sequence[tuple]) -> list[tuple]:
     return list(masked.values())
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class InnerMask(keras.layers.Wrapper):
+@saved_as("InnerMask")
+class WeightMask(keras.layers.Wrapper):
     """Calls a layer with some of its weights masked: closed units contribute nothing within it.
 
     It stands in the place of the layer, under the same name: what users read and set on the layer
@@ -156,7 +156,7 @@ def _inside(wrapper: Any) -> Any:
 
 
 def pack(kwargs: dict) -> dict:
-    """Keyword arguments of a layer as `InnerMask` takes them: without tensors as `options`.
+    """Keyword arguments of a layer as `WeightMask` takes them: without tensors as `options`.
 
     Keras does not allow tensors and other values side by side in arguments it has no names for.
     """
@@ -166,7 +166,7 @@ def pack(kwargs: dict) -> dict:
 
 
 def unpack(kwargs: dict) -> dict:
-    """The keyword arguments of the layer itself, from those of a call of its `InnerMask`."""
+    """The keyword arguments of the layer itself, from those of a call of its `WeightMask`."""
     return {**kwargs.get("options", {}), **{k: v for k, v in kwargs.items() if k != "options"}}
 
 

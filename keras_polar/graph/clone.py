@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import keras
@@ -16,7 +16,7 @@ from keras_polar.graph.deepcopy import duplicate
 from keras_polar.graph.handed import SETTINGS, hand_on, handed_places, holds_variables
 from keras_polar.graph.keras_private import has_parts, layers_of
 from keras_polar.graph.symbolic.merge import with_attributes
-from keras_polar.graph.symbolic.record import CannotOpen
+from keras_polar.graph.symbolic.record import CannotTrace
 
 
 def clone(op: Any, name: str, **changes: Any) -> Any:
@@ -55,18 +55,27 @@ def _config_of(op: Any) -> dict:
     with warnings.catch_warnings():  # what Keras says of lambdas is for those who save
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
         config = op.get_config()
-    init = type(op).__init__
-    if init.__module__.partition(".")[0] != "keras":  # stock layers know what they leave out
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = inspect.signature(init).parameters.values()
-        missing = [p.name for p in parameters if p.kind in named and p.name not in config]
-        given = {place[0]: v for place, v in handed_places(op).items() if len(place) == 1}
-        config |= {n: given[n] for n in missing if n in given}
-        lost = [n for n in missing if n in vars(op) and n not in given]
-        if lost:
-            raise TypeError(f"`get_config` lacks {', '.join(lost)}")
+    config |= _left_out(op, config)
     # A config holds values at most: what is assigned to variables later would not arrive.
     return config | {k: x for k, x in _live(op, config).items() if holds_variables(x)}
+
+
+def _left_out(op: Any, config: dict) -> dict:
+    """Arguments of a user's layer that its config lacks, as far as they are variables."""
+    missing = [name for name in _parameters(type(op).__init__) if name not in config]
+    handed = {place[0]: v for place, v in handed_places(op).items() if len(place) == 1}
+    lost = [n for n in missing if n in vars(op) and n not in handed]
+    if lost:
+        raise TypeError(f"`get_config` lacks {', '.join(lost)}")
+    return {n: handed[n] for n in missing if n in handed}
+
+
+def _parameters(init: Any) -> list[str]:
+    """Names of what a layer is made from; stock layers know what they leave out."""
+    if init.__module__.partition(".")[0] == "keras":
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in inspect.signature(init).parameters.values() if p.kind in named]
 
 
 def _without_arrays(op: Any, config: dict) -> dict:
@@ -87,25 +96,36 @@ def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) ->
         The layer, and which keys of its config hold numbers of units: {key: units of `op`}.
 
     Raises:
-        CannotOpen: there is none.
+        CannotTrace: there is none.
     """
     if not op.weights:
         return op, {}
+    sized = _sized(op, resized)
+    shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
+    for keys in ({}, sized):
+        twin = _built(op, args, kwargs, {k: resized[v] for k, v in keys.items()})
+        if twin is not None and [tuple(w.shape) for w in twin.weights] == shapes:
+            return twin, keys
+    raise CannotTrace("cannot be rebuilt for fewer units")
+
+
+def _sized(op: Any, numbers: Container[int]) -> dict[str, int]:
+    """The keys of a layer's config that hold one of these numbers."""
     try:
         config = op.get_config()
     except Exception as error:
-        raise CannotOpen("has no config to be rebuilt from") from error
-    sized = {k: v for k, v in config.items() if type(v) is int and v in resized}
-    shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
-    for keys in ({}, sized):
-        try:
-            twin = clone(op, op.name, **{k: resized[v] for k, v in keys.items()})
-            twin(*args, **kwargs)
-        except Exception:
-            continue
-        if [tuple(w.shape) for w in twin.weights] == shapes:
-            return twin, keys
-    raise CannotOpen("cannot be rebuilt for fewer units")
+        raise CannotTrace("has no config to be rebuilt from") from error
+    return {k: v for k, v in config.items() if type(v) is int and v in numbers}
+
+
+def _built(op: Any, args: tuple, kwargs: dict, changes: dict) -> Any:
+    """A clone that was called on these KerasTensors; None if it cannot be."""
+    try:
+        twin = clone(op, op.name, **changes)
+        twin(*args, **kwargs)
+    except Exception:
+        return None
+    return twin
 
 
 def _from_config(op: Any, config: dict) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_polar.backends import BACKEND
 from keras_polar.graph.handed import SETTINGS, handed
 from keras_polar.graph.keras_private import (
     DynamicBackend,
@@ -64,10 +65,10 @@ def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
     return new
 
 
-def is_other_float(dtype: Any, wanted: str) -> bool:
-    """Whether a dtype is one of floats, and another than that wanted."""
+def is_other_float(dtype: Any, float_name: str) -> bool:
+    """Whether a dtype is one of floats, and another than `float_name`."""
     name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
-    return name in _FLOATS and name != wanted
+    return name in _FLOATS and name != float_name
 
 
 def _set_policies(layer: Any, dtype: str) -> None:
@@ -86,7 +87,7 @@ def _name_variables(layer: Any, new: Any) -> None:
     pairs = zip(layer.variables, new.variables, strict=True)
     for old, own in (pair for pair in pairs if pair[0] is not pair[1]):
         own._path = f"{new.name}/{old.path.removeprefix(f'{layer.name}/')}"
-    if keras.backend.backend() == "torch":  # its modules keep lists of their own
+    if BACKEND == "torch":  # its modules keep lists of their own
         for part in new._flatten_layers():
             part._track_variables()
 

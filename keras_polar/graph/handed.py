@@ -33,13 +33,13 @@ def handed(layer: Any) -> dict[int, Any]:
 
 def handed_places(layer: Any) -> dict[tuple, Any]:
     """Where a layer, its parts apart, holds variables that were handed to it."""
-    found = {place: v for place, v in _own(layer) if _is_foreign(layer, v)}
-    if not found:
+    foreign = {place: v for place, v in _own(layer) if _is_foreign(layer, v)}
+    if not foreign:
         return {}
     again = dict(_own(_again(layer)))
     return {
         place: v
-        for place, v in found.items()
+        for place, v in foreign.items()
         if again.get(place, v) is v or _is_argument(layer, place)
     }
 
@@ -50,24 +50,24 @@ def hand_on(layer: Any, new: Any) -> None:
     Raises:
         TypeError: they are where they cannot be exchanged.
     """
-    given = handed(layer)
-    if not given:
+    variables = handed(layer)
+    if not variables:
         return
     present = dict(_own(new))
     for place, variable in handed_places(layer).items():
         if present.get(place) is not variable:
             _exchange(new, place, present.get(place), variable)
-    if given.keys() - handed(new).keys():
+    if variables.keys() - handed(new).keys():
         raise TypeError("variables that its parts were handed are not part of its config")
 
 
-def _exchange(new: Any, place: tuple, found: Any, variable: Any) -> None:
+def _exchange(new: Any, place: tuple, present: Any, variable: Any) -> None:
     if len(place) > 1:
         raise TypeError(
             f"the variable that it was handed as {place[0]!r} is not part of its config"
         )
-    if found is not None:
-        new._untrack_variable(found)
+    if present is not None:
+        new._untrack_variable(present)
     setattr(new, place[0], variable)
 
 

@@ -75,7 +75,7 @@ def bypass(graph: Graph, stands_for: Callable[[Call], int | None]) -> Graph:
 
     Args:
         stands_for: for a call, the index of the input tensor that takes the place of its output,
-            -1 to drop the call (nobody may read it), or None to keep it.
+            -1 to drop the call (none may read it), or None to keep it.
     """
     table: dict[int, int] = {}
     calls = []

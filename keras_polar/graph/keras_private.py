@@ -1,4 +1,4 @@
-"""Every name of Keras that is not public and that this library needs, once; and what to do with it."""
+"""Every name of Keras that is not public, once, and what this library does with it."""
 
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "TrackedDict",
     "TrackedList",
     "TrackedSet",
+    "attended_axes",
     "backend",
     "core_of",
     "forget_losses",
@@ -39,9 +40,12 @@ __all__ = [
     "global_state",
     "hand_on_masks",
     "has_parts",
+    "is_fused_attention",
     "layers_of",
     "only_loss",
     "op_class",
+    "own_variables",
+    "takes_training",
     "to_snake_case",
 ]
 
@@ -73,18 +77,18 @@ def core_of(model: Any) -> Any:
 
 
 def _not_functional(model: Any) -> str:
-    what = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
+    problem = f"Expected a functional or Sequential Keras model; received {type(model).__name__}"
     if isinstance(model, keras.Sequential) and not model.built:
         return (
-            f"{what} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as its "
-            "first layer, or call `model.build(input_shape)`."
+            f"{problem} {model.name!r}, which has no input shape yet. Add `keras.Input(shape)` as "
+            "its first layer, or call `model.build(input_shape)`."
         )
     if isinstance(model, keras.Model):
         return (
-            f"{what} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make it "
-            "functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+            f"{problem} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make "
+            "it functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
         )
-    return f"{what}. Pass a `keras.Model` built from `keras.Input` tensors."
+    return f"{problem}. Pass a `keras.Model` built from `keras.Input` tensors."
 
 
 def has_parts(op: Any) -> bool:
@@ -93,7 +97,10 @@ def has_parts(op: Any) -> bool:
 
 
 def layers_of(op: Any) -> list:
-    # Parents first: setting `trainable` on a parent overwrites that of its children.
+    """A layer and all its sublayers, parents first.
+
+    Setting `trainable` on a parent overwrites that of its children.
+    """
     return list(op._flatten_layers())
 
 
@@ -127,3 +134,23 @@ def forget_losses(layer: Any) -> None:
     for part in layers_of(layer):
         part._losses.clear()
         part._loss_ids.clear()
+
+
+def takes_training(layer: Any) -> bool:
+    """Whether the layer's `call` is told if it is training."""
+    return getattr(layer, "_call_has_training_arg", False)
+
+
+def own_variables(layer: Any) -> list:
+    """The variables that a layer has made itself, not those of its sublayers."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def attended_axes(attention: Any) -> tuple:
+    """The axes of the values that each position of an attention layer attends to."""
+    return getattr(attention, "_attention_axes", None) or (1,)
+
+
+def is_fused_attention(attention: Any) -> bool:
+    """Whether `ops.dot_product_attention` computes a MultiHeadAttention."""
+    return not attention._dropout and len(attended_axes(attention)) == 1

@@ -12,10 +12,10 @@ def quantized(layer: Any) -> dict[str, str]:
     return {path: mode for path, mode in modes.items() if mode}
 
 
-def listed(found: dict[str, str]) -> str:
+def listed(modes: dict[str, str]) -> str:
     """Quantized layers in words."""
-    shown = [f"{path!r} ({mode})" for path, mode in list(found.items())[:3]]
-    more = [f"{len(found) - 3} more"] if len(found) > 3 else []
+    shown = [f"{path!r} ({mode})" for path, mode in list(modes.items())[:3]]
+    more = [f"{len(modes) - 3} more"] if len(modes) > 3 else []
     return ", ".join([*shown, *more])
 
 

@@ -18,13 +18,16 @@ def new_inputs(graph: Graph) -> list:
 
 
 def rebuild(
-    graph: Graph, visit: Callable[[Call, dict[int, Any]], Any], model_class: type, **kwargs: Any
+    graph: Graph,
+    visit: Callable[[Call, dict[int, Any]], Any],
+    model_class: Callable[..., Any],
+    **kwargs: Any,
 ) -> Any:
     """A new model: `visit(call, values)` returns the outputs of each call in turn.
 
     Args:
         visit: gets the call and the tensors so far, keyed by the graph's tensor index.
-        model_class: `keras.Model` or a subclass without `__init__`.
+        model_class: `keras.Model`, or whatever makes one of inputs, outputs and a name.
     """
     inputs = new_inputs(graph)
     values: dict[int, Any] = dict(zip(refs_in(graph.inputs), inputs, strict=True))

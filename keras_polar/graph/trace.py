@@ -16,10 +16,10 @@ import keras
 from keras import tree
 
 from keras_polar.graph.ir import Call, Graph, Ref, Spec, alive, fill, refs_in, unused
-from keras_polar.graph.keras_private import backend, core_of, functional, layers_of
+from keras_polar.graph.keras_private import backend, core_of, functional, layers_of, takes_training
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
-from keras_polar.graph.symbolic.merge import Opened
-from keras_polar.graph.symbolic.record import CannotOpen, Step, exact_shapes
+from keras_polar.graph.symbolic.merge import Expansion
+from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, exact_shapes
 
 
 def _nothing(op: Any) -> bool:
@@ -35,7 +35,7 @@ class _Tracer:
         self.specs: list[Spec] = []
         self.notes: dict[int, str] = {}  # id(composite layer) -> why it is not opened
         self.masks: dict[int, tuple] = {}  # tensor -> Keras mask, and where to look it up
-        self.alive: list[Opened] = []  # tables are keyed by id
+        self.alive: list[Expansion] = []  # tables are keyed by id
 
     def new_tensor(self, tensor: Any, shape: Iterable) -> Ref:
         self.specs.append(Spec(tuple(shape), keras.backend.standardize_dtype(tensor.dtype)))
@@ -48,7 +48,7 @@ class _Tracer:
                 self.step(_as_step(node), table, path, training)
         return tree.map_structure(lambda x: table[id(x)], core_model._outputs_struct)
 
-    def step(self, step: Step, table: dict, path: str, training: Any) -> None:
+    def step(self, step: RecordedCall, table: dict, path: str, training: Any) -> None:
         """Adds the calls of one step; `table` gets the Refs of its outputs."""
         outputs = self._calls(step, table, path, training)
         table.update((id(x), r) for x, r in zip(step.outputs, outputs, strict=True))
@@ -57,44 +57,50 @@ class _Tracer:
             if mask is not None:
                 self.masks[ref.index] = mask, table, path
 
-    def _calls(self, step: Step, table: dict, path: str, training: Any) -> list:
+    def _calls(self, step: RecordedCall, table: dict, path: str, training: Any) -> list:
         args, kwargs = _with_refs((step.args, step.kwargs), table)
         op = step.op
         if any(isinstance(x, keras.KerasTensor) for x in tree.flatten((args, kwargs))):
-            raise CannotOpen(f"calls {op.name!r} on a tensor that is not part of the model")
-        if training is not None and getattr(op, "_call_has_training_arg", False):
+            raise CannotTrace(f"calls {op.name!r} on a tensor that is not part of the model")
+        if training is not None and takes_training(op):
             kwargs = {**kwargs, "training": training}
         inner, refs = functional(op), _nested_inputs(op, args, kwargs)
         if inner is not None and refs is not None:
             return self._nested(step, inner, refs, args, kwargs, path)
-        if self.opens(op) and id(op) not in self.notes:
-            try:
-                # In a functional model, training=False of a call does not outlive the model's own.
-                is_fixed = kwargs.get("training") is True
-                kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
-                return self._inline(self._open, op, args, kwargs, path)
-            except CannotOpen as error:
-                self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
-        return self._call(step, args, kwargs, path)
+        opened = self._opened(op, args, kwargs, path)
+        return self._call(step, args, kwargs, path) if opened is None else opened
 
-    def _open(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
+    def _opened(self, op: Any, args: tuple, kwargs: dict, path: str) -> list | None:
+        """The outputs of a composite layer's parts; None if it is to stay whole, or has to."""
+        if not self.opens(op) or id(op) in self.notes:
+            return None
+        # In a functional model, training=False of a call does not outlive the model's own.
+        is_fixed = kwargs.get("training") is True
+        kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
+        try:
+            return self._inline(self._open, op, args, kwargs, path)
+        except CannotTrace as error:
+            self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
+            return None
+
+    def _open(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
         def inside(x: Any) -> bool:
             return functional(x) is not None or opens(x)
 
         return open_layer(op, args, kwargs, inside, self.keeps_masks)
 
     def _nested(
-        self, step: Step, inner: Any, refs: list, args: tuple, kwargs: dict, path: str
+        self, step: RecordedCall, inner: Any, refs: list, args: tuple, kwargs: dict, path: str
     ) -> list:
         if not self._fits(inner, refs):
             try:
                 return self._inline(_rerun, step.op, args, kwargs, path)
-            except CannotOpen:
+            except CannotTrace:
                 pass  # its own nodes say as much, but for the sizes
         inside = path + step.path + "/"
         return tree.flatten(self.run(inner, refs, inside, kwargs.get("training")))
 
-    def _call(self, step: Step, args: tuple, kwargs: dict, path: str) -> list:
+    def _call(self, step: RecordedCall, args: tuple, kwargs: dict, path: str) -> list:
         op, path = step.op, path + step.path
         outputs = list(map(self.new_tensor, step.outputs, self._exact(step, args, kwargs)))
         note, inputs = self.notes.get(id(op), ""), refs_in((args, kwargs))
@@ -102,7 +108,7 @@ class _Tracer:
         self.calls.append(call)
         return outputs
 
-    def _exact(self, step: Step, args: tuple, kwargs: dict) -> list[tuple]:
+    def _exact(self, step: RecordedCall, args: tuple, kwargs: dict) -> list[tuple]:
         """Shapes of a step's outputs: asked for again where they are vaguer than the inputs'."""
         read = {i: self.specs[i] for i in refs_in((args, kwargs))}
         is_vague = any(None in shape[1:] for shape in step.shapes)
@@ -124,7 +130,7 @@ class _Tracer:
         opened = how(op, *fill((args, kwargs), symbols), self.opens)
         known = [Ref(i) for i in refs for i in (i, *self._mask_ref(i))]
         if len(known) != len(opened.inlets):
-            raise CannotOpen("is called on a tensor that is not part of the model")
+            raise CannotTrace("is called on a tensor that is not part of the model")
         table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
         self.alive.append(opened)
         self.notes.update((k, f"{NOT_OPENED}: it {v}") for k, v in opened.closed.items())
@@ -160,10 +166,10 @@ class _Tracer:
 NOT_OPENED = "a composite layer that cannot be opened"
 
 
-def _as_step(node: Any) -> Step:
+def _as_step(node: Any) -> RecordedCall:
     shapes = [tuple(x.shape) for x in node.outputs]
     arguments = node.arguments
-    return Step(
+    return RecordedCall(
         node.operation,
         node.operation.name,
         arguments.args,
@@ -173,7 +179,7 @@ def _as_step(node: Any) -> Step:
     )
 
 
-def _rerun(model: Any, args: tuple, kwargs: dict, opens: Callable) -> Opened:
+def _rerun(model: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
     return run_functional(model, args, kwargs, lambda x: functional(x) is not None, opens)
 
 
@@ -236,15 +242,17 @@ def _flat_names(taken: list[str], calls: list[Call]) -> dict[int, str]:
     return names
 
 
-def _output_names(wanted: list, outputs: tuple, calls: list[Call], names: dict) -> dict[int, str]:
+def _output_names(
+    output_names: list, outputs: tuple, calls: list[Call], names: dict
+) -> dict[int, str]:
     """Names for the last layers of nested models: by outputs' names losses are given."""
-    if len(wanted) == 1 or len(set(wanted)) < len(wanted):
+    if len(output_names) == 1 or len(set(output_names)) < len(output_names):
         return {}
-    makers: dict[int, list] = {id(c.op): [] for c in calls}
+    made_by: dict[int, list] = {id(c.op): [] for c in calls}
     for call in calls:
-        makers[id(call.op)] += call.outputs
-    only = {made[0]: op for op, made in makers.items() if len(made) == 1}
-    pairs = zip(wanted, outputs, strict=True)
+        made_by[id(call.op)] += call.outputs
+    only = {made[0]: op for op, made in made_by.items() if len(made) == 1}
+    pairs = zip(output_names, outputs, strict=True)
     return {only[i]: n for n, i in pairs if i in only and n not in names.values()}
 
 
@@ -257,17 +265,17 @@ def warn_of_ties(graph: Graph, caller: str) -> None:
     users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
         for variable in getattr(call.op, "trainable_variables", ()):
-            _, found = users.setdefault(id(variable), (variable.path, {}))
-            found[id(call.op)] = call.name
+            _, names = users.setdefault(id(variable), (variable.path, {}))
+            names[id(call.op)] = call.name
     for call in graph.calls:  # given to an operation, a variable stays what it is
         for x in tree.flatten((call.args, call.kwargs)):
             if id(x) in users:
                 users[id(x)][1][id(call.op)] = call.name
-    for path, found in users.values():
-        if len(found) > 1:
+    for path, names in users.values():
+        if len(names) > 1:
             warnings.warn(
                 f"{caller}: variable {path!r} of model {graph.name!r} is used by "
-                f"{', '.join(map(repr, found.values()))}, which do not share it in the new model. "
+                f"{', '.join(map(repr, names.values()))}, which do not share it in the new model. "
                 "Call one and the same layer several times instead (for tied embeddings "
                 "keras.layers.ReversibleEmbedding).",
                 stacklevel=3,

@@ -7,6 +7,7 @@ package can be imported on any Keras backend.
 from keras_polar.litert.benchmark import Latency, benchmark_tflite
 from keras_polar.litert.export import export_tflite
 from keras_polar.litert.measure_latency import latency_table
+from keras_polar.litert.modes import QuantizationMode
 from keras_polar.litert.qat import quantize_aware
 from keras_polar.litert.report import ExportReport, TensorInfo
 from keras_polar.litert.runtime import run_tflite
@@ -14,6 +15,7 @@ from keras_polar.litert.runtime import run_tflite
 __all__ = [
     "ExportReport",
     "Latency",
+    "QuantizationMode",
     "TensorInfo",
     "benchmark_tflite",
     "export_tflite",

@@ -15,7 +15,7 @@ import numpy as np
 from keras_polar.litert.runtime import check_positive, interpreter, open_shape
 from keras_polar.litert.samples import random_array
 
-_PEAK = Path(__file__).with_name("peak.py")  # a script for a process of its own
+_PEAK = Path(__file__).with_name("peak_memory.py")  # a script for a process of its own
 
 
 @dataclass(frozen=True)

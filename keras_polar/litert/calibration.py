@@ -1,8 +1,8 @@
-"""int8 files without danger to the process.
+"""Integer files without danger to the process.
 
 TensorFlow's calibrator ends the process on some models: on loops that pass tensors through
 (tensorflow issues 75140 and 87468), and where activations are infinite (issue 120295). What may
-be such a model is converted in a process of its own. So is every int8 file run for the first time:
+be such a model is converted in a process of its own. So is every such file run for the first time:
 XNNPACK frees memory twice on some whose activations were always zero.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import keras
 import numpy as np
+
+from keras_polar.litert.modes import QuantizationMode
 
 _SCRIPT = Path(__file__).with_name("calibrate.py")
 _TRIAL = (
@@ -62,8 +64,10 @@ def _is_finite(model: Any, batches: Iterable[list]) -> bool:
     return True
 
 
-def convert_apart(model: Any, signature: list, ends: str, batches: Batches) -> bytes:
-    """The content of an int8 file, made in a process of its own.
+def convert_apart(
+    model: Any, signature: list, mode: QuantizationMode, ends: str, batches: Batches
+) -> bytes:
+    """The content of an integer file, made in a process of its own.
 
     Args:
         ends: dtype of the inputs and outputs of the file.
@@ -78,7 +82,7 @@ def convert_apart(model: Any, signature: list, ends: str, batches: Batches) -> b
             f"{i}.{key}": x for i, batch in enumerate(batches) for key, x in batch.items()
         }
         np.savez(folder / "samples.npz", **arrays)
-        command = [sys.executable, str(_SCRIPT), name, ends]
+        command = [sys.executable, str(_SCRIPT), name, ends, *mode.operations]
         code = subprocess.run(command, capture_output=True, check=False).returncode
         if (folder / "model.tflite").exists():
             return (folder / "model.tflite").read_bytes()

@@ -59,9 +59,9 @@ def keras_outputs(core: Any, samples: Samples) -> list[np.ndarray]:
     return [np.concatenate(x) for x in zip(*parts, strict=True)]
 
 
-def difference_of(own: Any, core: Any, samples: Samples) -> float:
+def difference_of(original: Any, core: Any, samples: Samples) -> float:
     """How far a model is from its copy in another precision, as `relative_difference`."""
-    expected, got = (keras_outputs(x, samples) for x in (core, own))
+    expected, got = (keras_outputs(x, samples) for x in (core, original))
     return compared(expected, got, samples).relative_difference
 
 
@@ -88,12 +88,12 @@ def _shares(
     """Agreement, accuracy, and accuracy of what was expected."""
     if len(expected) != 1 or expected[0].ndim != 2 or expected[0].shape[1] < 2:
         return None, None, None
-    wanted, found = expected[0].argmax(1), got[0].argmax(1)
-    agreement = float((wanted == found).mean())
+    by_keras, by_file = expected[0].argmax(1), got[0].argmax(1)
+    agreement = float((by_keras == by_file).mean())
     if labels is None:
         return agreement, None, None
     classes = _class_ids(labels, expected[0].shape[1])
-    return agreement, float((found == classes).mean()), float((wanted == classes).mean())
+    return agreement, float((by_file == classes).mean()), float((by_keras == classes).mean())
 
 
 def _class_ids(labels: np.ndarray, classes: int) -> np.ndarray:

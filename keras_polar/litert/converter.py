@@ -15,16 +15,15 @@ import keras
 
 from keras_polar.litert.calibration import check_runs, convert_apart, is_dangerous
 from keras_polar.litert.float32_twin import has_loops, steps_of, twin
+from keras_polar.litert.modes import QuantizationMode
 from keras_polar.litert.samples import Samples, fixed_batch, input_names
 
-QUANTIZE = (None, "float16", "dynamic", "int8")
-IO = (None, "float32")
 MOST_STEPS = 512  # of a loop that is written out
 _CALIBRATION_BATCH = 8
 
 
 def write(
-    core: Any, path: Path, quantize: str | None, io: str | None, calibration: Samples | None
+    core: Any, path: Path, mode: QuantizationMode, io: str | None, calibration: Samples | None
 ) -> tuple[str, ...]:
     """Writes the file.
 
@@ -35,18 +34,18 @@ def write(
         ValueError: the converter cannot do it; says why.
     """
     loops, model, notes = has_loops(core), core, []
-    is_unrolled = loops and quantize == "int8"
+    is_unrolled = loops and mode.is_integer
     if is_unrolled:
-        steps = _checked_steps(core)
+        steps = _checked_steps(core, mode)
         notes.append(f"recurrent layers are written out, step by step ({steps} steps)")
     try:
         if is_unrolled:
             model = twin(core, unrolled=True)
-        batch = _written(model, path, Options(quantize, io, calibration), 1 if loops else None)
-        if quantize == "int8":
+        batch = _written(model, path, Options(mode, io, calibration), 1 if loops else None)
+        if mode.is_integer:
             check_runs(path)
     except Exception as error:  # the converter raises whatever it meets, of many types
-        raise ValueError(not_exportable(core, quantize, error)) from error
+        raise ValueError(not_exportable(core, mode, error)) from error
     if batch is not None:
         notes.append(f"the batch size is fixed at {batch}, because of loops over steps")
     return tuple(notes)
@@ -56,7 +55,7 @@ def write(
 class Options:
     """How a file is to be written; see `export_tflite`."""
 
-    quantize: str | None
+    mode: QuantizationMode
     io: str | None
     calibration: Samples | None
 
@@ -82,16 +81,15 @@ def _convert(core: Any, path: Path, options: Options, batch: int | None) -> None
         keras.InputSpec(shape=(batch or t.shape[0], *t.shape[1:]), dtype=t.dtype, name=name)
         for t, name in zip(core.inputs, signature_names(core), strict=True)
     ]
-    given = _OPTIONS[options.quantize]()
+    mode, settings = options.mode, _settings(options.mode)
     with quiet():
-        if options.quantize == "int8":
-            ends = options.io or "int8"
-            batches = _batches(core, options.calibration, batch)
+        if mode.is_integer:
+            ends, batches = mode.ends(options.io), _batches(core, options, batch)
             if is_dangerous(flat, signature, batches()):
-                path.write_bytes(convert_apart(flat, signature, ends, batches()))
+                path.write_bytes(convert_apart(flat, signature, mode, ends, batches()))
                 return
-            given |= _integer_options(batches, ends)
-        flat.export(path, format="litert", verbose=False, input_signature=[signature], **given)
+            settings |= _integer_settings(batches, ends)
+        flat.export(path, format="litert", verbose=False, input_signature=[signature], **settings)
 
 
 def signature_names(core: Any) -> list[str]:
@@ -118,63 +116,39 @@ def _identifiers(names: Iterable[str]) -> list[str]:
     return result
 
 
-# --- options of the converter ----------------------------------------------------------------
+# --- settings of the converter ---------------------------------------------------------------
 
 
-def _float32_options() -> dict[str, Any]:
+def _settings(mode: QuantizationMode) -> dict[str, Any]:
+    """What a mode tells TensorFlow's converter: attributes of it, as Keras' exporter sets them."""
     import tensorflow as tf
 
-    # Builtin operations only: every LiteRT runtime has them.
-    return {"target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}}
+    return {
+        "optimizations": [tf.lite.Optimize.DEFAULT] if mode.is_quantized else [],
+        "target_spec": {
+            "supported_ops": [tf.lite.OpsSet[name] for name in mode.operations],
+            "supported_types": [tf.as_dtype(name) for name in mode.float_types],
+        },
+    }
 
 
-def _dynamic_options() -> dict[str, Any]:
-    import tensorflow as tf
-
-    return {**_float32_options(), "optimizations": [tf.lite.Optimize.DEFAULT]}
-
-
-def _float16_options() -> dict[str, Any]:
-    import tensorflow as tf
-
-    options = _dynamic_options()
-    options["target_spec"]["supported_types"] = [tf.float16]
-    return options
-
-
-def _int8_options() -> dict[str, Any]:
-    import tensorflow as tf
-
-    options = _dynamic_options()
-    # Nothing else: an operation without an integer kernel is an error, not a float one in disguise.
-    options["target_spec"]["supported_ops"] = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    return options
-
-
-_OPTIONS = {
-    None: _float32_options,
-    "float16": _float16_options,
-    "dynamic": _dynamic_options,
-    "int8": _int8_options,
-}
-
-
-def _integer_options(batches: Callable, ends: str) -> dict[str, Any]:
+def _integer_settings(batches: Callable, ends: str) -> dict[str, Any]:
     import tensorflow as tf
 
     return {
         "representative_dataset": batches,
-        "inference_input_type": getattr(tf, ends),
-        "inference_output_type": getattr(tf, ends),
+        "inference_input_type": tf.as_dtype(ends),
+        "inference_output_type": tf.as_dtype(ends),
     }
 
 
-def _batches(core: Any, calibration: Samples | None, batch: int | None) -> Callable:
-    if calibration is None:
-        raise ValueError("int8 needs samples to calibrate with.")
-    names, size = signature_names(core), batch or fixed_batch(core) or _CALIBRATION_BATCH
+def _batches(core: Any, options: Options, batch: int | None) -> Callable:
+    if options.calibration is None:
+        raise ValueError(f"{options.mode.name} needs samples to calibrate with.")
+    names, samples = signature_names(core), options.calibration
+    size = batch or fixed_batch(core) or _CALIBRATION_BATCH
     # By name: the converter orders the inputs of the file as it likes.
-    return lambda: (dict(zip(names, x, strict=True)) for x in calibration.batches(size))
+    return lambda: (dict(zip(names, x, strict=True)) for x in samples.batches(size))
 
 
 @contextlib.contextmanager
@@ -198,28 +172,29 @@ def quiet() -> Iterator[None]:
 # --- errors ----------------------------------------------------------------------------------
 
 
-def not_exportable(core: Any, quantize: str | None, error: Exception) -> str:
+def not_exportable(core: Any, mode: QuantizationMode, error: Exception) -> str:
     """What to tell the user when a model cannot be converted or run."""
     return (
         f"Expected a model that LiteRT can run; {core.name!r} cannot be exported: "
-        f"{_reason(str(error).strip())}. {_remedy(core, quantize, str(error))}"
+        f"{_reason(str(error).strip())}. {_remedy(core, mode, str(error))}"
     )
 
 
-def _checked_steps(core: Any) -> int:
+def _checked_steps(core: Any, mode: QuantizationMode) -> int:
     """How many steps are to be written out; raises if that cannot be done."""
     steps = steps_of(core)
     if steps > MOST_STEPS:
         raise ValueError(
-            f"Expected at most {MOST_STEPS} steps for quantize='int8', which writes recurrent "
-            f"layers out step by step; those of {core.name!r} have {steps}. Files become large "
-            "then and no faster: use quantize='dynamic', which keeps the loop and stores weights "
-            "as int8."
+            f"Expected at most {MOST_STEPS} steps for quantize={mode.name!r}, which writes "
+            f"recurrent layers out step by step; those of {core.name!r} have {steps}. Files become "
+            "large then and no faster: use quantize='dynamic', which keeps the loop and stores "
+            "weights as int8."
         )
     if not steps and _open_sizes(core):
         raise ValueError(
-            "Expected a fixed number of steps for quantize='int8', which writes recurrent layers "
-            f"out step by step. {_fix(core)} Or use quantize='dynamic', which keeps the loop."
+            f"Expected a fixed number of steps for quantize={mode.name!r}, which writes recurrent "
+            f"layers out step by step. {_fix(core)} Or use quantize='dynamic', which keeps the "
+            "loop."
         )
     return steps
 
@@ -232,7 +207,7 @@ def _reason(text: str) -> str:
     return (messages[0] if messages else text)[:300].rstrip(".")
 
 
-def _remedy(core: Any, quantize: str | None, text: str) -> str:
+def _remedy(core: Any, mode: QuantizationMode, text: str) -> str:
     if "TensorList" in text:
         return (
             "A recurrent layer is a loop over steps: fix the number of steps in `keras.Input` and "
@@ -240,7 +215,7 @@ def _remedy(core: Any, quantize: str | None, text: str) -> str:
         )
     if _open_sizes(core):
         return _fix(core)
-    if quantize == "int8":
+    if mode.is_integer:
         fix = "Fix the batch size, `x = keras.Input(shape, batch_size=1); model = keras.Model(x, "
         fix = f"{fix}model(x))`, or try" if "XNNPACK" in text else "Try"
         return f"{fix} quantize='dynamic' or 'float16', which compute in float32."

@@ -7,36 +7,29 @@ from typing import Any
 
 import keras
 
-from keras_polar.graph.keras_private import core_of
 from keras_polar.litert.compare import compare, difference_of, signature
 from keras_polar.litert.converter import not_exportable, write
 from keras_polar.litert.float32_twin import is_float32, twin
+from keras_polar.litert.modes import QuantizationMode
 from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
 from keras_polar.litert.report import ExportReport
 from keras_polar.litert.samples import Samples, random_samples, read_samples
 from keras_polar.litert.validation import (
     check_finite,
-    check_no_strings,
-    check_not_quantized,
-    check_options,
+    checked_mode,
     checked_path,
-    converted,
     draft_of,
+    exportable_core,
     put_in_place,
 )
 
 _REPRESENTATIVE = 500  # samples; ranges of activations hardly change with more
-_NO_DATA = (
-    "Expected `representative_data` for quantize='int8': the ranges of activations come from real "
-    "samples. Pass some hundred inputs of the training data, or use quantize='dynamic', which "
-    "needs none."
-)
 
 
 def export_tflite(
     model: keras.Model,
     path: str | os.PathLike,
-    quantize: str | None = None,
+    quantize: str | QuantizationMode | None = None,
     *,
     representative_data: Any = None,
     evaluation_data: Any = None,
@@ -66,7 +59,8 @@ def export_tflite(
         quantize: None computes as the model does; "float16" stores weights in half the bytes and
             computes in float32; "dynamic" stores weights as int8 and decides the ranges of
             activations while it runs; "int8" is full integer: weights, activations, inputs and
-            outputs (token ids and the like stay as they are).
+            outputs (token ids and the like stay as they are). Or a
+            `keras_polar.litert.QuantizationMode` of your own.
         representative_data: real samples; "int8" takes the ranges of activations from them
             (but for `quantize_aware` models, which have learnt their ranges). As
             `model.fit` takes data: an array of shape `(samples, ...)`; a list, tuple or dict of
@@ -99,43 +93,48 @@ def export_tflite(
         >>> report.bytes, report.accuracy, report.keras_accuracy
     """
     path = checked_path(path)
-    check_options(quantize, io)
-    trained_for_it = is_legacy(model)
-    core = legacy_core(model, quantize) if trained_for_it else core_of(converted(model))
-    if not trained_for_it:
-        check_no_strings(core)
-        check_not_quantized(core)
+    mode = checked_mode(quantize, io)
+    is_trained_for_it = is_legacy(model)
+    core = legacy_core(model, mode) if is_trained_for_it else exportable_core(model)
     check_finite(core)
-    own, core = core, core if trained_for_it or is_float32(core) else twin(core)
-    if quantize == "int8" and representative_data is None and not trained_for_it:
-        raise ValueError(_NO_DATA)
-    given, compared_on = _samples(core, representative_data, evaluation_data)
+    original, core = core, core if is_trained_for_it or is_float32(core) else twin(core)
+    if mode.is_integer and representative_data is None and not is_trained_for_it:
+        raise ValueError(_no_data(mode))
+    calibration, compared_on = _samples(core, representative_data, evaluation_data)
     with draft_of(path) as draft:
         notes: tuple[str, ...] = ()
-        if trained_for_it:
+        if is_trained_for_it:
             write_quantized(core, draft, io)
         else:
-            notes = write(core, draft, quantize, io, given)
-        report = _finished(core, draft, path, quantize, compared_on)
-    off = None if own is core else difference_of(own, core, compared_on)
+            notes = write(core, draft, mode, io, calibration)
+        report = _finished(core, draft, path, mode, compared_on)
+    off = None if original is core else difference_of(original, core, compared_on)
     return replace(report, notes=notes, precision_difference=off)
 
 
+def _no_data(mode: QuantizationMode) -> str:
+    return (
+        f"Expected `representative_data` for quantize={mode.name!r}: the ranges of activations "
+        "come from real samples. Pass some hundred inputs of the training data, or use "
+        "quantize='dynamic', which needs none."
+    )
+
+
 def _finished(
-    core: Any, draft: Path, path: Path, quantize: str | None, samples: Samples
+    core: Any, draft: Path, path: Path, mode: QuantizationMode, samples: Samples
 ) -> ExportReport:
     """Tries a file out and moves it to its place."""
     try:
         comparison = compare(core, draft, samples)
     except RuntimeError as error:  # the runtime checks some limits only when it runs
-        raise ValueError(not_exportable(core, quantize, error)) from error
+        raise ValueError(not_exportable(core, mode, error)) from error
     inputs, outputs = signature(core, draft)
     put_in_place(draft, path)
     return ExportReport(
         **vars(comparison),
         path=path,
         bytes=path.stat().st_size,
-        quantize=quantize,
+        quantize=mode.name,
         inputs=inputs,
         outputs=outputs,
     )
@@ -143,9 +142,9 @@ def _finished(
 
 def _samples(core: Any, representative: Any, evaluation: Any) -> tuple[Samples | None, Samples]:
     """Samples to calibrate with, and samples to compare on."""
-    given = None
+    calibration = None
     if representative is not None:
-        given = read_samples(core, representative, "representative_data", _REPRESENTATIVE)
+        calibration = read_samples(core, representative, "representative_data", _REPRESENTATIVE)
     if evaluation is not None:
-        return given, read_samples(core, evaluation, "evaluation_data")
-    return given, given or random_samples(core)
+        return calibration, read_samples(core, evaluation, "evaluation_data")
+    return calibration, calibration or random_samples(core)

@@ -13,6 +13,7 @@ from keras import tree
 from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.deepcopy import duplicate, is_other_float
 from keras_polar.graph.ir import Call, Graph, fill
+from keras_polar.graph.keras_private import layers_of
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import trace
 
@@ -21,7 +22,7 @@ PRECISION = "float32"  # what LiteRT's float kernels compute in
 
 def is_float32(core: Any) -> bool:
     """Whether a functional model computes in float32 throughout."""
-    parts = [x for x in core._flatten_layers() if x is not core]
+    parts = [x for x in layers_of(core) if x is not core]
     dtypes = [d for x in parts for d in (x.compute_dtype, x.variable_dtype)]
     return not any(map(_is_other, (*dtypes, *(x.dtype for x in trace(core).specs))))
 
@@ -43,13 +44,15 @@ def _steps(call: Call, graph: Graph) -> int:
 
     A nested model may have been built with an open size and be called with a fixed one.
     """
-    built = (x.get_build_config() or {} for x in _recurrent(call.op))
-    shapes = [
-        x.get("input_shape") or x.get("shapes_dict", {}).get("sequences_shape") for x in built
-    ]
-    known = [s[1] for s in shapes if s and s[1]]
-    given = [graph.specs[i].shape for i in call.inputs]
-    return max(known or [s[1] or 0 for s in given if len(s) > 2], default=0)
+    built = [steps for x in _recurrent(call.op) if (steps := _steps_when_built(x))]
+    called = (graph.specs[i].shape for i in call.inputs)
+    return max(built or (s[1] or 0 for s in called if len(s) > 2), default=0)
+
+
+def _steps_when_built(layer: Any) -> int | None:
+    config = layer.get_build_config() or {}
+    shape = config.get("input_shape") or config.get("shapes_dict", {}).get("sequences_shape")
+    return shape[1] if shape else None
 
 
 def twin(core: Any, *, unrolled: bool = False) -> keras.Model:
@@ -87,7 +90,7 @@ def _is_layer(op: Any) -> bool:
 
 
 def _recurrent(layer: Any) -> list[Any]:
-    return [x for x in layer._flatten_layers() if isinstance(x, keras.layers.RNN)]
+    return [x for x in layers_of(layer) if isinstance(x, keras.layers.RNN)]
 
 
 def _is_other(dtype: Any) -> bool:

@@ -15,18 +15,19 @@ import numpy as np
 from keras import tree
 from rich.progress import track
 
+from keras_polar.backends import BACKEND
 from keras_polar.costs.count import sizes_known
 from keras_polar.costs.fusion import Fused, fused
 from keras_polar.costs.latency import LatencyTable
-from keras_polar.coupling.coupling import Coupling, couple
+from keras_polar.coupling.coupling import Coupling, analyze
 from keras_polar.litert.benchmark import loaded, timed_runs
 from keras_polar.litert.converter import not_exportable
 from keras_polar.litert.float32_twin import is_float32, twin
+from keras_polar.litert.modes import FLOAT32
 from keras_polar.litert.runtime import check_positive
 from keras_polar.litert.split_model import convert_each
-from keras_polar.rules import read
-from keras_polar.rules.rule import sizes
-from keras_polar.surgery.convert import Cutter
+from keras_polar.rules.call_site import sizes
+from keras_polar.surgery.cut import Cutter
 
 _WARM_UP = 5  # runs before the clock is read
 _AT_ONCE = 2**27  # bytes of files that take turns; the runtime holds as much again
@@ -69,9 +70,20 @@ def latency_table(
         >>> table = keras_polar.latency_table(model)
         >>> gated = keras_polar.apply(model, 0.5, measure="latency", latency_table=table)
     """
+    return measured_table(analyze(model), model.name, path, threads=threads, runs=runs)
+
+
+def measured_table(
+    coupling: Coupling,
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    threads: int = 1,
+    runs: int = 100,
+) -> LatencyTable:
+    """`latency_table` of a model whose units are known already."""
     check_positive(threads=threads, runs=runs)
-    coupling = couple(read(model))
-    check_sizes(coupling, model.name, "latency_table")
+    check_sizes(coupling, name, "latency_table")
     path = Path(path) if path is not None else _cache_file(threads)
     pieces = {piece.key: piece for piece in fused(coupling)}
     table = _table_at(path, threads)
@@ -96,11 +108,10 @@ def check_sizes(coupling: Coupling, name: str, what: str) -> None:
 
 
 def _check_backend() -> None:
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if BACKEND != "tensorflow":
         raise ValueError(
             "Expected Keras to run on TensorFlow, which writes the LiteRT files that are timed; "
-            f"it runs on {backend!r}. Measure in a process with KERAS_BACKEND=tensorflow, "
+            f"it runs on {BACKEND!r}. Measure in a process with KERAS_BACKEND=tensorflow, "
             "`keras_polar.latency_table(model).save(path)`, and pass latency_table=path here."
         )
 
@@ -121,14 +132,14 @@ def _table_at(path: Path, threads: int) -> LatencyTable:
     empty = LatencyTable(processor(), runtime(), threads, {})
     if not path.exists():
         return empty
-    found = LatencyTable.load(path)
-    if found.only(()) != empty:
+    table = LatencyTable.load(path)
+    if table.only(()) != empty:
         raise ValueError(
             f"Expected a table of this machine at {str(path)!r} ({empty}); it holds times of "
-            f"another ({found.only(())}). Choose another path; `apply(..., latency_table=path)` "
+            f"another ({table.only(())}). Choose another path; `apply(..., latency_table=path)` "
             "takes that table as it is."
         )
-    return found
+    return table
 
 
 def processor() -> str:
@@ -158,10 +169,10 @@ def measured(pieces: Sequence[Fused], threads: int, runs: int) -> Iterator[dict[
         waiting: dict[Fused, list] = {}
         for i, piece in enumerate(track(pieces, "latency", transient=True)):
             waiting[piece] = _files(piece, Path(name) / str(i))
-            files = [f for own in waiting.values() for f in own if f is not None]
+            files = [f for widths in waiting.values() for f in widths if f is not None]
             if sum(f.stat().st_size for f in files) > _AT_ONCE or piece is pieces[-1]:
                 times = _nanoseconds(files, threads, runs)
-                yield {p.key: _points(p, own, times) for p, own in waiting.items()}
+                yield {p.key: _points(p, widths, times) for p, widths in waiting.items()}
                 waiting = {}
 
 
@@ -177,7 +188,7 @@ def _files(piece: Fused, folder: Path) -> list[Path | None]:
     try:
         contents = convert_each(models)
     except Exception as error:  # the converter raises whatever it meets, of many types
-        why = not_exportable(models[0], None, error)
+        why = not_exportable(models[0], FLOAT32, error)
         raise ValueError(f"latency_table: layer {piece.name!r} cannot be timed. {why}") from error
     folder.mkdir()
     paths = [folder / f"{i}.tflite" for i in range(len(contents))]
@@ -200,14 +211,14 @@ def _twin(piece: Fused, flags: np.ndarray, name: str) -> keras.Model:
 
 def _inputs(piece: Fused, cutter: Cutter) -> list[Any]:
     specs, first = piece.coupling.graph.specs, piece.sites[0]
-    found = []
+    inputs = []
     for tensor in piece.inputs:
         ids = first.inputs[first.call.inputs.index(tensor)]
         shape = [cutter.kept.size(ids, axis) for axis in range(ids.ndim)]
         whole = sizes(specs[tensor].shape)
         shape = [n if ids.shape[a] == whole[a] else whole[a] for a, n in enumerate(shape)]
-        found.append(keras.Input(batch_shape=shape, dtype=specs[tensor].dtype))
-    return found
+        inputs.append(keras.Input(batch_shape=shape, dtype=specs[tensor].dtype))
+    return inputs
 
 
 def _nanoseconds(files: Sequence[Path], threads: int, runs: int) -> dict[Path, float]:
@@ -220,5 +231,5 @@ def _nanoseconds(files: Sequence[Path], threads: int, runs: int) -> dict[Path, f
         return {}
     ready = {str(f): loaded(str(f), threads) for f in files}
     timed_runs(ready, _WARM_UP)
-    found = timed_runs(ready, runs, warm=True)
-    return {f: 1e6 * float(np.percentile(found[str(f)], _PERCENTILE)) for f in files}
+    times = timed_runs(ready, runs, warm=True)
+    return {f: 1e6 * float(np.percentile(times[str(f)], _PERCENTILE)) for f in files}

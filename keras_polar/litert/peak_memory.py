@@ -1,6 +1,6 @@
 """A script: by how many bytes a process grows at most while it loads a .tflite file and runs it.
 
-    python peak.py FILE THREADS SHAPES
+    python peak_memory.py FILE THREADS SHAPES
 
 SHAPES is a JSON list of the shapes of the inputs. Linux only. Nothing but the runtime is
 imported: what else the process did would count.

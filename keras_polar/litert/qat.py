@@ -12,8 +12,11 @@ import keras
 
 from keras_polar.graph.keras_private import core_of
 from keras_polar.litert.converter import not_exportable, output_names, quiet, signature_names
+from keras_polar.litert.modes import INT8, QuantizationMode
 from keras_polar.litert.tf_keras_twin import FLOAT_PATH, translated
 from keras_polar.litert.validation import check_backend, check_finite, converted
+
+TRAINED_FOR = INT8  # what tensorflow-model-optimization inserts by default
 
 
 def quantize_aware(model: keras.Model) -> Any:
@@ -72,7 +75,7 @@ def _tfmot() -> Any:
 
     variable = "TF_USE_LEGACY_KERAS"
     before = os.environ.get(variable)
-    _ = tf.keras.__name__  # settles which Keras `tf.keras` is before tfmot sets the variable
+    _ = tf.keras.__name__  # decides which Keras `tf.keras` is, before tfmot sets the variable
     try:
         with quiet():
             importlib.import_module("tf_keras")
@@ -112,17 +115,18 @@ def is_legacy(model: Any) -> bool:
     return any(c.__module__.split(".")[0] == "tf_keras" for c in type(model).__mro__)
 
 
-def legacy_core(model: Any, quantize: str | None) -> LegacyCore:
+def legacy_core(model: Any, mode: QuantizationMode) -> LegacyCore:
     """A model that `quantize_aware` made, described."""
     if not any(type(layer).__name__.startswith("Quantize") for layer in model.layers):
         raise TypeError(
             f"Expected a keras.Model, or what `quantize_aware` returns; received {model.name!r}, a "
             "tf_keras model without quantization."
         )
-    if quantize != "int8":
+    if mode != TRAINED_FOR:
         raise ValueError(
-            f"Expected quantize='int8' for {model.name!r}, which was trained for int8; received "
-            f"{quantize!r}. Other files come from the model that was given to `quantize_aware`."
+            f"Expected quantize={TRAINED_FOR.name!r} for {model.name!r}, which was trained for "
+            f"{TRAINED_FOR.name}; received {mode.name!r}. Other files come from the model that was "
+            "given to `quantize_aware`."
         )
     names = dict(zip((x.name for x in model.inputs), model.input_names, strict=True))
     inputs, outputs = (
@@ -149,11 +153,11 @@ def write_quantized(core: LegacyCore, path: Path, io: str | None) -> None:
             tf.saved_model.save(module, folder, signatures=_signature(core))
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            ends = tf.float32 if io == "float32" else tf.int8
+            ends = tf.as_dtype(TRAINED_FOR.ends(io))
             converter.inference_input_type = converter.inference_output_type = ends
             path.write_bytes(converter.convert())
     except Exception as error:  # the converter raises whatever it meets, of many types
-        raise ValueError(not_exportable(core, "int8", error)) from error
+        raise ValueError(not_exportable(core, TRAINED_FOR, error)) from error
 
 
 def _signature(core: LegacyCore) -> Callable:

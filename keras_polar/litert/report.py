@@ -76,7 +76,7 @@ class ExportReport(Comparison):
     Attributes:
         path: the file.
         bytes: its size.
-        quantize: how it computes: None (as Keras), "float16", "dynamic" or "int8".
+        quantize: how it computes: None (as Keras), or the name of the mode, such as "int8".
         inputs: in the order of the Keras model's inputs.
         outputs: in the order of the Keras model's outputs.
         notes: what is otherwise in the file than in the model: a batch size fixed at 1, say.

@@ -185,10 +185,10 @@ def _as_input(name: str, detail: Mapping[str, Any], value: Any) -> np.ndarray:
             f"Expected input {name!r} of shape {shape}; received {array.shape}. The first axis "
             "counts the samples."
         )
-    wanted = "float32" if scale_of(detail) else np.dtype(detail["dtype"]).name
-    if not np.can_cast(array.dtype, wanted, "same_kind"):
+    dtype = "float32" if scale_of(detail) else np.dtype(detail["dtype"]).name
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise TypeError(
-            f"Expected input {name!r} of dtype {wanted}; received {array.dtype}. Convert it with "
+            f"Expected input {name!r} of dtype {dtype}; received {array.dtype}. Convert it with "
             "`.astype`."
         )
     return array

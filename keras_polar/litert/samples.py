@@ -94,8 +94,8 @@ def read_samples(core: Any, data: Any, argument: str, limit: int | None = None) 
         _joined(x, t.name, argument)
         for x, t in zip(zip(*parts, strict=True), core.inputs, strict=True)
     ]
-    given = [x for x in labels if x is not None]
-    together = np.concatenate(given) if len(given) == len(parts) else None
+    known = [x for x in labels if x is not None]
+    together = np.concatenate(known) if len(known) == len(parts) else None
     return _whole_batches(core, Samples(arrays, together), argument, limit)
 
 
@@ -196,22 +196,22 @@ def _fitting(value: Any, tensor: Any, argument: str) -> np.ndarray:
 
 
 def _check_shape(array: np.ndarray, tensor: Any, argument: str) -> None:
-    wanted = tuple(tensor.shape)
-    if array.ndim and matches(array.shape[1:], wanted[1:]):
+    shape = tuple(tensor.shape)
+    if array.ndim and matches(array.shape[1:], shape[1:]):
         return
     hint = "The first axis counts the samples."
-    if matches(array.shape, wanted[1:]):
+    if matches(array.shape, shape[1:]):
         hint += " This is one sample: stack samples, or `dataset.batch(32)`."
     raise ValueError(
-        f"Expected `{argument}` of shape {wanted} for input {tensor.name!r}; received shape "
+        f"Expected `{argument}` of shape {shape} for input {tensor.name!r}; received shape "
         f"{array.shape}. {hint}"
     )
 
 
-def matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    """Whether a shape is the wanted one, None standing for any size."""
-    return len(shape) == len(wanted) and all(
-        want in (None, got) for want, got in zip(wanted, shape, strict=True)
+def matches(shape: Sequence[int], pattern: Sequence[int | None]) -> bool:
+    """Whether a shape is that of the pattern, None standing for any size."""
+    return len(shape) == len(pattern) and all(
+        size in (None, got) for size, got in zip(pattern, shape, strict=True)
     )
 
 

@@ -37,10 +37,10 @@ def _converted(models: Sequence[Any]) -> bytes:
     import tensorflow as tf
     from absl import logging
 
-    def compute(*given: Any) -> list:
-        left = iter(given)
-        found = [m([next(left) for _ in m.inputs], training=False) for m in models]
-        return tf.nest.flatten(found)
+    def compute(*inputs: Any) -> list:
+        left = iter(inputs)
+        outputs = [m([next(left) for _ in m.inputs], training=False) for m in models]
+        return tf.nest.flatten(outputs)
 
     specs = [tf.TensorSpec(x.shape, x.dtype) for m in models for x in m.inputs]
     with quiet():
@@ -59,24 +59,26 @@ def _part(model: Any, outputs: list[int]) -> Any:
     used = [t for o in operators for t in (*o.inputs, *o.outputs) if t >= 0]
     old = list(dict.fromkeys([*used, *outputs]))
     place = {t: i for i, t in enumerate(old)}
-    part, own = copy.copy(model), copy.copy(graph)
+    subgraph = _with(
+        graph,
+        tensors=[_with(graph.tensors[t], buffer=i) for i, t in enumerate(old, 1)],
+        operators=[_renumbered(o, place) for o in operators],
+        inputs=[place[t] for t in graph.inputs if t in place],
+        outputs=[place[t] for t in outputs],
+    )
     # The first buffer is empty by definition.
-    part.buffers = [model.buffers[0], *(model.buffers[graph.tensors[t].buffer] for t in old)]
-    own.tensors = [_with(graph.tensors[t], buffer=i) for i, t in enumerate(old, 1)]
-    own.operators = [_renumbered(o, place) for o in operators]
-    own.inputs = [place[t] for t in graph.inputs if t in place]
-    own.outputs = [place[t] for t in outputs]
-    return _with(part, subgraphs=[own], signatureDefs=[], metadata=[])
+    buffers = [model.buffers[0], *(model.buffers[graph.tensors[t].buffer] for t in old)]
+    return _with(model, subgraphs=[subgraph], buffers=buffers, signatureDefs=[], metadata=[])
 
 
 def _needed(graph: Any, outputs: Iterable[int]) -> list[Any]:
     """The operators that these tensors depend on, in order."""
-    wanted, found = set(outputs), []
+    tensors, operators = set(outputs), []
     for operator in reversed(graph.operators):
-        if not wanted.isdisjoint(operator.outputs):
-            wanted.update(operator.inputs)
-            found.append(operator)
-    return found[::-1]
+        if not tensors.isdisjoint(operator.outputs):
+            tensors.update(operator.inputs)
+            operators.append(operator)
+    return operators[::-1]
 
 
 def _renumbered(operator: Any, place: dict[int, int]) -> Any:

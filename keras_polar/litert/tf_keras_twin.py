@@ -13,7 +13,7 @@ import numpy as np
 from keras_polar.backends import full_precision, to_numpy
 from keras_polar.graph.ir import Call, Graph, fill, refs_in
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import random_inputs
 
 TOLERANCE, TOLERANCE_HALF = 1e-4, 2e-2  # relative to the largest output
@@ -39,7 +39,7 @@ def translated(model: Any) -> Any:
         TypeError: the model is not functional.
         ValueError: something in it has no twin, or the twin computes something else.
     """
-    graph = read(model)
+    graph = trace_model(model)
     twin = _built(graph)
     _check_equal(model, twin)
     return twin
@@ -139,13 +139,13 @@ FLOAT_PATH = (
 @full_precision()
 def _check_equal(model: Any, twin: Any) -> None:
     inputs = random_inputs(model)
-    found = _difference(model, twin, inputs)
+    difference = _difference(model, twin, inputs)
     is_half = any("16" in layer.compute_dtype for layer in model.layers)
     tolerance = TOLERANCE_HALF if is_half else TOLERANCE
-    if not found <= tolerance:
+    if not difference <= tolerance:
         raise ValueError(
             f"quantize_aware: expected the tf_keras twin of {model.name!r} to equal it to "
-            f"{tolerance:g} of the largest output; it differs by {found:g}. {FLOAT_PATH}"
+            f"{tolerance:g} of the largest output; it differs by {difference:g}. {FLOAT_PATH}"
         )
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.backends import to_numpy
+from keras_polar.backends import BACKEND, to_numpy
+from keras_polar.gates.groups import is_gated
 from keras_polar.graph.ir import Call, Graph, refs_in
+from keras_polar.graph.keras_private import core_of
 from keras_polar.graph.quantized import listed, quantized
 from keras_polar.graph.trace import trace
-from keras_polar.litert.converter import IO, QUANTIZE
+from keras_polar.litert.modes import IO, QuantizationMode, check_known, mode_of
 from keras_polar.surgery.convert import convert
-from keras_polar.training.model import GatedModel
 
 
 def checked_path(path: str | os.PathLike) -> Path:
@@ -74,23 +75,24 @@ def put_in_place(draft: Path, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def check_options(quantize: str | None, io: str | None) -> None:
-    """Raises unless the options are known and Keras runs on TensorFlow."""
-    for name, value, known in (("quantize", quantize, QUANTIZE), ("io", io, IO)):
-        if value not in known:
-            raise ValueError(
-                f"Expected `{name}` to be one of {', '.join(map(repr, known))}; received {value!r}."
-            )
+def checked_mode(quantize: str | QuantizationMode | None, io: str | None) -> QuantizationMode:
+    """The mode; raises unless the options are known and Keras runs on TensorFlow."""
+    mode = mode_of(quantize)
+    check_known("io", io, IO)
     check_backend()
+    import tensorflow as tf
+
+    for name in mode.operations:
+        check_known("operations", name, tuple(tf.lite.OpsSet.__members__))
+    return mode
 
 
 def check_backend() -> None:
     """Raises unless Keras runs on TensorFlow."""
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if BACKEND != "tensorflow":
         raise ValueError(
             f"Expected Keras to run on TensorFlow, which writes LiteRT files; it runs on "
-            f"{backend!r}. Save the model (.keras), set KERAS_BACKEND=tensorflow in a new process, "
+            f"{BACKEND!r}. Save the model (.keras), set KERAS_BACKEND=tensorflow in a new process, "
             "load it there and export it."
         )
 
@@ -102,7 +104,15 @@ def converted(model: Any) -> keras.Model:
             f"Expected `model` to be a keras.Model; received {type(model).__name__}. "
             "A model saved on disk is read with `keras.models.load_model`."
         )
-    return convert(model) if isinstance(model, GatedModel) else model
+    return convert(model) if is_gated(model) else model
+
+
+def exportable_core(model: Any) -> Any:
+    """The functional core of a Keras model, without gates; raises if LiteRT cannot express it."""
+    core = core_of(converted(model))
+    check_no_strings(core)
+    check_not_quantized(core)
+    return core
 
 
 def check_finite(core: Any) -> None:
@@ -164,24 +174,24 @@ def _behind(core: Any, graph: Graph, lookups: list[Call]) -> str:
 
 def _frontier(graph: Graph, lookups: list[Call]) -> tuple[list[Call], list[int]]:
     """The last lookups on the way to the outputs, and the inputs that reach them without one."""
-    wanted, front = set(refs_in(graph.outputs)), []
+    needed, front = set(refs_in(graph.outputs)), []
     for call in reversed(graph.calls):
-        if wanted.isdisjoint(call.outputs):
+        if needed.isdisjoint(call.outputs):
             continue
         if call in lookups:
             front.append(call)
         else:
-            wanted.update(call.inputs)
-    return front[::-1], [i for i, t in enumerate(refs_in(graph.inputs)) if t in wanted]
+            needed.update(call.inputs)
+    return front[::-1], [i for i, t in enumerate(refs_in(graph.inputs)) if t in needed]
 
 
 def check_not_quantized(core: Any) -> None:
     """Raises if Keras has quantized layers: what does convert then is larger, and may be wrong."""
-    found = quantized(core)
-    if found:
+    layers = quantized(core)
+    if layers:
         raise ValueError(
             f"Expected a model that Keras has not quantized; {core.name!r} has the layers "
-            f"{listed(found)}. LiteRT quantizes in its own way: export the model as it was before "
+            f"{listed(layers)}. LiteRT quantizes in its own way: export the model as it was before "
             "`quantize`, with `export_tflite(model, path, 'int8', representative_data=x)`, say, or "
             "a float file that ai-edge-quantizer then quantizes."
         )

@@ -8,22 +8,24 @@ from typing import Any
 
 from keras_polar.graph.ir import Call
 from keras_polar.graph.keras_private import CustomScaleLayer, LayerScale, StochasticDepth
+from keras_polar.rules.call_site import CallSite
 from keras_polar.rules.elementwise import ElementwiseRule, MergeLayerRule
 from keras_polar.rules.ids import Ids
-from keras_polar.rules.rule import Kept, Rule, Site, add
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import KeptUnits, Rule
 
 
 class LayerScaleRule(Rule):
     """ConvNeXt's factor per channel on the residual branch."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         site.follow("channels", -1)
         return [site.inputs[0]]
 
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"gamma": ("channels",)}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"projection_dim": kept.count(site.axes["channels"])}
 
 

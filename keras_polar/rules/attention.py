@@ -3,12 +3,16 @@
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.ids import along, nobody
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add, sizes
+from keras_polar.backends import WANTS_EQUAL_WIDTHS
+from keras_polar.graph.clone import variable_at
+from keras_polar.graph.keras_private import attended_axes, is_fused_attention
+from keras_polar.rules.call_site import CallSite, sizes
+from keras_polar.rules.ids import broadcast_along, no_unit
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")
 
@@ -24,46 +28,46 @@ class MultiHeadRule(Rule):
     `value` are the widths.
     """
 
-    def flow(self, site: Site) -> list:
-        given = site.given()
-        query, value = (site.place(given.get(name)) for name in ("query", "value"))
-        key = site.place(given["key"]) if "key" in given else value
+    def flow(self, site: CallSite) -> list:
+        arguments = site.given()
+        query, value = (site.place(arguments.get(name)) for name in ("query", "value"))
+        key = site.place(arguments["key"]) if "key" in arguments else value
         if min(query, value, key) < 0:
             return site.pin_all("attends to something that is not a tensor of the model")
         for name, tensor in (("query_in", query), ("value_in", value), ("key_in", key)):
             site.read(name, -1, tensor)
         for name in MASKS:
-            site.pin_argument(given.get(name), "is used as a mask")
+            site.pin_argument(arguments.get(name), "is used as a mask")
         self.make_heads(site)
         self._read_inside(site)
-        if _has_mask_per_head(site, given.get("attention_mask"), query):
+        if _has_mask_per_head(site, arguments.get("attention_mask"), query):
             site.pin(site.axes["q"], "has an attention mask for every head")
         return self._outputs(site)
 
-    def make_heads(self, site: Site) -> None:
+    def make_heads(self, site: CallSite) -> None:
         """Names the axes "q", "kv", "key" and "value"."""
         raise NotImplementedError
 
-    def _read_inside(self, site: Site) -> None:
+    def _read_inside(self, site: CallSite) -> None:
         site.read_inside("_output_dense.kernel", 0)
         site.read_inside("_output_dense.kernel", 1)
         site.read_inside("_query_dense.kernel", 2)
-        if site.op._query_dense.bias is not None:
+        if variable_at(site.op, "_query_dense.bias") is not None:
             site.read_inside("_query_dense.bias", 1)
 
-    def _outputs(self, site: Site) -> list:
+    def _outputs(self, site: CallSite) -> list:
         width = site.output_shapes[0][-1]
         outputs = [site.produce("out", width, -1)]
         for shape in site.output_shapes[1:]:  # the attention scores: batch, heads, ...
             if len(shape) == 4:
-                outputs.append(along(site.axes["q"], 1, shape))
+                outputs.append(broadcast_along(site.axes["q"], 1, shape))
             else:
                 site.pin(site.axes["q"], "returns its scores for several attention axes")
-                outputs.append(nobody(shape))
+                outputs.append(no_unit(shape))
         return outputs
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        found = {
+        projections = {
             "_query_dense.kernel": ("query_in", "q", "key"),
             "_query_dense.bias": ("q", "key"),
             "_key_dense.kernel": ("key_in", "kv", "key"),
@@ -74,11 +78,11 @@ class MultiHeadRule(Rule):
             "_gate_dense.bias": ("q", "value"),
         }
         # The output may have several axes: the units are the last one's.
-        other = (None,) * (len(op._output_dense.kernel.shape) - 3)
+        other = (None,) * (len(variable_at(op, "_output_dense.kernel").shape) - 3)
         out = {"kernel": ("q", "value", *other, "out"), "bias": (*other, "out")}
-        return found | {f"_output_dense.{name}": axes for name, axes in out.items()}
+        return projections | {f"_output_dense.{name}": axes for name, axes in out.items()}
 
-    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+    def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
         # The layer divides by the root of its key width, which is smaller now.
         key = site.axes["key"]
         factor = math.sqrt(kept.count(key) / len(key))
@@ -86,7 +90,7 @@ class MultiHeadRule(Rule):
             return {}
         return {"_query_dense.kernel": factor, "_query_dense.bias": factor}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         given, axes = site.given(), site.axes
         if "q" not in axes:
             return None
@@ -103,25 +107,25 @@ class MultiHeadRule(Rule):
         ]
         if hasattr(site.op, "_gate_dense"):
             products.append((("query_in", "q", "value"), asked))
-        return [Term(tuple(axes[n] for n in names), macs=macs) for names, macs in products]
+        return [CostTerm(tuple(axes[n] for n in names), macs=macs) for names, macs in products]
 
-    def _attended(self, site: Site, value: int) -> int:
+    def _attended(self, site: CallSite, value: int) -> int:
         """Number of positions that each position attends to."""
         shape = sizes(site.specs[site.call.inputs[value]].shape)
-        return math.prod(shape[axis] for axis in getattr(site.op, "_attention_axes", None) or (1,))
+        return math.prod(shape[axis] for axis in attended_axes(site.op))
 
 
-def _other_output_axes(site: Site) -> tuple:
+def _other_output_axes(site: CallSite) -> tuple:
     """Sizes of the output's own axes before that of the channels."""
     query = site.inputs[site.place(site.given()["query"])]
     return site.output_shapes[0][query.ndim - 1 : -1]
 
 
-def _has_mask_per_head(site: Site, mask: Any, query: int) -> bool:
+def _has_mask_per_head(site: CallSite, mask: Any, query: int) -> bool:
     """Whether an attention mask has an axis for the heads that is longer than one."""
     place = site.place(mask)
     shape = site.inputs[place].shape if place >= 0 else getattr(mask, "shape", ())
-    attended = len(getattr(site.op, "_attention_axes", None) or (1,))
+    attended = len(attended_axes(site.op))
     heads = len(shape) - 2 * attended - 1
     is_full = heads == len(site.inputs[query].shape) - 1 - attended
     return is_full and shape[heads] != 1
@@ -129,14 +133,14 @@ def _has_mask_per_head(site: Site, mask: Any, query: int) -> bool:
 
 def _needs_equal_widths(op: Any) -> bool:
     """Whether `keras.ops.dot_product_attention` computes the layer, which on JAX wants that."""
-    fused = keras.backend.backend() == "jax" and not op._dropout and len(op._attention_axes) == 1
+    fused = WANTS_EQUAL_WIDTHS and is_fused_attention(op)
     return fused and op.key_dim == op.value_dim
 
 
 class MultiHeadAttentionRule(MultiHeadRule):
     """Heads, key width and value width go independently; on JAX the two widths go together."""
 
-    def make_heads(self, site: Site) -> None:
+    def make_heads(self, site: CallSite) -> None:
         site.set_axis("kv", site.produce_inside("q", site.op.num_heads))
         key = site.produce_inside("key", site.op.key_dim)
         value = site.produce_inside("value", site.op.value_dim)
@@ -144,7 +148,7 @@ class MultiHeadAttentionRule(MultiHeadRule):
             why = f"JAX computes {site.name!r} with keys and values that are equally wide"
             site.units.tie(key, value, why)
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         count = {n: kept.count(site.axes[n]) for n in ("q", "key", "value", "out")}
         # Without an explicit shape the output would be as wide as the query.
         shape = (*_other_output_axes(site), count["out"])
@@ -163,7 +167,7 @@ class GroupedQueryAttentionRule(MultiHeadRule):
     values, and the output is as wide as the query.
     """
 
-    def make_heads(self, site: Site) -> None:
+    def make_heads(self, site: CallSite) -> None:
         op, repeats = site.op, site.op.num_repeats
         if op.num_key_value_heads >= repeats:
             q = site.produce_inside("q", op.num_key_value_heads, lambda x: np.repeat(x, repeats))
@@ -175,14 +179,14 @@ class GroupedQueryAttentionRule(MultiHeadRule):
         width = site.produce_inside("key", op.head_dim)
         site.set_axis("value", width)
 
-    def _outputs(self, site: Site) -> list:
+    def _outputs(self, site: CallSite) -> list:
         outputs = super()._outputs(site)
         why = f"{site.name!r} needs its output, query and value to be equally wide"
         for name in ("out", "value_in"):
             site.units.tie(site.axes["query_in"], site.axes[name], why)
         return outputs
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {
             "num_query_heads": kept.count(site.axes["q"]),
             "num_key_value_heads": kept.count(site.axes["kv"]),
@@ -196,7 +200,7 @@ class PlainAttentionRule(Rule):
     The channels of the output are those of the value.
     """
 
-    def flow(self, site: Site) -> list:
+    def flow(self, site: CallSite) -> list:
         tensors = site.given()["inputs"]
         query, value, key = (site.place(t) for t in (*tensors, tensors[1])[:3])
         if min(query, value, key) < 0:
@@ -208,18 +212,18 @@ class PlainAttentionRule(Rule):
         site.units.tie(site.axes["in"], site.axes["key_in"], why)
         out = site.follow("out", -1, value)
         shape, *scores = site.output_shapes
-        return [along(out, len(shape) - 1, shape), *map(nobody, scores)]
+        return [broadcast_along(out, len(shape) - 1, shape), *map(no_unit, scores)]
 
     def weights(self, op: Any) -> dict[str, tuple]:
         scale = getattr(op, "scale", None)
         return {} if scale is None or not len(scale.shape) else {"scale": ("in",)}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         if "in" not in site.axes:
             return None
         query, value = (site.place(t) for t in site.given()["inputs"][:2])
         positions = site.positions(query) * sizes(site.inputs[value].shape)[-2]
-        return [Term((site.axes[n],), macs=positions) for n in ("in", "out")]
+        return [CostTerm((site.axes[n],), macs=positions) for n in ("in", "out")]
 
 
 add(MultiHeadAttentionRule(), layers.MultiHeadAttention)

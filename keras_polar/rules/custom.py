@@ -1,4 +1,4 @@
-"""Layers nobody wrote a rule for: their `call` is run on symbolic tensors to see what it does.
+"""Layers without a rule of their own: their `call` is run on symbolic tensors to see what it does.
 
 The layer itself stays as it is in every model; the trace only says how units flow through it. That
 it will do the same on fewer units is not taken for granted: a twin, made from its config and built
@@ -13,41 +13,32 @@ from keras import KerasTensor
 
 from keras_polar.graph.clone import smaller_twin
 from keras_polar.graph.ir import Call, Ref, Spec, fill, refs_in
+from keras_polar.graph.keras_private import takes_training
 from keras_polar.graph.symbolic.expand import Leaf, trace_leaf
-from keras_polar.graph.symbolic.merge import Opened
-from keras_polar.graph.symbolic.record import CannotOpen, tensors_in
+from keras_polar.graph.symbolic.merge import Expansion
+from keras_polar.graph.symbolic.record import CannotTrace, tensors_in
+from keras_polar.rules.call_site import CallSite, fixed_term, ids_along, set_rows, sizes
 from keras_polar.rules.elementwise import MergeRule
-from keras_polar.rules.ids import Ids, Units, along, nobody, varies
-from keras_polar.rules.rule import (
-    Kept,
-    PinRule,
-    Rule,
-    Site,
-    Term,
-    add,
-    fixed_term,
-    line,
-    rule_for,
-    set_rows,
-    sizes,
-)
+from keras_polar.rules.ids import Ids, Units, broadcast_along, no_unit, varies
+from keras_polar.rules.registry import add, rule_for
+from keras_polar.rules.rule import CostTerm, KeptUnits, PinRule, Rule
 
 
 class TracedRule(Rule):
     """A layer without sublayers whose `call` consists of `keras.ops` on its input."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if not any((ids >= 0).any() for ids in map(_small, site.inputs)):
-            return [nobody(shape) for shape in site.output_shapes]
+            return [no_unit(shape) for shape in site.output_shapes]
         try:
             return self._follow(site)
-        except CannotOpen as error:
+        except CannotTrace as error:
             why = f"its call was traced, but it {error}"
         except (IndexError, TypeError, ValueError):  # positions of unknown size, say
             why = "its call was traced, but units cannot be followed through it"
         return site.pin_all(f"no rule for this operation (see keras_polar.register); {why}")
 
-    def _follow(self, site: Site) -> list[Ids]:
+    def _follow(self, site: CallSite) -> list[Ids]:
         # One unit fewer, and as few as can be: code may ask whether there are more than so many.
         for is_far in (False, True):
             resized = _resized(site, is_far)
@@ -65,18 +56,18 @@ class TracedRule(Rule):
                 site.units.tie(a, b, f"mixed with fixed elements by {site.name!r} in training")
         return first
 
-    def _variables(self, site: Site, run: Opened, resized: dict) -> dict[str, Ids]:
+    def _variables(self, site: CallSite, run: Expansion, resized: dict) -> dict[str, Ids]:
         """Ids of the layer's own variables: those of its input, where they are sized by it."""
         lines = _lines(site)
-        found: dict[str, Ids] = {}
+        ids_of: dict[str, Ids] = {}
         for name, symbol in run.variables.items():
             axes = [i for i, n in enumerate(symbol.shape) if n in resized and n in lines]
             if len(axes) > 1:
-                raise CannotOpen(f"has a variable {name!r} with units on several axes")
+                raise CannotTrace(f"has a variable {name!r} with units on several axes")
             for axis in axes:
                 vector = site.set_axis(f"{name} {axis}", lines[symbol.shape[axis]])
-                found[name] = vector
-        return found
+                ids_of[name] = vector
+        return ids_of
 
     def weights(self, op: Any) -> dict[str, tuple]:
         return {
@@ -85,60 +76,60 @@ class TracedRule(Rule):
             if any(value is w for w in op.weights)
         }
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         keys = [k for k in site.axes if k.startswith("config ")]
         return {k.removeprefix("config "): kept.count(site.axes[k]) for k in keys}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return _sum_of(site.parts) if site.parts else traced_macs(site)
 
 
-def _sum_of(parts: list[Site]) -> list[Term] | None:
-    found: list[Term] = []
+def _sum_of(parts: list[CallSite]) -> list[CostTerm] | None:
+    terms: list[CostTerm] = []
     for part in parts:
         if part.macs is None:
             return None
-        found += part.macs
-    return found
+        terms += part.macs
+    return terms
 
 
-def traced_macs(site: Site) -> list[Term] | None:
+def traced_macs(site: CallSite) -> list[CostTerm] | None:
     """What the call of a layer computes, whose units all stay; None if it cannot be traced."""
     try:
         leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
-        run = trace_leaf(leaf, leaf, {}, False if site.op._call_has_training_arg else None)
-        twin = Site(site.call, site.specs, Units(), site.inputs, {})
+        run = trace_leaf(leaf, leaf, {}, False if takes_training(site.op) else None)
+        twin = CallSite(site.call, site.specs, Units(), site.inputs, {}, site.rule)
         _through(twin, run, {})
-    except (CannotOpen, IndexError, TypeError, ValueError):
+    except (CannotTrace, IndexError, TypeError, ValueError):
         return None
     found = _sum_of(_dependent(run, twin.parts))
     return None if found is None else [fixed_term(found)]
 
 
-def _dependent(run: Opened, parts: list[Site]) -> list[Site]:
+def _dependent(run: Expansion, parts: list[CallSite]) -> list[CallSite]:
     """The calls that compute with the inputs: what is made of weights alone is made once."""
     known = {id(x) for x in run.inlets}
-    found = []
+    dependent = []
     for step, part in zip(run.steps, parts, strict=True):
         if any(id(x) in known for x in tensors_in((step.args, step.kwargs))):
             known.update(map(id, step.outputs))
-            found.append(part)
-    return found
+            dependent.append(part)
+    return dependent
 
 
 class TracedPinRule(PinRule):
     """Units stay, but what the layer computes can be seen."""
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return traced_macs(site)
 
 
-def _traces(site: Site, resized: dict[int, int]) -> tuple[list[Opened], dict[str, int]]:
+def _traces(site: CallSite, resized: dict[int, int]) -> tuple[list[Expansion], dict[str, int]]:
     """What the call does in each mode, if a twin for fewer units does the same."""
     leaf = Leaf(site.op, *_arguments(site, _symbols(site, {})))
     args, kwargs = _arguments(site, _symbols(site, resized))
     twin, keys = smaller_twin(site.op, args, kwargs, resized)
-    modes = (False, True) if site.op._call_has_training_arg else (None,)
+    modes = (False, True) if takes_training(site.op) else (None,)
     return [trace_leaf(leaf, Leaf(twin, args, kwargs), resized, m) for m in modes], keys
 
 
@@ -146,17 +137,17 @@ def _small(ids: Ids) -> Ids:
     return ids[tuple(slice(None) if varies(ids, i) else slice(0, 1) for i in range(ids.ndim))]
 
 
-def _lines(site: Site) -> dict[int, Ids]:
+def _lines(site: CallSite) -> dict[int, Ids]:
     """Size -> the ids along the input axis of that size, of the first input that has one."""
-    found: dict[int, Ids] = {}
+    lines: dict[int, Ids] = {}
     for ids in site.inputs:
         for axis in range(1, ids.ndim):
             if varies(ids, axis):
-                found.setdefault(ids.shape[axis], line(ids, axis))
-    return found
+                lines.setdefault(ids.shape[axis], ids_along(ids, axis))
+    return lines
 
 
-def _resized(site: Site, is_far: bool) -> dict[int, int]:
+def _resized(site: CallSite, is_far: bool) -> dict[int, int]:
     """Sizes of axes with units -> fewer, that no other axis has: one or many fewer."""
     lines = _lines(site)
     taken = {d for ids in site.inputs for d in ids.shape}
@@ -165,17 +156,17 @@ def _resized(site: Site, is_far: bool) -> dict[int, int]:
         smaller = range(2, n) if is_far else range(n - 1, 1, -1)
         fewer = next((m for m in smaller if m not in taken), None)
         if fewer is None:
-            raise CannotOpen("has too few units to see how it depends on their number")
+            raise CannotTrace("has too few units to see how it depends on their number")
         taken.add(fewer)
         resized[n] = fewer
     return resized
 
 
-def _symbols(site: Site, resized: dict) -> list:
+def _symbols(site: CallSite, resized: dict) -> list:
     return [_symbol(site, i, resized) for i in range(len(site.inputs))]
 
 
-def _symbol(site: Site, position: int, resized: dict) -> Any:
+def _symbol(site: CallSite, position: int, resized: dict) -> Any:
     spec, ids = site.specs[site.call.inputs[position]], site.inputs[position]
     if None in spec.shape[1:]:
         shape = [None if i == 0 else d or 7 for i, d in enumerate(spec.shape)]
@@ -185,17 +176,17 @@ def _symbol(site: Site, position: int, resized: dict) -> Any:
         if varies(ids, axis):
             shape[axis] = resized.get(shape[axis], shape[axis])
         elif shape[axis] in _lines(site):
-            raise CannotOpen("has a position axis as long as its units")
+            raise CannotTrace("has a position axis as long as its units")
     return KerasTensor([None, *shape[1:]], spec.dtype)
 
 
-def _arguments(site: Site, symbols: list) -> tuple[tuple, dict]:
+def _arguments(site: CallSite, symbols: list) -> tuple[tuple, dict]:
     values = dict(zip(site.call.inputs, symbols, strict=True))
     args, kwargs = fill((site.call.args, site.call.kwargs), values)
     return args, {k: v for k, v in kwargs.items() if k != "training"}
 
 
-class _Inner(Site):
+class _Inner(CallSite):
     """A call inside a layer; shapes of variables have no batch axis."""
 
     @property
@@ -204,29 +195,35 @@ class _Inner(Site):
         return [sizes(s) if None in s else tuple(s) for s in shapes]
 
 
-def _through(site: Site, run: Opened, vectors: dict[str, Ids]) -> list[Ids]:
+def _through(site: CallSite, run: Expansion, vectors: dict[str, Ids]) -> list[Ids]:
     """Ids of the outputs of a traced call."""
-    own = iter(site.inputs)
-    table = {id(x): next(own) for x in run.inlets}
+    inputs = iter(site.inputs)
+    table = {id(x): next(inputs) for x in run.inlets}
     for name, symbol in run.variables.items():
-        shape = tuple(symbol.shape)
-        axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
-        ids = along(vectors[name], axes[0], shape) if axes else nobody(shape)
-        table[id(symbol)] = ids
+        table[id(symbol)] = _variable_ids(site, name, tuple(symbol.shape), vectors)
     rows = dict.fromkeys(table, 1)
     for step in run.steps:
         inner = _site(site, step, table)
         before = [rows[id(x)] for x in tensors_in((step.args, step.kwargs))]
         rows.update(dict.fromkeys(map(id, step.outputs), set_rows(inner, before)))
         site.parts.append(inner)
-        rule = rule_for(step.op)
-        outputs = rule.flow(inner)
-        if inner.reads or inner.produces or not _adapts(rule):
-            for ids in inner.inputs:
-                site.pin(ids, f"computes with its units ({type(step.op).__name__})")
-        table.update((id(x), ids) for x, ids in zip(step.outputs, outputs, strict=True))
-    found = zip(run.outputs, site.output_shapes, strict=True)
-    return [np.broadcast_to(table[id(x)], shape) for x, shape in found]
+        table.update(zip(map(id, step.outputs), _inner_outputs(site, inner), strict=True))
+    outputs = zip(run.outputs, site.output_shapes, strict=True)
+    return [np.broadcast_to(table[id(x)], shape) for x, shape in outputs]
+
+
+def _variable_ids(site: CallSite, name: str, shape: tuple, vectors: dict[str, Ids]) -> Ids:
+    axes = [i for i in range(len(shape)) if f"{name} {i}" in site.axes]
+    return broadcast_along(vectors[name], axes[0], shape) if axes else no_unit(shape)
+
+
+def _inner_outputs(site: CallSite, inner: CallSite) -> list[Ids]:
+    """What the rule of a call inside says; its units stay where it computes with them."""
+    outputs = inner.rule.flow(inner)
+    if inner.reads or inner.produces or not _adapts(inner.rule):
+        for ids in inner.inputs:
+            site.pin(ids, f"computes with its units ({type(inner.op).__name__})")
+    return outputs
 
 
 def _adapts(rule: Rule) -> bool:
@@ -236,7 +233,7 @@ def _adapts(rule: Rule) -> bool:
     return is_plain or isinstance(rule, MergeRule)
 
 
-def _site(site: Site, step: Any, table: dict) -> _Inner:
+def _site(site: CallSite, step: Any, table: dict) -> _Inner:
     tensors: list[Any] = []
 
     def swap(leaf: Any) -> Any:
@@ -251,7 +248,8 @@ def _site(site: Site, step: Any, table: dict) -> _Inner:
     specs = [Spec(tuple(x.shape), x.dtype) for x in tensors]
     specs += [Spec(tuple(s), x.dtype) for s, x in zip(step.shapes, step.outputs, strict=True)]
     call = Call(step.op, step.op.name, site.call.path, args, kwargs, inputs, outputs)
-    return _Inner(call, tuple(specs), site.units, [table[id(x)] for x in tensors], {})
+    ids = [table[id(x)] for x in tensors]
+    return _Inner(call, tuple(specs), site.units, ids, {}, rule_for(step.op))
 
 
 add(TracedRule(), keras.layers.Layer)

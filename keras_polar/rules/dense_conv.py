@@ -10,42 +10,31 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.elementwise import why_mixing
-from keras_polar.rules.ids import Ids, along, nobody
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add
-
-
-def channel_axis(op: Any) -> int:
-    """Axis of the channels, by the operation's `data_format` (None: Keras' global setting)."""
-    found = getattr(op, "data_format", "channels_last") or keras.config.image_data_format()
-    return 1 if found == "channels_first" else -1
-
-
-def activated(site: Site, ids: Ids) -> list[Ids]:
-    """The ids after the layer's own activation; pinned if that might mix channels."""
-    why = why_mixing(getattr(site.op, "activation", None))
-    if why:
-        site.pin(ids, why)
-    return [ids]
+from keras_polar.rules.activations import activated
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.common import channel_axis, spread
+from keras_polar.rules.ids import Ids, no_unit
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 
 class DenseRule(Rule):
     """Reads and makes units on the last axis, at every position of the others."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         site.read("in", -1, by=("kernel", 0))
         return activated(site, site.produce("out", site.op.units, -1))
 
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"kernel": ("in", "out"), "bias": ("out",)}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"units": kept.count(site.axes["out"])}
 
-    def macs(self, site: Site) -> list[Term]:
-        return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, -1))]
+    def macs(self, site: CallSite) -> list[CostTerm]:
+        return [CostTerm((site.axes["in"], site.axes["out"]), macs=site.positions(0, -1))]
 
-    def adapter_macs(self, site: Site) -> int:
+    def adapter_macs(self, site: CallSite) -> int:
         adapters = (site.op.lora_kernel_a, site.op.lora_kernel_b)
         return site.positions(0, -1) * sum(math.prod(x.shape) for x in adapters)
 
@@ -57,7 +46,7 @@ class ConvRule(Rule):
     unit), or the same channels out of every group: whichever leaves more to choose from.
     """
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         if getattr(site.op, "groups", 1) == 1:  # transposed ones have no groups
             kernel = self.weights(site.op)["kernel"]
@@ -65,7 +54,7 @@ class ConvRule(Rule):
             return activated(site, site.produce("out", site.op.filters, axis))
         return activated(site, self._grouped(site, axis))
 
-    def _grouped(self, site: Site, axis: int) -> Ids:
+    def _grouped(self, site: CallSite, axis: int) -> Ids:
         groups, vector = site.op.groups, site.follow("all_in", axis)
         by_group = vector.reshape(groups, -1)
         out = site.produce("out", site.op.filters, axis)
@@ -88,21 +77,21 @@ class ConvRule(Rule):
     def _window(self, op: Any) -> tuple:
         return (None,) * op.rank
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         changes = {"filters": kept.count(site.axes["out"])}
         if "group" in site.axes:
             changes["groups"] = kept.count(site.axes["group"])
         return changes
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: CallSite) -> list[CostTerm]:
         names = [n for n in ("in", "out") if n in site.axes]
         per_pair = math.prod(site.op.kernel_size)
         if "group" in site.axes:  # the inputs per group do not change
             per_pair *= len(site.axes["all_in"]) // site.op.groups
         positions = self._positions(site)
-        return [Term(tuple(site.axes[n] for n in names), macs=per_pair * positions)]
+        return [CostTerm(tuple(site.axes[n] for n in names), macs=per_pair * positions)]
 
-    def _positions(self, site: Site) -> int:
+    def _positions(self, site: CallSite) -> int:
         return site.positions(0, channel_axis(site.op), output=True)
 
 
@@ -112,14 +101,14 @@ class ConvTransposeRule(ConvRule):
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"kernel": (*self._window(op), "out", "in"), "bias": ("out",)}
 
-    def _positions(self, site: Site) -> int:
+    def _positions(self, site: CallSite) -> int:
         return site.positions(0, channel_axis(site.op))
 
 
 class DepthwiseConvRule(Rule):
     """DepthwiseConv1D/2D: output channels `i * depth_multiplier + m` belong to input channel i."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         vector = site.follow("in", axis)
         out = site.set_axis("out", np.repeat(vector, site.op.depth_multiplier))
@@ -128,15 +117,15 @@ class DepthwiseConvRule(Rule):
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"kernel": (*(None,) * op.rank, "in", None), "bias": ("out",)}
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: CallSite) -> list[CostTerm]:
         positions = site.positions(0, channel_axis(site.op), output=True)
-        return [Term((site.axes["out"],), macs=math.prod(site.op.kernel_size) * positions)]
+        return [CostTerm((site.axes["out"],), macs=math.prod(site.op.kernel_size) * positions)]
 
 
 class SeparableConvRule(Rule):
     """SeparableConv1D/2D: a depthwise convolution without bias, then a 1x1 convolution."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         vector = site.read("in", axis)
         site.set_axis("middle", np.repeat(vector, site.op.depth_multiplier))
@@ -150,14 +139,17 @@ class SeparableConvRule(Rule):
             "bias": ("out",),
         }
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"filters": kept.count(site.axes["out"])}
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: CallSite) -> list[CostTerm]:
         middle, out = site.axes["middle"], site.axes["out"]
         positions = site.positions(0, channel_axis(site.op), output=True)
         window = math.prod(site.op.kernel_size)
-        return [Term((middle,), macs=window * positions), Term((middle, out), macs=positions)]
+        return [
+            CostTerm((middle,), macs=window * positions),
+            CostTerm((middle, out), macs=positions),
+        ]
 
 
 class KernelRule(Rule):
@@ -170,7 +162,7 @@ class KernelRule(Rule):
     def __init__(self, *cuts: int) -> None:
         self.cuts = cuts
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len(site.inputs) > 1 or not isinstance(site.call.args[0], Ref):
             return site.pin_all("its kernel is not a constant")
         axis = channel_axis(site.op)
@@ -178,14 +170,14 @@ class KernelRule(Rule):
             return site.pin_all("is a grouped convolution with a constant kernel")
         return self._pass(site, axis)
 
-    def _pass(self, site: Site, axis: int) -> list[Ids]:
+    def _pass(self, site: CallSite, axis: int) -> list[Ids]:
         site.read("in", axis)
-        return [nobody(site.output_shapes[0])]
+        return [no_unit(site.output_shapes[0])]
 
-    def _kernel(self, site: Site) -> np.ndarray:
+    def _kernel(self, site: CallSite) -> np.ndarray:
         return to_numpy(site.call.args[1])
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Kernels without the channels that are gone."""
         args = list(site.call.args)
         for i, axis in enumerate(self.cuts, 1) if "in" in site.axes else ():
@@ -195,30 +187,24 @@ class KernelRule(Rule):
             args[i] = keras.ops.convert_to_tensor(kernel)  # some backends want no other
         return tuple(args), site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         positions = site.positions(0, channel_axis(site.op), output=True)
         kernels = site.call.args[1 : len(self.cuts) + 1]
         if len(kernels) < len(self.cuts):
             return None
         size = sum(math.prod(site.shape_of(k)) for k in kernels)
         if "in" not in site.axes:
-            return [Term((), macs=size * positions)]
-        return [Term((site.axes["in"],), macs=size // len(site.axes["in"]) * positions)]
+            return [CostTerm((), macs=size * positions)]
+        return [CostTerm((site.axes["in"],), macs=size // len(site.axes["in"]) * positions)]
 
 
 class DepthwiseKernelRule(KernelRule):
     """`ops.depthwise_conv` with a constant kernel: channel by channel."""
 
-    def _pass(self, site: Site, axis: int) -> list[Ids]:
+    def _pass(self, site: CallSite, axis: int) -> list[Ids]:
         vector = site.follow("in", axis)
         out = np.repeat(vector, self._kernel(site).shape[-1])
         return [spread(site, site.set_axis("out", out), axis)]
-
-
-def spread(site: Site, vector: Ids, axis: int) -> Ids:
-    """The first output's ids: `vector` along `axis`, constant along all other axes."""
-    shape = site.output_shapes[0]
-    return along(vector, axis % len(shape), shape)
 
 
 add(DenseRule(), layers.Dense)

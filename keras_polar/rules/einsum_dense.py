@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.rules.dense_conv import activated
-from keras_polar.rules.ids import Ids, along, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add, alone, sizes
+from keras_polar.rules.activations import activated
+from keras_polar.rules.call_site import CallSite, alone, sizes
+from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class EinsumDenseRule(Rule):
     element of the output can belong to one unit only.
     """
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,), shape = site.inputs, site.output_shapes[0]
         equation = parse(site.op.equation, ids.ndim)
         if not equation.is_plain:
@@ -68,24 +70,24 @@ class EinsumDenseRule(Rule):
         if (made := self._place_made(equation)) is not None:
             own = site.produce_inside(equation.outputs[made], shape[made])
             site.pin(own, "units of its input pass through it on another axis")
-        return activated(site, along(vector, equation.outputs.index(name), shape))
+        return activated(site, broadcast_along(vector, equation.outputs.index(name), shape))
 
-    def _unit_axis(self, site: Site) -> int | None:
+    def _unit_axis(self, site: CallSite) -> int | None:
         """The axis of the input that units are on: the longest on which they vary."""
         (ids,) = site.inputs
         axes = [i for i in range(1, ids.ndim) if varies(ids, i)]
         return max(axes, key=lambda i: ids.shape[i]) if axes else None
 
-    def _fix(self, site: Site, name: str, equation: Equation) -> None:
+    def _fix(self, site: CallSite, name: str, equation: Equation) -> None:
         """An axis of the kernel that the input has and no units are on."""
         if name in equation.inputs:
             size = site.op.kernel.shape[equation.kernel.index(name)]
             site.set_axis(name, np.full(size, -1, np.int32))
 
-    def _made(self, site: Site, equation: Equation) -> Ids:
+    def _made(self, site: CallSite, equation: Equation) -> Ids:
         shape, place = site.output_shapes[0], self._place_made(equation)
         if place is None:
-            return nobody(shape)
+            return no_unit(shape)
         return site.produce(equation.outputs[place], shape[place], place)
 
     def _place_made(self, equation: Equation) -> int | None:
@@ -95,15 +97,15 @@ class EinsumDenseRule(Rule):
 
     def weights(self, op: Any) -> dict[str, tuple]:
         kernel = tuple(op.equation.replace(" ", "").split("->")[0].split(",")[1])
-        found: dict[str, tuple] = {"kernel": kernel}
+        axes: dict[str, tuple] = {"kernel": kernel}
         if op.bias is not None:
             outputs = _outputs(op)
             first = min(outputs.index(c) for c in op.bias_axes)
             names = [c if c in op.bias_axes else None for c in outputs[first:]]
-            found["bias"] = (*names, *(None,) * (len(op.bias.shape) - len(names)))
-        return found
+            axes["bias"] = (*names, *(None,) * (len(op.bias.shape) - len(names)))
+        return axes
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         op = site.op
         # `output_shape` leaves out the batch and the axes of an ellipsis.
         names = _outputs(op)[0 if op.equation.replace(" ", "").startswith("...") else 1 :]
@@ -113,7 +115,7 @@ class EinsumDenseRule(Rule):
         ]
         return {"output_shape": tuple(shape)}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         equation = parse(site.op.equation, site.inputs[0].ndim)
         if not equation.is_plain:
             return None
@@ -121,9 +123,9 @@ class EinsumDenseRule(Rule):
         size |= dict(zip(equation.outputs, _sizes(site, site.call.outputs[0]), strict=True))
         named = [n for n in size if n in site.axes]
         other = math.prod(n for name, n in size.items() if name not in named)
-        return [Term(tuple(site.axes[n] for n in named), macs=other)]
+        return [CostTerm(tuple(site.axes[n] for n in named), macs=other)]
 
-    def adapter_macs(self, site: Site) -> int | None:
+    def adapter_macs(self, site: CallSite) -> int | None:
         """The equation with the rank for the kernel's last axis, then from the rank back to it."""
         own = alone(site, self)
         if own is None:
@@ -137,7 +139,7 @@ def _outputs(op: Any) -> str:
     return op.equation.replace(" ", "").replace("...", "").split("->")[1]
 
 
-def _sizes(site: Site, index: int) -> tuple:
+def _sizes(site: CallSite, index: int) -> tuple:
     return sizes(site.specs[index].shape)
 
 

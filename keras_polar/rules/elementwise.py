@@ -1,27 +1,17 @@
 """Operations that act on every element alone, on one tensor or on several."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import KerasTensor, activations, layers, tree
+from keras import layers, tree
 
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Call, Ref, refs_in
 from keras_polar.graph.keras_private import op_class
-from keras_polar.graph.symbolic.record import CannotOpen, Step, function_steps
-from keras_polar.rules.ids import Ids, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, add, find, line, rule_for
-
-ELEMENTWISE_ACTIVATIONS = frozenset(
-    getattr(activations, name)
-    for name in (
-        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear "
-        "log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus "
-        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
-    ).split()
-)
+from keras_polar.rules.call_site import CallSite, ids_along
+from keras_polar.rules.ids import Ids, no_unit, varies
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import KeptUnits, Rule
 
 
 class ElementwiseRule(Rule):
@@ -29,22 +19,14 @@ class ElementwiseRule(Rule):
 
     fuses = True
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         return [np.broadcast_to(site.inputs[0], site.output_shapes[0])]
-
-
-class ActivationRule(ElementwiseRule):
-    """Any function: element-wise, or it may mix the units."""
-
-    def flow(self, site: Site) -> list[Ids]:
-        why = why_mixing(site.op.activation)
-        return site.pin_all(why) if why else super().flow(site)
 
 
 class DropoutRule(ElementwiseRule):
     """The shape of its noise may name the number of units."""
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         ids, shape = site.outputs[0], site.op.noise_shape
         if shape is None:
             return {}
@@ -55,11 +37,11 @@ class DropoutRule(ElementwiseRule):
 class ClipRule(ElementwiseRule):
     """Bounds may be vectors, which are cut with the units."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         shape = site.output_shapes[0]
         return [np.broadcast_to(_lift(site.inputs[0], len(shape)), shape)]
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         bounds = {n: getattr(site.op, n) for n in ("x_min", "x_max")}
         return {n: cut_constant(b, site.outputs[0], kept) for n, b in bounds.items() if np.ndim(b)}
 
@@ -70,7 +52,7 @@ class ScalarRule(ElementwiseRule):
     def __init__(self, *attributes: str) -> None:
         self.attributes = attributes
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if any(np.size(getattr(site.op, a)) != 1 for a in self.attributes):
             return site.pin_all("has one constant per channel")
         return super().flow(site)
@@ -83,7 +65,7 @@ class MergeRule(Rule):
     channels, say) is pinned: its one unit meets many, and they need not go together.
     """
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         shape = site.output_shapes[0]
         if _has_mixed_list(site.call):
             return site.pin_all("has a list of tensors and constants")
@@ -96,9 +78,9 @@ class MergeRule(Rule):
                 partners.append(np.broadcast_to(ids, shape))
         for other in partners[1:]:
             site.units.tie(partners[0], other, f"combined with fixed elements by {site.name!r}")
-        return [partners[0] if partners else nobody(shape)]
+        return [partners[0] if partners else no_unit(shape)]
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Constants that span a cut axis are cut with it."""
         ids = site.outputs[0]
 
@@ -130,62 +112,19 @@ def _is_spread_over_others(ids: Ids, lifted: list[Ids]) -> bool:
     return bool(others) and all(ids.shape[i] == 1 for i in others)
 
 
-def cut_constant(value: Any, ids: Ids, kept: Kept) -> np.ndarray:
+def cut_constant(value: Any, ids: Ids, kept: KeptUnits) -> np.ndarray:
     """A constant that is broadcast against a tensor, without what is cut from the tensor."""
     array = to_numpy(value)
     for axis in range(-array.ndim, 0):
         if array.shape[axis] > 1:
-            array = np.take(array, kept.where(line(ids, axis)), axis=axis)
+            array = np.take(array, kept.where(ids_along(ids, axis)), axis=axis)
     return array
-
-
-def why_mixing(activation: Any) -> str:
-    """Why the units before an activation (None, function or layer) stay; "" if they need not."""
-    if activation is None or is_elementwise(activation):
-        return ""
-    name = getattr(activation, "__name__", type(activation).__name__)
-    return f"activation {name!r} is not known to act element by element"
-
-
-def is_elementwise(activation: Any) -> bool:
-    """Whether an activation (function or layer) is known to act on each element alone."""
-    if isinstance(activation, layers.Activation):
-        return is_elementwise(activation.activation)
-    if isinstance(activation, layers.Layer):
-        return isinstance(find(type(activation)), ElementwiseRule)
-    return activation in ELEMENTWISE_ACTIVATIONS or acts_elementwise(activation)
-
-
-@functools.lru_cache(maxsize=256)
-def acts_elementwise(function: Callable) -> bool:
-    """Whether a function of one tensor consists of element-wise operations and scalars.
-
-    The scalars have to be the same for any number of units.
-    """
-    try:
-        runs = [function_steps(function, units) for units in (5, 7)]
-    except CannotOpen:
-        return False
-    return _scalars(runs[0]) == _scalars(runs[1]) and all(map(_is_elementwise, runs[0]))
-
-
-def _scalars(steps: list[Step]) -> list:
-    flat = tree.flatten([(step.args, step.kwargs) for step in steps])
-    return [x for x in flat if isinstance(x, (int, float))]
-
-
-def _is_elementwise(step: Step) -> bool:
-    rule, flat = rule_for(step.op), tree.flatten((step.args, step.kwargs))
-    constants = [x for x in flat if hasattr(x, "shape") and not isinstance(x, KerasTensor)]
-    if type(rule) in (MergeRule, SumRule):
-        return all(np.size(x) == 1 for x in constants)
-    return type(rule) is ElementwiseRule and not constants
 
 
 class MergeLayerRule(MergeRule):
     """The merge layers line up tensors of different ranks in a way of their own: pinned."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len({ids.ndim for ids in site.inputs}) > 1:
             return site.pin_all("merges tensors of different ranks")
         return super().flow(site)
@@ -205,7 +144,7 @@ class SumLayerRule(MergeLayerRule, SumRule):
 class SoftmaxRule(Rule):
     """Mixes units along its axes, which stay or go together; on other axes it acts one by one."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis
         ids, *masks = site.inputs
         for mask in masks:
@@ -226,10 +165,10 @@ class PReLURule(Rule):
 
     fuses = True
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         for axis in range(1, ids.ndim):
-            site.set_axis(str(axis), line(ids, axis))
+            site.set_axis(str(axis), ids_along(ids, axis))
         return [ids]
 
     def weights(self, op: Any) -> dict[str, tuple]:
@@ -255,7 +194,6 @@ _MERGE = (
     "Where BinaryCrossentropy"
 ).split()
 
-add(ActivationRule(), layers.Activation)
 add(DropoutRule(), layers.Dropout, layers.AlphaDropout)
 add(
     ElementwiseRule(),

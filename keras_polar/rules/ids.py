@@ -18,19 +18,19 @@ def varies(ids: Ids, axis: int) -> bool:
     return ids.shape[axis] > 1 and ids.strides[axis] != 0
 
 
-def along(vector: Ids, axis: int, shape: tuple) -> Ids:
+def broadcast_along(vector: Ids, axis: int, shape: tuple) -> Ids:
     """A view of `shape` that varies along one axis only: as `vector` (or constant)."""
     ones = [1] * len(shape)
     ones[axis] = len(vector)
     return np.broadcast_to(vector.reshape(ones), shape)
 
 
-def nobody(shape: tuple) -> Ids:
+def no_unit(shape: tuple) -> Ids:
     """Ids of a tensor that belongs to no unit."""
     return np.broadcast_to(np.int32(-1), shape)
 
 
-def compact(*arrays: Ids) -> list[Ids]:
+def drop_constant_axes(*arrays: Ids) -> list[Ids]:
     """The arrays (of one shape) without the axes along which none of them varies."""
     keep = tuple(
         slice(None) if any(varies(a, i) for a in arrays) else slice(0, 1)
@@ -41,7 +41,7 @@ def compact(*arrays: Ids) -> list[Ids]:
 
 def as_view(ids: Ids) -> Ids:
     """The same ids with stride 0 along every axis on which they turn out not to differ."""
-    keep = compact(ids)[0]
+    keep = drop_constant_axes(ids)[0]
     for axis in range(keep.ndim):
         if keep.shape[axis] > 1 and (keep == keep.take([0], axis)).all():
             keep = keep.take([0], axis)
@@ -56,6 +56,10 @@ class Units:
     _ties: list = field(default_factory=list)
     _pins: list = field(default_factory=list)
 
+    def copy(self) -> "Units":
+        """The same ids, ties and pins; what is added to one is not known to the other."""
+        return Units(self.count, [*self._ties], [*self._pins])
+
     def fresh(self, n: int) -> Ids:
         """`n` new ids."""
         self.count += n
@@ -63,15 +67,15 @@ class Units:
 
     def pin(self, ids: Ids, reason: str) -> None:
         """These units stay, because of `reason`."""
-        (ids,) = compact(ids)
+        (ids,) = drop_constant_axes(ids)
         if (ids >= 0).any():
             self._pins.append((np.unique(ids[ids >= 0]), reason))
 
     def tie(self, a: Ids, b: Ids, reason: str) -> None:
-        """Units at the same position go together; with nobody's elements they stay."""
+        """Units at the same position go together; with elements of no unit they stay."""
         if a is b:
             return
-        a, b = (x.ravel() for x in compact(*np.broadcast_arrays(a, b)))
+        a, b = (x.ravel() for x in drop_constant_axes(*np.broadcast_arrays(a, b)))
         both = (a >= 0) & (b >= 0)
         self._ties.append((a[both & (a != b)], b[both & (a != b)]))
         self.pin(np.maximum(a, b)[~both], reason)
@@ -130,13 +134,13 @@ class Forest:
             self.parents[here] = top
             here = top
 
-    def join(self, left: Ids, right: Ids) -> None:
+    def join(self, first: Ids, second: Ids) -> None:
         """Makes one class of each pair, all pairs at once."""
-        while left.size:
-            left, right = self.find(left), self.find(right)
-            apart = left != right
-            left, right = left[apart], right[apart]
-            np.minimum.at(self.parents, np.maximum(left, right), np.minimum(left, right))
+        while first.size:
+            first, second = self.find(first), self.find(second)
+            apart = first != second
+            first, second = first[apart], second[apart]
+            np.minimum.at(self.parents, np.maximum(first, second), np.minimum(first, second))
 
     def roots(self) -> np.ndarray:
         """The root of every id, int32 of shape (ids,)."""
@@ -144,8 +148,8 @@ class Forest:
 
 
 def look_up(table: np.ndarray, ids: Ids, default: int | bool) -> np.ndarray:
-    """`table[ids]`, `default` for nobody's elements, broadcast views preserved."""
-    (small,) = compact(ids)
+    """`table[ids]`, `default` for elements of no unit, broadcast views preserved."""
+    (small,) = drop_constant_axes(ids)
     safe = np.where(small >= 0, small, 0)
     found = np.where(small >= 0, table[safe] if len(table) else 0, default)
     return np.broadcast_to(found.astype(np.asarray(table).dtype), ids.shape)

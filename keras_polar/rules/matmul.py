@@ -15,8 +15,10 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.ids import Ids, along, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, Term, add
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 Labels = tuple[tuple, ...]  # one tuple of labels per operand, then one for the result
 
@@ -49,34 +51,34 @@ class ContractionRule(Rule):
     def __init__(self, labels: Callable[[Any, list[int]], Labels]) -> None:
         self.labels = labels
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         try:
             operands, out = self._operands(site)
         except ValueError as error:
             return site.pin_all(str(error))
-        found = None
+        out_label = None
         for operand, label in zip(operands, _choices(operands, out), strict=True):
             if label is None and operand.ids is not None:
                 site.pin(operand.ids, "meets fixed elements or other units")
             elif label is not None:
                 vector = self._take(site, operand, label, label in out)
-                found = label if label in out else found
+                out_label = label if label in out else out_label
                 site.units.tie(site.axes["units"], vector, f"meets fixed elements in {site.name!r}")
         shape = site.output_shapes[0]
-        if found is None or len(shape) != len(out):
-            return [nobody(shape)]
-        return [along(site.axes["units"], out.index(found), shape)]
+        if out_label is None or len(shape) != len(out):
+            return [no_unit(shape)]
+        return [broadcast_along(site.axes["units"], out.index(out_label), shape)]
 
-    def _take(self, site: Site, operand: Operand, label: Any, passes: bool) -> Ids:
+    def _take(self, site: CallSite, operand: Operand, label: Any, passes: bool) -> Ids:
         take = site.follow if passes else site.read
         return take("units", operand.labels.index(label), operand.tensor)
 
-    def _operands(self, site: Site) -> tuple[list[Operand], tuple]:
+    def _operands(self, site: CallSite) -> tuple[list[Operand], tuple]:
         operands, out = self._labelled(site)
         _check(operands, out)
         return operands, out
 
-    def _labelled(self, site: Site) -> tuple[list[Operand], tuple]:
+    def _labelled(self, site: CallSite) -> tuple[list[Operand], tuple]:
         given: Any = site.call.args
         given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         values = [x if isinstance(x, Ref) else to_numpy(x) for x in given]
@@ -90,7 +92,7 @@ class ContractionRule(Rule):
             tensor += is_tensor
         return operands, out
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Constants that meet units are cut with them."""
         try:
             operands, out = self._operands(site)
@@ -105,7 +107,7 @@ class ContractionRule(Rule):
                     args[i] = np.take(to_numpy(args[i]), kept.where(site.axes["units"]), axis)
         return tuple(args), site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         try:
             operands, out = self._labelled(site)
         except ValueError:
@@ -120,7 +122,7 @@ class ContractionRule(Rule):
         # The first axis is the batch, unless its size is known and that of another is not.
         batch = out[:1] if site.output_shapes[0][:1] == (1,) else ()
         fixed = math.prod(n for label, n in size.items() if label not in {*chosen, *batch})
-        return [Term((site.axes["units"],) if chosen else (), macs=fixed)]
+        return [CostTerm((site.axes["units"],) if chosen else (), macs=fixed)]
 
 
 def _check(operands: list[Operand], out: tuple) -> None:
@@ -135,18 +137,21 @@ def _check(operands: list[Operand], out: tuple) -> None:
 
 def _choices(operands: list[Operand], out: tuple) -> list:
     """For every operand the label whose units can go, or None; all the same label."""
-    options = [
-        {n: operand.ids.shape[axis] for n, axis in operand.varying.items()}
-        for operand in operands
-        if operand.ids is not None
-    ]
-    labels = {label for found in options for label in found}
-    size = {n: max(found.get(n, 0) for found in options) for n in labels}
-    legal = [n for n in labels if all(_can_follow(x, n, out) for x in operands)]
+    size = _sizes(operands)
+    legal = [n for n in size if all(_can_follow(x, n, out) for x in operands)]
     # A label that more operands have comes first: those who lack it would have to be pinned.
     order = {n: (sum(n in x.varying for x in operands), size[n], str(n)) for n in legal}
     best = max(legal, key=order.__getitem__, default=None)
     return [best if best in operand.varying else None for operand in operands]
+
+
+def _sizes(operands: list[Operand]) -> dict:
+    """Label -> the most units that an operand has on it, for labels with units."""
+    found: dict = {}
+    for operand in operands:
+        for label, axis in operand.varying.items():
+            found[label] = max(found.get(label, 0), operand.ids.shape[axis])  # type: ignore[union-attr]
+    return found
 
 
 def _can_follow(operand: Operand, label: Any, out: tuple) -> bool:
@@ -224,6 +229,12 @@ def _dot_layer(op: Any, ranks: list[int]) -> Labels:
     return tuple(left), tuple(right), ("batch", *free)
 
 
+def _may_have_heads(site: CallSite) -> bool:
+    """Whether a bias or mask of an attention may have an axis of heads."""
+    others = (*site.call.args[3:], *site.call.kwargs.values())
+    return len(site.inputs) > 3 or any(np.ndim(getattr(x, "shape", ())) for x in others)
+
+
 class DotProductAttentionRule(Rule):
     """`ops.dot_product_attention` of (batch, positions, heads, channels) tensors.
 
@@ -232,7 +243,7 @@ class DotProductAttentionRule(Rule):
     value has as many channels as query and key.)
     """
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = self._axis(site)
         for ids in site.inputs[3:]:
             site.pin(ids, "is a bias or mask of attention")
@@ -242,21 +253,18 @@ class DotProductAttentionRule(Rule):
         first, *others = [take(name, axis, i) for i, name in enumerate(("query", "key", "value"))]
         for vector in others:
             site.units.tie(first, vector, f"meets fixed elements in {site.name!r}")
-        return [along(first, axis, site.output_shapes[0])]
+        return [broadcast_along(first, axis, site.output_shapes[0])]
 
-    def _axis(self, site: Site) -> int | None:
-        given = (*site.call.args, *site.call.kwargs.values())
-        whole = all(isinstance(x, Ref) for x in site.call.args[:3]) and len(site.call.args) >= 3
+    def _axis(self, site: CallSite) -> int | None:
         inputs = site.inputs[:3]
-        if not whole or len({x.shape[2:] for x in inputs}) > 1:
+        are_tensors = [isinstance(x, Ref) for x in site.call.args[:3]] == [True] * 3
+        if not are_tensors or len({x.shape[2:] for x in inputs}) > 1:
             return None
-        extra = [x for x in given[3:] if np.ndim(getattr(x, "shape", ())) and x is not None]
-        per_head = extra or len(site.inputs) > 3  # a bias or mask may have an axis of heads
-        axes = [a for a in (2, 3) if all(varies(x, a) for x in inputs)]
-        axes = [a for a in axes if a == 3 or not per_head]
+        may_go = (3,) if _may_have_heads(site) else (2, 3)
+        axes = [a for a in may_go if all(varies(x, a) for x in inputs)]
         return max(axes, key=lambda a: inputs[0].shape[a], default=None)
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """The scale stays that of the full width."""
         args, kwargs = list(site.call.args), dict(site.call.kwargs)
         scale = args[5] if len(args) > 5 else kwargs.get("scale")
@@ -265,13 +273,13 @@ class DotProductAttentionRule(Rule):
             args, kwargs = args[:5], {**kwargs, "scale": 1 / math.sqrt(width)}
         return tuple(args), kwargs
 
-    def macs(self, site: Site) -> list[Term]:
+    def macs(self, site: CallSite) -> list[CostTerm]:
         query, key = (site.specs[i].shape for i in site.call.inputs[:2])
         positions = 2 * (query[1] or 1) * (key[1] or 1)
         axis = self._axis(site)
         if axis is None:
-            return [Term((), macs=positions * math.prod(n or 1 for n in query[2:]))]
-        return [Term((site.axes["query"],), macs=positions * (query[5 - axis] or 1))]
+            return [CostTerm((), macs=positions * math.prod(n or 1 for n in query[2:]))]
+        return [CostTerm((site.axes["query"],), macs=positions * (query[5 - axis] or 1))]
 
 
 add(ContractionRule(_matmul), op_class("Matmul"))

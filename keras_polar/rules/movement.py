@@ -10,8 +10,10 @@ from keras import layers, tree
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
+from keras_polar.rules.call_site import CallSite, ids_along, sizes
 from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.rule import Kept, Rule, Site, add, line, sizes
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import KeptUnits, Rule
 
 
 class MoveRule(Rule):
@@ -20,7 +22,7 @@ class MoveRule(Rule):
     def __init__(self, move: Callable[[Any, Ids], Ids]) -> None:
         self.move = move
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len(site.inputs) > 1:
             return site.pin_all("has arguments that are computed")
         try:
@@ -31,7 +33,7 @@ class MoveRule(Rule):
             pass
         return site.pin_all("units cannot be followed through it")
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         samples = np.arange(7)
         try:
             moved = self.move(site.op, samples.reshape(7, *(1,) * (site.inputs[0].ndim - 1)))
@@ -47,12 +49,12 @@ class ReshapeRule(MoveRule):
         super().__init__(move)
         self.attribute, self.first = attribute, first
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if _unknown_after_units(site):
             return site.pin_all("an axis of unknown size follows the units")
         return super().flow(site)
 
-    def rows(self, site: Site, before: list[int]) -> int:
+    def rows(self, site: CallSite, before: list[int]) -> int:
         """No element is lost: what leaves the other axes goes to the first."""
         shapes = [site.specs[i].shape for i in (*site.call.inputs[:1], *site.call.outputs)]
         if self.first or self.attribute != "newshape" or any(None in s[1:] for s in shapes):
@@ -60,7 +62,7 @@ class ReshapeRule(MoveRule):
         elements = [math.prod(sizes(s)) for s in shapes]
         return before[0] * elements[0] // elements[-1]
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         if self.first:
             return True
         before = site.specs[site.call.inputs[0]].shape[1:]
@@ -68,7 +70,7 @@ class ReshapeRule(MoveRule):
         is_known = None not in before and None not in after
         return is_known and math.prod(before) == math.prod(after)
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         target, ids = getattr(site.op, self.attribute), site.outputs[0]
         new = [
             kept.size(ids, i + self.first) if i + self.first and n not in (-1, None) else n
@@ -80,13 +82,13 @@ class ReshapeRule(MoveRule):
 class FlattenRule(MoveRule):
     """Positions and units on one axis."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if _unknown_after_units(site):
             return site.pin_all("an axis of unknown size follows the units")
         return super().flow(site)
 
 
-def _unknown_after_units(site: Site) -> bool:
+def _unknown_after_units(site: CallSite) -> bool:
     """Whether the place of units in memory depends on a size that is not known."""
     if not site.inputs:
         return False
@@ -101,20 +103,20 @@ class SqueezeRule(MoveRule):
     def __init__(self) -> None:
         super().__init__(lambda op, ids: ids)
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axes = self._axes(site)
         (ids,) = site.inputs
         if 0 in axes:
             return site.pin_all("removes the batch axis")
         return [ids[tuple(0 if i in axes else slice(None) for i in range(ids.ndim))]]
 
-    def _axes(self, site: Site) -> tuple:
+    def _axes(self, site: CallSite) -> tuple:
         axis, shape = site.op.axis, site.specs[site.call.inputs[0]].shape
         if axis is None:
             return tuple(i for i, n in enumerate(shape) if n == 1)
         return tuple(a % len(shape) for a in ([axis] if isinstance(axis, int) else axis))
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"axis": self._axes(site)}
 
 
@@ -124,7 +126,7 @@ class ConcatRule(Rule):
     def __init__(self, axis: Callable[[Any], int | None] = lambda op: op.axis) -> None:
         self.axis = axis
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis, shape = self.axis(site.op), site.output_shapes[0]
         if len(site.inputs) < len(tree.flatten(site.call.args)):
             return site.pin_all("has constants next to tensors")
@@ -134,7 +136,7 @@ class ConcatRule(Rule):
             return site.pin_all("concatenates samples")
         return [concatenate(site.inputs, axis, shape)]
 
-    def rows(self, site: Site, before: list[int]) -> int:
+    def rows(self, site: CallSite, before: list[int]) -> int:
         is_first = self.axis(site.op) in (0, -len(site.output_shapes[0]))
         return sum(before) if is_first else super().rows(site, before)
 
@@ -142,14 +144,14 @@ class ConcatRule(Rule):
 class StackRule(Rule):
     """Units of all inputs along a new axis."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         shape = site.output_shapes[0]
         axis = site.op.axis % len(shape)
         if shape[axis] != len(site.inputs) or len(site.inputs) < len(tree.flatten(site.call.args)):
             return site.pin_all("stacks along the batch axis, or constants")
         return [concatenate([np.expand_dims(x, axis) for x in site.inputs], axis, shape)]
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         return site.op.axis % len(site.output_shapes[0]) != 0
 
 
@@ -164,9 +166,9 @@ def concatenate(arrays: list[Ids], axis: int, shape: tuple) -> Ids:
 
 
 class PadRule(Rule):
-    """`ops.pad`: what is padded with zeros belongs to nobody."""
+    """`ops.pad`: what is padded with zeros belongs to no unit."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,), op = site.inputs, site.op
         widths = self._widths(site)
         units = {i for i in range(ids.ndim) if varies(ids, i)}
@@ -177,10 +179,10 @@ class PadRule(Rule):
         padded = np.pad(ids[keep], needed, constant_values=-1)
         return [np.broadcast_to(padded, site.output_shapes[0])]
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         return not self._widths(site)[0].any()
 
-    def _widths(self, site: Site) -> np.ndarray:
+    def _widths(self, site: CallSite) -> np.ndarray:
         """Zeros before and after, for every axis."""
         return np.broadcast_to(np.asarray(site.op.pad_width), (site.inputs[0].ndim, 2))
 
@@ -188,12 +190,12 @@ class PadRule(Rule):
 class RollRule(Rule):
     """Moves positions in a circle; units themselves would be moved by a fixed number: pinned."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,), axes = site.inputs, site.op.axis
         axes = range(ids.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
         return site.pin_all("shifts units") if any(varies(ids, a) for a in axes) else [ids]
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         axes = site.op.axis
         return axes is not None and 0 not in ([axes] if isinstance(axes, int) else axes)
 
@@ -204,7 +206,7 @@ class SplitRule(Rule):
     def __init__(self, axis: Callable = lambda op: op.axis, movable: bool = True) -> None:
         self.axis, self.movable = axis, movable
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         axis = self.axis(site.op) % ids.ndim
         if axis == 0 or (varies(ids, axis) and not self.movable):
@@ -215,10 +217,10 @@ class SplitRule(Rule):
         sizes = [shape[axis] for shape in site.output_shapes]
         parts = np.split(ids, np.cumsum(sizes)[:-1].tolist(), axis)
         for i, part in enumerate(parts):
-            site.set_axis(f"part{i}", line(part, axis))  # so that none vanishes
+            site.set_axis(f"part{i}", ids_along(part, axis))  # so that none vanishes
         return parts
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         axis = self.axis(site.op)
         if axis % site.inputs[0].ndim == 0 or not varies(site.inputs[0], axis):
             return {}
@@ -229,7 +231,7 @@ class SplitRule(Rule):
 class UnstackRule(Rule):
     """One tensor per position of an axis; units on that axis stay."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         axis = site.op.axis % ids.ndim
         if axis == 0 or varies(ids, axis):
@@ -240,7 +242,7 @@ class UnstackRule(Rule):
 class TakeRule(Rule):
     """`ops.take` with constant indices along one axis: they are renumbered when units go."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len(site.inputs) > 1 or not isinstance(site.call.args[0], Ref) or site.op.axis is None:
             return site.pin_all("takes from all samples, or by indices that are computed")
         (ids,), index = site.inputs, self._index(site)
@@ -252,18 +254,18 @@ class TakeRule(Rule):
         if index.ndim != 1:
             return site.pin_all("picks single units")
         taken = np.take(ids, index % ids.shape[axis], axis)
-        site.set_axis("taken", line(taken, axis))  # so that not all of them vanish
+        site.set_axis("taken", ids_along(taken, axis))  # so that not all of them vanish
         return [taken]
 
-    def _index(self, site: Site) -> np.ndarray:
+    def _index(self, site: CallSite) -> np.ndarray:
         given = site.call.kwargs.get("indices", (*site.call.args, None)[1])
         return to_numpy(given).astype(int)
 
-    def _from_fixed(self, site: Site, ids: Ids, axis: int, index: np.ndarray) -> Ids:
+    def _from_fixed(self, site: CallSite, ids: Ids, axis: int, index: np.ndarray) -> Ids:
         first = ids.take(np.zeros((1,) * index.ndim, int), axis)
         return np.broadcast_to(first, site.output_shapes[0])
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Indices of what stays, counted among what stays."""
         if "taken" not in site.axes:
             return super().arguments(site, kept)
@@ -276,7 +278,7 @@ class TakeRule(Rule):
 class GetItemRule(Rule):
     """`x[key]`: slices of units with step 1 are moved with the cut, single units stay."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,), key = site.inputs, _full_key(self._key(site), site.inputs[0].ndim)
         if key is None:
             return site.pin_all("is indexed with something other than integers and slices")
@@ -286,21 +288,21 @@ class GetItemRule(Rule):
         out = ids[tuple(_on_unknown(p, ids, a) for p, a in zip(key, _axes_of(key), strict=True))]
         return [np.broadcast_to(out, site.output_shapes[0])]
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         key = _full_key(self._key(site), site.inputs[0].ndim)
         return key is not None and key[0] == slice(None)
 
-    def _key(self, site: Site) -> Any:
+    def _key(self, site: CallSite) -> Any:
         return site.call.kwargs.get("key", (*site.call.args, None)[1])
 
-    def _part(self, site: Site, ids: Ids, axis: int, part: Any) -> None:
+    def _part(self, site: CallSite, ids: Ids, axis: int, part: Any) -> None:
         if isinstance(part, slice) and part.step in (None, 1):
             index = (slice(None),) * axis + (part,)
-            site.set_axis(f"slice{axis}", line(ids[index], axis))
+            site.set_axis(f"slice{axis}", ids_along(ids[index], axis))
         else:
             site.pin(ids, "picks single units")
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         ids = site.inputs[0]
         key = _full_key(self._key(site), ids.ndim)
         if key is None:
@@ -333,13 +335,13 @@ def _consumed(key: tuple) -> list[tuple[int, Any]]:
 
 
 def _on_unknown(part: Any, ids: Ids, axis: int | None) -> Any:
-    """Axes without units, whose size may be a stand-in, are taken at their start."""
+    """Axes without units, whose size may stand for another, are taken at their start."""
     if axis is None or varies(ids, axis):
         return part
     return 0 if isinstance(part, int) else slice(0, 1)
 
 
-def _moved(part: Any, ids: Ids, axis: int | None, kept: Kept) -> Any:
+def _moved(part: Any, ids: Ids, axis: int | None, kept: KeptUnits) -> Any:
     if axis is None or part == slice(None) or not varies(ids, axis):
         return part
     if isinstance(part, int):  # a single unit, which stays: only its place has moved

@@ -9,9 +9,11 @@ from keras import layers
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
-from keras_polar.rules.dense_conv import channel_axis, spread
-from keras_polar.rules.ids import Ids, along, nobody, varies
-from keras_polar.rules.rule import Kept, Rule, Site, add
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.common import axes_of, channel_axis, spread, widest
+from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import KeptUnits, Rule
 
 
 class SpatialRule(Rule):
@@ -20,7 +22,7 @@ class SpatialRule(Rule):
     def __init__(self, rank: int | None = None) -> None:
         self.rank = rank  # operations on images also take one image, without a batch axis
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         if self.rank is not None and site.inputs[0].ndim != self.rank:
             return site.pin_all("is called without a batch axis")
@@ -40,7 +42,7 @@ class BatchNormRule(Rule):
 
     fuses = True
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis if isinstance(site.op.axis, int) else site.op.axis[0]
         _follow_or_fix(site, axis)
         return [site.inputs[0]]
@@ -50,19 +52,19 @@ class BatchNormRule(Rule):
         return dict.fromkeys(names, ("channels",))
 
 
-def _follow_or_fix(site: Site, axis: int) -> None:
+def _follow_or_fix(site: CallSite, axis: int) -> None:
     """The axis "channels"; all of it stays where the units are on other axes."""
     ids = site.unmasked()[0]
     if varies(ids, axis) or not any(varies(ids, i) for i in range(ids.ndim)):
         site.follow("channels", axis)
     else:
-        site.set_axis("channels", nobody((ids.shape[axis],)))
+        site.set_axis("channels", no_unit((ids.shape[axis],)))
 
 
 class GroupNormRule(Rule):
     """Whole groups go: fewer channels in a group would change its mean and variance."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis
         vector = site.follow("channels", axis)
         # groups == -1 is Keras' spelling of "one channel per group" (instance normalisation).
@@ -76,7 +78,7 @@ class GroupNormRule(Rule):
     def weights(self, op: Any) -> dict[str, tuple]:
         return {"gamma": ("channels",), "beta": ("channels",)}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"groups": kept.count(site.axes["group"])}
 
 
@@ -90,9 +92,9 @@ class AlongRule(Rule):
     def __init__(self, why: str, axes: Callable[[Any, int], Any]) -> None:
         self.why, self.axes = why, axes
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         ids, *others = site.inputs
-        axes = _axes(self.axes(site.op, ids.ndim), ids.ndim)
+        axes = axes_of(self.axes(site.op, ids.ndim), ids.ndim)
         if 0 in axes or any(len(s) != ids.ndim for s in site.output_shapes):
             return site.pin_all("mixes samples or changes the number of axes")
         one = None if others else site.tie_along(ids, axes)
@@ -111,15 +113,15 @@ class LayerNormRule(AlongRule):
 class UnitNormRule(Rule):
     """Divides by a norm over its axes: closed units add zero to it, so that they can go."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
-        axes = _axes(site.op.axis, ids.ndim)
+        axes = axes_of(site.op.axis, ids.ndim)
         if 0 in axes or getattr(site.op, "order", 2) <= 0:
             return site.pin_all("normalises over the batch, or by a norm to which zeros add")
-        axis = _widest(ids, axes)
+        axis = widest(ids, axes)
         if axis is None:
             return [ids]
-        return [along(site.read("in", axis), axis, ids.shape)]
+        return [broadcast_along(site.read("in", axis), axis, ids.shape)]
 
 
 class BatchNormOpRule(Rule):
@@ -127,13 +129,13 @@ class BatchNormOpRule(Rule):
 
     fuses = True
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         if len(site.inputs) > 1 or not isinstance(site.op.axis, int):
             return site.pin_all("has statistics that are computed")
         _follow_or_fix(site, site.op.axis)
         return [site.inputs[0]]
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Statistics, scale and offset of the channels that stay."""
         if "channels" not in site.axes:
             return super().arguments(site, kept)
@@ -155,7 +157,7 @@ class BlockRule(Rule):
     def __init__(self, times: Callable[[Any], int], to_depth: bool) -> None:
         self.times, self.to_depth = times, to_depth
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         if site.inputs[0].ndim != 4:
             return site.pin_all("is called without a batch axis or on volumes")
@@ -170,7 +172,7 @@ class BlockRule(Rule):
 class GluRule(Rule):
     """One half gates the other: the two halves go together."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,), axis = site.inputs, site.op.axis
         if axis % ids.ndim == 0 or not varies(ids, axis):
             shape = site.output_shapes[0]
@@ -189,109 +191,9 @@ class GluRule(Rule):
 class MaskingRule(Rule):
     """Masks positions whose features all have one value: features in front of it stay."""
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         return site.pin_all("masks by the values of all units") if varies(ids, -1) else [ids]
-
-
-class ReduceRule(Rule):
-    """`ops.mean` and the like: over axes without units they act channel by channel.
-
-    A sum over the units reads them (a closed one adds zero); a mean or maximum over them would
-    change when one is cut, so that they stay. Of units on several axes those go together that
-    are reduced to one element.
-    """
-
-    def flow(self, site: Site) -> list[Ids]:
-        if len(site.inputs) > 1:
-            return site.pin_all("has arguments that are computed")
-        (ids,) = site.inputs
-        axes = _axes(_given_axes(site.op), ids.ndim)
-        if 0 in axes:
-            return site.pin_all("reduces over the batch")
-        left = [n for i, n in enumerate(ids.shape) if i not in axes]
-        keepdims = getattr(site.op, "keepdims", False)
-        if any(len(s) != (ids.ndim if keepdims else len(left)) for s in site.output_shapes):
-            return site.pin_all("units cannot be followed through it")
-        one = None if self._reads(site, axes) else site.tie_along(ids, axes)
-        if one is None:
-            self._over_units(site, axes)
-            return [nobody(shape) for shape in site.output_shapes]
-        reduced = one if keepdims else one.reshape(left)
-        return [np.broadcast_to(reduced, shape) for shape in site.output_shapes]
-
-    def _reads(self, site: Site, axes: set) -> bool:
-        """Whether to read the units on the reduced axes rather than let others pass."""
-        return False
-
-    def _over_units(self, site: Site, axes: set) -> None:
-        site.pin(site.inputs[0], "reduces over the units")
-
-
-class SumRule(ReduceRule):
-    """A sum over the units reads them: a closed one adds zero.
-
-    Of units on several axes those are free that leave more to choose from.
-    """
-
-    def _reads(self, site: Site, axes: set) -> bool:
-        number = _units_on(site.inputs[0])
-        return max(number[a] for a in axes) > max(n for a, n in enumerate(number) if a not in axes)
-
-    def _over_units(self, site: Site, axes: set) -> None:
-        site.read("in", max(axes, key=_units_on(site.inputs[0]).__getitem__))
-
-
-class NormRule(SumRule):
-    """`ops.norm`: as a sum if zeros add nothing to that norm."""
-
-    def _reads(self, site: Site, axes: set) -> bool:
-        return _ignores_zeros(site.op) and super()._reads(site, axes)
-
-    def _over_units(self, site: Site, axes: set) -> None:
-        if _ignores_zeros(site.op):
-            super()._over_units(site, axes)
-        else:
-            site.pin(site.inputs[0], "takes a norm over the units to which zeros add")
-
-
-def _ignores_zeros(op: Any) -> bool:
-    return op.ord in (None, "fro", 1, 2, np.inf)
-
-
-class AverageRule(ReduceRule):
-    """`ops.average`, weighted or not: constant weights for one axis only."""
-
-    def flow(self, site: Site) -> list[Ids]:
-        weights = [*site.call.args[1:], *site.call.kwargs.values()]
-        if any(w is not None and len(np.shape(to_numpy(w))) > 1 for w in weights if _constant(w)):
-            return site.pin_all("has weights for every element")
-        return super().flow(site)
-
-
-def _constant(value: Any) -> bool:
-    return not isinstance(value, Ref)
-
-
-def _given_axes(op: Any) -> Any:
-    return op.axes if hasattr(op, "axes") else op.axis
-
-
-def _axes(axis: Any, ndim: int) -> set:
-    axes = range(ndim) if axis is None else [axis] if isinstance(axis, int) else axis
-    return {a % ndim for a in axes}
-
-
-def _units_on(ids: Ids) -> list[int]:
-    """For every axis its size if there are units on it, else 0."""
-    return [n if varies(ids, a) else 0 for a, n in enumerate(ids.shape)]
-
-
-def _widest(ids: Ids, axes: set) -> int | None:
-    """Of these axes the one with most units; None if there are units on none of them."""
-    number = _units_on(ids)
-    own = [a for a in sorted(axes) if number[a]]
-    return max(own, key=number.__getitem__, default=None)
 
 
 def _area(size: Any) -> int:
@@ -345,18 +247,6 @@ add(BlockRule(lambda op: op.block_size**2, to_depth=True), op_class("SpaceToDept
 add(BlockRule(lambda op: op.block_size**2, to_depth=False), op_class("DepthToSpace"))
 add(BlockRule(lambda op: _area(op.size), to_depth=True), op_class("ExtractPatches"))
 add(GluRule(), op_class("Glu"))
-add(
-    ReduceRule(),
-    *map(
-        op_class,
-        "Mean Max Min Var Std Prod Amax Amin All Ptp Argmax Argmin Logsumexp Median Percentile "
-        "Quantile Nanmax Nanmean Nanmedian Nanmin Nanpercentile Nanprod Nanquantile Nanstd Nanvar "
-        "Nanargmax Nanargmin Moments".split(),
-    ),
-)
-add(AverageRule(), op_class("Average"))
-add(SumRule(), op_class("Sum"), op_class("Nansum"), op_class("Any"), op_class("CountNonzero"))
-add(NormRule(), op_class("Norm"))
 add(
     AlongRule("orders or accumulates the units", lambda op, ndim: op.axis),
     *map(op_class, "Cumsum Cumprod Nancumsum Nancumprod Sort Argsort Argpartition Diff".split()),

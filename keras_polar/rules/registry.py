@@ -1,10 +1,16 @@
-"""How users teach the library layers of their own."""
+"""Which rule an operation has, and how users teach the library layers of their own."""
 
 from typing import Any
 
 import keras
 
-from keras_polar.rules.rule import PinRule, Rule, add, find
+from keras_polar.graph.ir import Graph
+from keras_polar.graph.keras_private import has_parts, layers_of
+from keras_polar.graph.quantized import why_altered
+from keras_polar.graph.trace import trace
+from keras_polar.rules.call_site import CallSite, alone
+from keras_polar.rules.ids import Ids
+from keras_polar.rules.rule import CostTerm, PinRule, Rule
 
 
 def register(layer_class: type, rule: Rule | None = None, *, like: type | None = None) -> None:
@@ -54,3 +60,77 @@ def _known(like: type) -> Rule:
             "class the library prunes (keras.layers.Dense, say) or a keras_polar.Rule."
         )
     return rule
+
+
+_REGISTRY: dict[type, Rule] = {}
+
+
+class UnknownRule(Rule):
+    """Nobody wrote a rule: all units that reach the operation stay."""
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        unknown = site.call.note or "no rule for this operation; see keras_polar.register"
+        return site.pin_all(why_altered(site.op) or unknown)
+
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
+        """With other weights a layer computes what its class does, and what adapters add."""
+        rule = _REGISTRY.get(type(site.op))
+        own = None if rule is None else alone(site, rule)
+        added = _adapter_macs(site, rule)
+        return None if own is None or added is None else [*own, CostTerm((), macs=added)]
+
+
+UNKNOWN = UnknownRule()
+
+
+def _adapter_macs(site: CallSite, rule: Rule | None) -> int | None:
+    # Without quantization, the adapters' product becomes part of the kernel: work that does not
+    # grow with the samples.
+    own = [x for x in parts_of(site.op) if getattr(x, "lora_enabled", False)]
+    if rule is None or not any(getattr(x, "quantization_mode", None) for x in own):
+        return 0
+    return rule.adapter_macs(site)
+
+
+def add(rule: Rule, *classes: type) -> None:
+    """Registers `rule` for exactly these classes (subclasses may behave differently)."""
+    _REGISTRY.update((c, rule) for c in classes)
+
+
+def rule_for(op: Any) -> Rule:
+    """The rule of an operation; the one that pins everything if there is none."""
+    is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
+    otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see custom.py
+    rule = _REGISTRY.get(type(op), otherwise)
+    if rule is UNKNOWN:
+        return rule
+    return rule if rule.applies(op) and not why_altered(op) else UNKNOWN
+
+
+def parts_of(op: Any) -> list:
+    """An operation and all its sublayers."""
+    return layers_of(op) if has_parts(op) else [op]
+
+
+def is_unknown(op: Any) -> bool:
+    """Whether nobody wrote a rule for an operation."""
+    return rule_for(op) in (UNKNOWN, _REGISTRY[keras.layers.Layer])
+
+
+def opens(op: Any) -> bool:
+    """Whether a layer is to be replaced by its parts: it has some, and no rule of its own."""
+    return rule_for(op) is UNKNOWN and has_parts(op)
+
+
+def trace_model(model: Any) -> Graph:
+    """The graph of a model, composite layers without a rule opened.
+
+    Raises:
+        TypeError: `model` is not a functional or built Sequential model.
+    """
+    return trace(model, opens)
+
+
+def find(layer_class: type) -> Rule | None:
+    """The registered rule of a class, or None."""
+    return _REGISTRY.get(layer_class)

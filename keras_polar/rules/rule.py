@@ -25,58 +25,49 @@ Example: the whole rule of a Dense layer::
             return {"units": kept.count(site.axes["out"])}
 
         def macs(self, site):
-            return [Term((site.axes["in"], site.axes["out"]), macs=site.positions(0, but=-1))]
+            return [CostTerm((site.axes["in"], site.axes["out"]), macs=site.positions(0, but=-1))]
 """
 
-import inspect
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from __future__ import annotations
 
-import keras
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-from keras import tree
 
-from keras_polar.graph.clone import variable_at
-from keras_polar.graph.ir import Call, Graph, Ref, Spec
-from keras_polar.graph.keras_private import has_parts
-from keras_polar.graph.quantized import why_altered
-from keras_polar.graph.trace import trace
-from keras_polar.rules.ids import Ids, Units, along, compact, look_up, nobody, varies
+from keras_polar.graph.ir import Call
+from keras_polar.rules.ids import Ids, drop_constant_axes, look_up
+
+if TYPE_CHECKING:
+    from keras_polar.rules.call_site import CallSite
 
 
 @dataclass(frozen=True)
-class Term:
+class CostTerm:
     """A cost that is a product: each coefficient times how many units of each factor are open.
 
     Attributes:
-        factors: id vectors; nobody's elements (-1) always count as open.
+        factors: id vectors; elements of no unit (-1) always count as open.
         weights: number of weights per combination of units.
         macs: multiply-accumulates per sample and combination of units.
         units: 1 for the units a layer produces.
-        latency: picoseconds per sample and combination of units.
-        blocks: positions of factors that count in whole blocks of channels (cost.BLOCK).
     """
 
     factors: tuple[Ids, ...]
     weights: int = 0
     macs: int = 0
     units: int = 0
-    latency: int = 0
-    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptUnits:
     """Which ids stay after pruning: `flags[id]`."""
 
     flags: np.ndarray
 
     def where(self, ids: Ids, axis: int = 0) -> np.ndarray:
         """Indices along an axis at which anything stays."""
-        (small,) = compact(ids)
+        (small,) = drop_constant_axes(ids)
         flags = np.moveaxis(look_up(self.flags, small, True), axis, 0)
         stays = flags.any(axis=tuple(range(1, flags.ndim)))
         return np.flatnonzero(np.broadcast_to(stays, ids.shape[axis]))
@@ -93,188 +84,6 @@ class Kept:
         return self.count(vector) == len(vector)
 
 
-def line(ids: Ids, axis: int) -> Ids:
-    """The ids along one axis, taken at the start of all others."""
-    axis %= ids.ndim
-    return ids[tuple(slice(None) if i == axis else 0 for i in range(ids.ndim))]
-
-
-@dataclass(eq=False)
-class Site:
-    """One call of one operation, as a rule sees it.
-
-    Attributes:
-        inputs: id arrays of the input tensors, in the order of the call's arguments.
-        output_shapes: shapes of the outputs, batch and unknown sizes as 1.
-        outputs: id arrays of the output tensors, once `flow` has been asked.
-        axes: the layer's named id vectors; calls of a shared layer have the same ones.
-        reads: (input position, axis) whose closed units must arrive as zeros.
-        inner_reads: (variable, axis) of the layer's own weights, the variable named as in
-            `Rule.weights`, whose slices for closed units must be zeros.
-        multiplied_by: which (variable, axis) all that is read at an input position is multiplied
-            with, and nothing else: zeros may stand there instead.
-        refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
-        parts: the calls that the operation consists of, as its rule has seen them.
-        rows: rows along the first axis that one sample takes (windows of an image, say).
-    """
-
-    call: Call
-    specs: tuple[Spec, ...]
-    units: Units
-    inputs: list[Ids]
-    shared_axes: dict[str, Ids]
-    axes: dict[str, Ids] = field(default_factory=dict)
-    outputs: list[Ids] = field(default_factory=list)
-    reads: list[tuple[int, int]] = field(default_factory=list)
-    inner_reads: list[tuple[str, int]] = field(default_factory=list)
-    multiplied_by: dict[int, tuple[str, int]] = field(default_factory=dict)
-    produces: list[str] = field(default_factory=list)
-    refused: str = ""
-    parts: list["Site"] = field(default_factory=list)
-    rows: int = 1
-
-    @property
-    def op(self) -> Any:
-        return self.call.op
-
-    @property
-    def name(self) -> str:
-        return self.call.name
-
-    @property
-    def output_shapes(self) -> list[tuple]:
-        return [sizes(self.specs[i].shape) for i in self.call.outputs]
-
-    @cached_property
-    def macs(self) -> "list[Term] | None":
-        """Multiply-accumulates per sample, once `flow` has been asked; None if nobody knows."""
-        rule = rule_for(self.op)
-        found = alone(self, rule) if self.refused else rule.macs(self)
-        return found and [replace(t, macs=self.rows * t.macs) for t in found]
-
-    def positions(self, tensor: int | None, but: int = -1, *, output: bool = False) -> int:
-        """Elements per row of an input (or output) tensor with the axis `but` left out."""
-        index = (self.call.outputs if output else self.call.inputs)[tensor or 0]
-        shape = sizes(self.specs[index].shape)
-        return math.prod(shape) // shape[but]
-
-    def given(self) -> dict[str, Any]:
-        """The call's arguments by name, those left out not among them; tensors as `Ref`s."""
-        bound = inspect.signature(self.op.call).bind(*self.call.args, **self.call.kwargs)
-        return {n: v for n, v in bound.arguments.items() if v is not None}
-
-    def place(self, argument: Any) -> int:
-        """Position among `inputs` of the tensor given for an argument; -1 if it is none."""
-        return self.call.inputs.index(argument.index) if isinstance(argument, Ref) else -1
-
-    def shape_of(self, value: Any) -> tuple:
-        """Shape of an argument, a tensor of the model or a constant."""
-        return tuple((self.specs[value.index] if isinstance(value, Ref) else value).shape)
-
-    # --- what `flow` can say ---
-
-    def follow(self, name: str, axis: int, tensor: int = 0) -> Ids:
-        """The units along `axis` pass through one by one (BatchNormalization, pooling)."""
-        ids = self.inputs[tensor]
-        self.tie_across(ids, axis)
-        return self.set_axis(name, line(ids, axis))
-
-    def read(self, name: str, axis: int, tensor: int = 0, by: tuple[str, int] | None = None) -> Ids:
-        """All units along `axis` are read and mixed (Conv, Dense).
-
-        Args:
-            by: the variable, and its axis, that the tensor is multiplied with and nothing else.
-        """
-        vector = self.follow(name, axis, tensor)
-        self.reads.append((tensor, axis % self.inputs[tensor].ndim))
-        if by is not None:
-            self.multiplied_by[tensor] = by
-        return vector
-
-    def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:
-        """The layer makes `n` units of its own, along `axis` of its output."""
-        shape = self.output_shapes[output]
-        return along(self.produce_inside(name, n), axis % len(shape), shape)
-
-    def produce_inside(self, name: str, n: int, arrange: Callable[[Ids], Ids] | None = None) -> Ids:
-        """The layer makes `n` units that need not show in its output; returns their vector.
-
-        Args:
-            arrange: from the vector of fresh ids to the axis they stand on, should units take
-                several places there.
-        """
-        vector = self.shared_axes.get(name)
-        if vector is None:
-            fresh = self.units.fresh(n)
-            vector = fresh if arrange is None else arrange(fresh)
-        self.produces.append(name)
-        return self.set_axis(name, vector)
-
-    def read_inside(self, variable: str, axis: int) -> None:
-        """The layer itself reads its units, through `axis` of one of its weights."""
-        self.inner_reads.append((variable, axis))
-
-    def set_axis(self, name: str, vector: Ids) -> Ids:
-        """Names an id vector; the calls of a shared layer get tied."""
-        known = self.shared_axes.setdefault(name, vector)
-        self.units.tie(known, vector, f"layer {self.name!r} is shared with a fixed input")
-        self.axes[name] = vector
-        return vector
-
-    def tie_across(self, ids: Ids, axis: int) -> None:
-        """Elements that differ only in the other axes belong to one unit."""
-        first = along(line(ids, axis), axis % ids.ndim, ids.shape)
-        self.units.tie(ids, first, f"fixed elements are mixed in at {self.name!r}")
-
-    def tie_along(self, ids: Ids, axes: Iterable[int]) -> Ids | None:
-        """Units that differ only along `axes` go together; returns the ids at the axes' start.
-
-        None, and nothing is tied, if there are no units on other axes: all would be one.
-        """
-        at_start = tuple(slice(0, 1) if i in axes else slice(None) for i in range(ids.ndim))
-        if any(varies(ids, i) for i in axes):
-            if not any(varies(ids, i) for i in range(ids.ndim) if i not in axes):
-                return None
-            why = f"fixed elements are mixed in at {self.name!r}"
-            self.units.tie(ids, ids[at_start], why)
-        return ids[at_start]
-
-    def pin(self, ids: Ids, why: str) -> None:
-        self.units.pin(ids, f"{why} ({type(self.op).__name__} {self.name!r})")
-
-    def pin_argument(self, argument: Any, why: str) -> None:
-        """Pins all tensors of an argument (a mask, say)."""
-        for leaf in tree.flatten(argument):
-            if isinstance(leaf, Ref):
-                self.pin(self.inputs[self.place(leaf)], why)
-
-    def unmasked(self) -> list[Ids]:
-        """The inputs but for the mask that Keras hands on, whose own units stay.
-
-        A mask says which positions count, in the same way for all units.
-        """
-        mask = self.given().get("mask") if isinstance(self.op, keras.layers.Layer) else None
-        self.pin_argument(mask, "is used as a mask")
-        return [ids for i, ids in enumerate(self.inputs) if i != self.place(mask)]
-
-    def pin_all(self, why: str) -> list[Ids]:
-        """Pins every input; the outputs belong to nobody."""
-        self.refused = why
-        for ids in self.inputs:
-            self.pin(ids, why)
-        return [nobody(shape) for shape in self.output_shapes]
-
-
-def sizes(shape: Iterable) -> tuple:
-    """A static shape with the batch and unknown sizes as 1.
-
-    The first axis is the batch, unless its size is known and that of another is not.
-    """
-    first, *others = tuple(shape) or (None,)
-    is_batch = first is None or None not in others
-    return (1 if is_batch else first, *(1 if d is None else d for d in others))
-
-
 class Rule:
     """How one kind of operation behaves under pruning. The base class pins everything.
 
@@ -284,7 +93,7 @@ class Rule:
 
     fuses = False
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""
         return site.pin_all("its rule does not say how units flow")
 
@@ -295,19 +104,19 @@ class Rule:
         """
         return {}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         """Changes of the layer's config when only `kept` units remain."""
         return {}
 
-    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+    def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
         """Variable -> what its values are multiplied by when only `kept` units remain."""
         return {}
 
-    def arguments(self, site: Site, kept: Kept) -> tuple[tuple, dict]:
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """The call's arguments when only `kept` units remain."""
         return site.call.args, site.call.kwargs
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         """Multiply-accumulates of this call, as products of open units.
 
         For one sample, or for one row along the first axis where a sample takes several. None if it
@@ -315,7 +124,7 @@ class Rule:
         """
         return []
 
-    def adapter_macs(self, site: Site) -> int | None:
+    def adapter_macs(self, site: CallSite) -> int | None:
         """What adapters of low rank add to a quantized layer; None if that is not known."""
         return None
 
@@ -323,11 +132,11 @@ class Rule:
         """Whether the rule knows this operation of its class (what a wrapper wraps, say)."""
         return True
 
-    def rows(self, site: Site, before: list[int]) -> int:
+    def rows(self, site: CallSite, before: list[int]) -> int:
         """Rows of the outputs that one sample takes, given those of the inputs."""
         return max(before, default=1)
 
-    def keeps_batch(self, site: Site) -> bool:
+    def keeps_batch(self, site: CallSite) -> bool:
         """Whether sample i of the output comes from sample i of the input."""
         axes = getattr(site.op, "axis", None)
         axes = axes if isinstance(axes, (tuple, list)) else [axes]
@@ -336,47 +145,6 @@ class Rule:
     def summands(self, call: Call) -> tuple[int, ...]:
         """Positions of inputs that could be left out of a sum, with the others as they are."""
         return ()
-
-
-def weight_terms(site: Site, weights: dict[str, tuple]) -> list[Term]:
-    """One term per variable: its named axes are factors, all others count in full."""
-    terms, counted = [], 0
-    for attribute, names in weights.items():
-        variable = variable_at(site.op, attribute)
-        if variable is not None:
-            terms.append(_variable_term(variable, names, site))
-            counted += math.prod(variable.shape)
-    rest = sum(math.prod(w.shape) for w in getattr(site.op, "weights", ())) - counted
-    return [*terms, Term((), weights=rest)] if rest else terms
-
-
-def inner_vector(site: Site, variable: str, axis: int) -> Ids:
-    """The ids along an axis of one of the layer's variables."""
-    name = rule_for(site.op).weights(site.op)[variable][axis]
-    return site.axes[name]
-
-
-def alone(site: Site, rule: Rule) -> list[Term] | None:
-    """What a rule counts for a call whose units all stay, as if there were none before it."""
-    twin = Site(site.call, site.specs, Units(), [nobody(ids.shape) for ids in site.inputs], {})
-    try:
-        twin.outputs = rule.flow(twin)
-        found = rule.macs(twin)
-    except (IndexError, KeyError, TypeError, ValueError):  # a call that the rule does not fit
-        return None
-    return None if found is None else [fixed_term(found)]
-
-
-def fixed_term(terms: Iterable[Term]) -> Term:
-    """Multiply-accumulates of units that all stay."""
-    return Term((), macs=sum(t.macs * math.prod(map(len, t.factors)) for t in terms))
-
-
-def set_rows(site: Site, before: list[int]) -> int:
-    """Tells a call how many rows a sample takes; returns how many in its outputs."""
-    after = rule_for(site.op).rows(site, before)
-    site.rows = max([after, *before])
-    return after
 
 
 class PinRule(Rule):
@@ -390,86 +158,8 @@ class PinRule(Rule):
     def __init__(self, why: str, counts: bool = True) -> None:
         self.why, self.counts = why, counts
 
-    def flow(self, site: Site) -> list[Ids]:
+    def flow(self, site: CallSite) -> list[Ids]:
         return site.pin_all(self.why)
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return [] if self.counts else None
-
-
-class UnknownRule(Rule):
-    """Nobody wrote a rule: all units that reach the operation stay."""
-
-    def flow(self, site: Site) -> list[Ids]:
-        unknown = site.call.note or "no rule for this operation; see keras_polar.register"
-        return site.pin_all(why_altered(site.op) or unknown)
-
-    def macs(self, site: Site) -> list[Term] | None:
-        """With other weights a layer computes what its class does, and what adapters add."""
-        rule = _REGISTRY.get(type(site.op))
-        own = None if rule is None else alone(site, rule)
-        added = _adapter_macs(site, rule)
-        return None if own is None or added is None else [*own, Term((), macs=added)]
-
-
-def _adapter_macs(site: Site, rule: Rule | None) -> int | None:
-    # Without quantization, the adapters' product becomes part of the kernel: work that does not
-    # grow with the samples.
-    own = [x for x in parts_of(site.op) if getattr(x, "lora_enabled", False)]
-    if rule is None or not any(getattr(x, "quantization_mode", None) for x in own):
-        return 0
-    return rule.adapter_macs(site)
-
-
-def _variable_term(variable: Any, names: tuple, site: Site) -> Term:
-    factors = tuple(site.axes[n] for n in names if n in site.axes)
-    other = [size for size, n in zip(variable.shape, names, strict=True) if n not in site.axes]
-    return Term(factors, weights=math.prod(other))
-
-
-_REGISTRY: dict[type, Rule] = {}
-UNKNOWN = UnknownRule()
-
-
-def add(rule: Rule, *classes: type) -> None:
-    """Registers `rule` for exactly these classes (subclasses may behave differently)."""
-    _REGISTRY.update((c, rule) for c in classes)
-
-
-def rule_for(op: Any) -> Rule:
-    """The rule of an operation; the one that pins everything if there is none."""
-    is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
-    otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see custom.py
-    rule = _REGISTRY.get(type(op), otherwise)
-    if rule is UNKNOWN:
-        return rule
-    return rule if rule.applies(op) and not why_altered(op) else UNKNOWN
-
-
-def parts_of(op: Any) -> list:
-    """An operation and all its sublayers."""
-    return list(op._flatten_layers()) if has_parts(op) else [op]
-
-
-def is_unknown(op: Any) -> bool:
-    """Whether nobody wrote a rule for an operation."""
-    return rule_for(op) in (UNKNOWN, _REGISTRY[keras.layers.Layer])
-
-
-def opens(op: Any) -> bool:
-    """Whether a layer is to be replaced by its parts: it has some, and no rule of its own."""
-    return rule_for(op) is UNKNOWN and has_parts(op)
-
-
-def read(model: Any) -> Graph:
-    """The graph of a model, composite layers without a rule opened.
-
-    Raises:
-        TypeError: `model` is not a functional or built Sequential model.
-    """
-    return trace(model, opens)
-
-
-def find(layer_class: type) -> Rule | None:
-    """The registered rule of a class, or None."""
-    return _REGISTRY.get(layer_class)

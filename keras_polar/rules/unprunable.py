@@ -10,7 +10,8 @@ from keras import layers
 
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.custom import TracedPinRule
-from keras_polar.rules.rule import PinRule, add, find
+from keras_polar.rules.registry import add, find
+from keras_polar.rules.rule import PinRule
 
 LAYERS = {
     "is an abstract base class": "Wrapper StackedRNNCells InputLayer",
@@ -76,13 +77,13 @@ TRACED = frozenset(
 def classes(table: dict[str, str], look_up: Any) -> dict[type, str]:
     """Class -> reason, for the classes that this version of Keras has."""
     named = {name: why for why, names in table.items() for name in names.split()}
-    found = {}
+    reasons = {}
     for name, why in named.items():
         try:
-            found[look_up(name)] = why
+            reasons[look_up(name)] = why
         except AttributeError:  # of a newer Keras
             continue
-    return found
+    return reasons
 
 
 PINNED = {

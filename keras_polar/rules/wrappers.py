@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from keras import layers
 
-from keras_polar.graph.ir import Call, Ref, Spec
+from keras_polar.graph.ir import Call, Ref, Spec, refs_in
 from keras_polar.graph.keras_private import functional
-from keras_polar.rules.ids import Ids, varies
-from keras_polar.rules.rule import Kept, PinRule, Rule, Site, Term, add, is_unknown, rule_for
+from keras_polar.rules.call_site import CallSite, set_rows, sizes
+from keras_polar.rules.ids import Ids, Units, no_unit, varies
+from keras_polar.rules.registry import add, is_unknown, rule_for, trace_model
+from keras_polar.rules.rule import CostTerm, KeptUnits, PinRule, Rule
 
 
 class TimeDistributedRule(Rule):
@@ -19,8 +21,8 @@ class TimeDistributedRule(Rule):
     def applies(self, op: Any) -> bool:
         return not is_unknown(op.layer)
 
-    def flow(self, site: Site) -> list[Ids]:
-        (ids, *masks), inner = site.inputs, site.op.layer
+    def flow(self, site: CallSite) -> list[Ids]:
+        ids, *masks = site.inputs
         for mask in masks:
             site.pin(mask, "is used as a mask")
         if varies(ids, 1):
@@ -28,13 +30,13 @@ class TimeDistributedRule(Rule):
         step = self._step(site)
         if len(step.output_shapes) != 1:
             return site.pin_all("has several outputs in TimeDistributed")
-        (out,) = rule_for(inner).flow(step)
+        (out,) = step.rule.flow(step)
         site.refused = step.refused
         site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
         site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
         return [np.broadcast_to(np.expand_dims(out, 1), site.output_shapes[0])]
 
-    def _step(self, site: Site) -> Site:
+    def _step(self, site: CallSite) -> CallSite:
         """The call of the inner layer on one step; it shares names and units with `site`."""
         specs = [
             Spec((s.shape[0], *s.shape[2:]), s.dtype)
@@ -42,7 +44,8 @@ class TimeDistributedRule(Rule):
         ]
         outputs = tuple(range(1, len(specs)))
         call = Call(site.op.layer, site.name, site.call.path, (Ref(0),), {}, (0,), outputs)
-        step = Site(call, tuple(specs), site.units, [site.inputs[0][:, 0]], site.shared_axes)
+        inputs, rule = [site.inputs[0][:, 0]], rule_for(call.op)
+        step = CallSite(call, tuple(specs), site.units, inputs, site.shared_axes, rule)
         step.axes, step.produces = site.axes, site.produces
         step.outputs = [ids[:, 0] for ids in site.outputs]
         return step
@@ -51,42 +54,50 @@ class TimeDistributedRule(Rule):
         inner = rule_for(op.layer).weights(op.layer)
         return {f"layer.{path}": names for path, names in inner.items()}
 
-    def factors(self, site: Site, kept: Kept) -> dict[str, float]:
+    def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
         inner = rule_for(site.op.layer).factors(self._step(site), kept)
         return {f"layer.{path}": factor for path, factor in inner.items()}
 
-    def config(self, site: Site, kept: Kept) -> dict[str, Any]:
+    def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         serialised = copy.deepcopy(site.op.get_config()["layer"])
         serialised["config"].update(rule_for(site.op.layer).config(self._step(site), kept))
         serialised.pop("build_config", None)
         return {"layer": serialised}
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         step, model = self._step(site), functional(site.op.layer)
         step.refused = site.refused
         inner = step.macs if model is None else _model_macs(model)
         steps = site.output_shapes[0][1]
-        return None if inner is None else [Term(t.factors, macs=steps * t.macs) for t in inner]
+        return None if inner is None else [CostTerm(t.factors, macs=steps * t.macs) for t in inner]
 
 
-def _model_macs(model: Any) -> list[Term] | None:
-    from keras_polar.inspection import cost
-
-    found = cost(model)
-    return [Term((), macs=found.macs)] if found.sizes_known and not found.unknown else None
+def _model_macs(model: Any) -> list[CostTerm] | None:
+    """What a model computes whose units all stay; None if nobody knows."""
+    graph = trace_model(model)
+    rows = dict.fromkeys(refs_in(graph.inputs), 1)
+    terms: list[CostTerm] | None = []
+    for call in graph.calls:
+        ids = [no_unit(sizes(graph.specs[i].shape)) for i in call.inputs]
+        site = CallSite(call, graph.specs, Units(), ids, {}, rule_for(call.op), refused="inside")
+        rows.update(dict.fromkeys(call.outputs, set_rows(site, [rows[i] for i in call.inputs])))
+        terms = None if terms is None or site.macs is None else terms + site.macs
+    return terms if all(None not in spec.shape[1:] for spec in graph.specs) else None
 
 
 class SpectralNormalizationRule(PinRule):
     """In inference mode it computes what the wrapped layer does."""
 
-    def macs(self, site: Site) -> list[Term] | None:
+    def macs(self, site: CallSite) -> list[CostTerm] | None:
         return wrapped(site, site.op.layer).macs
 
 
-def wrapped(site: Site, layer: Any) -> Site:
+def wrapped(site: CallSite, layer: Any) -> CallSite:
     """The same call of another layer, whose units all stay."""
     call = replace(site.call, op=layer)
-    return Site(call, site.specs, site.units, site.inputs, {}, refused=site.refused)
+    return CallSite(
+        call, site.specs, site.units, site.inputs, {}, rule_for(call.op), refused=site.refused
+    )
 
 
 add(TimeDistributedRule(), layers.TimeDistributed)

@@ -12,7 +12,7 @@ matters.
 
 Example::
 
-    coupling = couple(read(model))
+    coupling = analyze(model)
     scores = l1_norm(coupling)
     scores = fisher(gate_gradients(model, coupling, loss, x, y))
 """
@@ -27,9 +27,9 @@ import numpy as np
 from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.clone import variable_at
-from keras_polar.rules import Site, rule_for
+from keras_polar.rules import CallSite
 from keras_polar.rules.ids import Ids
-from keras_polar.selection.select import Budget
+from keras_polar.selection.budget import Budget
 
 TINY = 1e-12  # instead of a mean of zero
 STATISTICS = ("moving_mean", "moving_variance")  # of activations: no weights of the unit
@@ -69,15 +69,15 @@ def parts_of(coupling: Coupling) -> Iterator[Part]:
         known.add(id(site.op))
 
 
-def _maker(site: Site, makers: dict[int, str]) -> str:
+def _maker(site: CallSite, makers: dict[int, str]) -> str:
     passes_on = len(site.call.inputs) == 1 and not site.produces
     return makers.get(site.call.inputs[0], site.name) if passes_on else site.name
 
 
-def _parts(site: Site, layer: str) -> Iterator[Part]:
+def _parts(site: CallSite, layer: str) -> Iterator[Part]:
     reads = site.reads or site.inner_reads or site.produces
     own = set(site.produces if reads else site.axes)
-    for name, axes in rule_for(site.op).weights(site.op).items():
+    for name, axes in site.rule.weights(site.op).items():
         variable = variable_at(site.op, name)
         if variable is None or name in STATISTICS:
             continue
@@ -197,3 +197,63 @@ def per_cost(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     full = np.asarray(budget.units)
     saved = [budget.full_cost - budget.cost(full - one) for one in np.eye(len(full), dtype=int)]
     return [s / max(cost, TINY) for s, cost in zip(scores, saved, strict=True)]
+
+
+class Importance:
+    """What ranks the units when the gates settle, instead of the gates.
+
+    A subclass says in `scores` how much each unit matters.
+
+    Attributes:
+        name: as in saved models. One that is loaded needs the object again:
+            `gated.consensus.criterion = <the object>`.
+        is_free: whether units of different groups are compared with one another; otherwise every
+            group gives the same share, the units with its lowest scores.
+
+    Example:
+
+        >>> class LargestWeight(keras_polar.Importance):
+        ...     name = "largest_weight"
+        ...     def scores(self, coupling):
+        ...         return [rank(group) for group in coupling.groups]
+        >>> gated = keras_polar.apply(model, 0.5, importance=LargestWeight())
+    """
+
+    name = "importance"
+    is_free = False
+
+    def scores(self, coupling: Coupling) -> list[np.ndarray]:
+        """How much each unit matters.
+
+        Args:
+            coupling: of the network without gates, with the weights of now: its `groups`, and in
+                `sites` the layers.
+
+        Returns:
+            One float array of shape (units,) per group.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected an importance with a method `scores(coupling)` that "
+            "gives one float array of shape (units,) for each of `coupling.groups`."
+        )
+
+
+class Criterion(Importance):
+    """An importance that is a function of the coupled network alone."""
+
+    def __init__(self, function: Callable, is_free: bool = False) -> None:
+        self.name, self.function, self.is_free = function.__name__, function, is_free
+
+    def scores(self, coupling: Coupling) -> list[np.ndarray]:
+        return self.function(coupling)
+
+
+CRITERIA = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion(l1_norm),
+        Criterion(batch_norm_scale),
+        Criterion(group_norm, is_free=True),
+        Criterion(at_random),
+    )
+}

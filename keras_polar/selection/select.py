@@ -1,13 +1,13 @@
 """From gates to masks: which units stay when the consensus is settled. Pure NumPy."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from keras_polar.costs.polynomial import Polynomial
+from keras_polar.coupling.coupling import Coupling
+from keras_polar.selection.budget import BRANCH, Budget
 
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
 MANY = 500  # groups; among so many the ranking alone comes close enough
@@ -16,56 +16,7 @@ ROUNDINGS = (8, 4, 2, 1)
 MISS = 0.005  # what the sparsity may be off for the sake of a rounding
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a settled network may cost.
-
-    Attributes:
-        cost: the cost as a polynomial of the open counts.
-        units: number of units of each group.
-        sparsity: share of the full cost to be removed.
-        floors: units that each group keeps at least.
-        round_to: kept counts are multiples of this (or all units of the group); None for the
-            largest of 8, 4, 2, 1 with which the sparsity is met to half a point. One for all, or
-            one per group.
-    """
-
-    cost: Polynomial
-    units: tuple[int, ...]
-    sparsity: float
-    floors: tuple[int, ...]
-    round_to: int | tuple[int, ...] | None = 1
-
-    @cached_property
-    def full_cost(self) -> int:
-        return self.cost(self.units)
-
-    def achieved(self, counts: Sequence[int] | np.ndarray) -> float:
-        """Share of the full cost that is removed when `counts` units stay per group."""
-        return 1 - self.cost(counts) / self.full_cost
-
-    def rounded(self, counts: np.ndarray) -> np.ndarray:
-        """The smallest allowed counts that are not below `counts`."""
-        counts = np.maximum(counts, self.floors)
-        steps = np.asarray(self.round_to or 1)
-        return np.minimum(-(-counts // steps) * steps, self.units)
-
-    def left(self, closed: np.ndarray) -> np.ndarray:
-        """What stays of each group when units of the groups `closed` go, one for each mention."""
-        gone = np.bincount(closed, minlength=len(self.units))
-        return self.rounded(np.asarray(self.units) - gone)
-
-    def distance(self, counts: np.ndarray) -> float:
-        """How far the achieved sparsity is from the requested."""
-        return abs(self.achieved(counts) - self.sparsity)
-
-    @property
-    def reachable(self) -> float:
-        """The largest sparsity that leaves every group its minimum."""
-        return self.achieved(self.rounded(np.zeros(len(self.units), int)))
-
-
-def ranking(
+def rank_units(
     scores: Sequence[np.ndarray], is_closed: Sequence[np.ndarray], budget: Budget
 ) -> list[np.ndarray]:
     """How much each unit is wanted, over all groups: the scores that `settle` takes.
@@ -79,11 +30,10 @@ def ranking(
     Args:
         scores: for every group how open its gates are, floats of shape (units,).
         is_closed: for every group bools of shape (units,).
-        budget: whose units and floors tell branches from groups.
+        budget: whose kinds tell branches from channels.
     """
-    is_branch = (np.asarray(budget.units) == 1) & (np.asarray(budget.floors) == 0)
     places = [_places(s) for s in scores]
-    branches = np.flatnonzero(is_branch).tolist()
+    branches = [i for i, kind in enumerate(budget.kinds) if kind == BRANCH]
     for i, place in zip(branches, _places(_flat(scores[i] for i in branches)), strict=True):
         places[i] = place[None]
     return [place - closed for place, closed in zip(places, is_closed, strict=True)]
@@ -98,7 +48,7 @@ def _places(scores: np.ndarray) -> np.ndarray:
     return (np.argsort(np.argsort(scores, kind="stable")) + 0.5) / max(len(scores), 1)
 
 
-def settle(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
+def select_units(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     """Closes the units with the lowest scores, over all groups, until the budget is met.
 
     Units are ranked one by one, so that ties cannot overshoot. Where the next step would (a whole
@@ -178,3 +128,38 @@ def _top(scores: np.ndarray, count: int) -> np.ndarray:
     mask = np.zeros(len(scores), bool)
     mask[np.argsort(-scores, kind="stable")[:count]] = True
     return mask
+
+
+def below_usual(
+    coupling: Coupling, budget: Budget, floors: Callable[[float], Sequence[int]]
+) -> tuple[list[str], float]:
+    """Groups of which less stays than usual when all give alike, in words.
+
+    Args:
+        floors: the usual floors for a sparsity.
+
+    Returns:
+        The groups, none if the floors hold; and the largest sparsity, to the point, at which they
+        hold, 0 if at none.
+    """
+    usual = floors(budget.sparsity)
+    if list(budget.floors[: len(usual)]) == list(usual):
+        return [], budget.sparsity
+    scores = [np.ones(n) for n in budget.units]
+    kept = select_units(rank_units(scores, [s == 0 for s in scores], budget), budget)
+    counts = [int(mask.sum()) for mask in kept]
+    found = [
+        f"{g.name} ({n} of {g.units} units would stay, usually {least} at least)"
+        for g, n, least in zip(coupling.groups, counts, usual, strict=False)
+        if n < least
+    ]
+    return found, _largest(budget, floors)
+
+
+def _largest(budget: Budget, floors: Callable[[float], Sequence[int]]) -> float:
+    branches = budget.floors[len(floors(budget.sparsity)) :]
+    for points in range(int(100 * budget.sparsity), 0, -1):
+        lower = points / 100
+        if replace(budget, floors=(*floors(lower), *branches)).reachable >= lower:
+            return lower
+    return 0.0

@@ -1,12 +1,13 @@
 """Inputs made up for a model, and how far apart two models are on them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import tree
 
-from keras_polar.backends import to_numpy
+from keras_polar.backends import full_precision, to_numpy
 from keras_polar.graph.keras_private import functional
 
 UNKNOWN_SIZE = 32  # stands for a dimension the model leaves open, such as height and width
@@ -52,3 +53,43 @@ def difference(a: Any, b: Any, inputs: Any) -> float:
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a.astype("float64"), b.astype("float64")
     return float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
+
+
+@full_precision()
+def check_certificate(
+    gated: Any, small: Any, inputs: Any = True, explain: Callable | None = None
+) -> float:
+    """The largest difference between two models' outputs, relative to the largest output.
+
+    Args:
+        inputs: inputs of both models, or True for random ones.
+        explain: `explain(inputs, tolerance)` says in words where a difference begins.
+
+    Raises:
+        ValueError: the difference exceeds round-off (1e-4; 2e-2 in half precision).
+    """
+    inputs = random_inputs(gated) if inputs is True else inputs
+    try:
+        deviation = difference(gated, small, inputs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(_do_not_fit(gated, inputs, error)) from error
+    is_half = any("16" in layer.compute_dtype for layer in gated.layers)
+    tolerance = 2e-2 if is_half else 1e-4
+    if not deviation <= tolerance:
+        where = explain(inputs, tolerance) if explain else ""
+        raise ValueError(
+            f"Certificate: expected the converted model to equal {gated.name!r} to {tolerance:g} "
+            f"of the largest output, but it differs by {deviation:g}. {where}. If that layer has a "
+            "rule given to keras_polar.register, compare `flow`, `weights` and `config` with what "
+            "its call computes."
+        )
+    return deviation
+
+
+def _do_not_fit(model: Any, inputs: Any, error: Exception) -> str:
+    wanted = [tuple(x.shape) for x in model.inputs]
+    received = [getattr(x, "shape", x) for x in tree.flatten(inputs)]
+    return (
+        f"verify: expected at least one sample for each input of model {model.name!r}, in shapes "
+        f"{wanted}, or True for random ones; received {received}. {error}"
+    )

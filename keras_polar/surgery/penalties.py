@@ -20,12 +20,14 @@ from keras import ops
 
 from keras_polar.backends import IS_STATE_TAKEN
 from keras_polar.coupling.coupling import couple
-from keras_polar.gates.gate import PACKAGE, Gate, Mask
-from keras_polar.gates.groups import strip, units_of
+from keras_polar.gates.gate import PACKAGE, Gate
+from keras_polar.gates.mask import Mask
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Graph
-from keras_polar.rules import Site, read, rule_for
-from keras_polar.rules.ids import Ids, compact
+from keras_polar.graph.keras_private import layers_of, own_variables
+from keras_polar.rules import CallSite, trace_model
+from keras_polar.rules.ids import Ids, drop_constant_axes
+from keras_polar.surgery.strip import strip, units_of
 
 
 class OpenUnits:
@@ -84,7 +86,7 @@ class MaskedConstraint(keras.constraints.Constraint):
 
 def mask_penalties(gated: Any) -> None:
     """Wraps the regularizers and constraints in a gated model, each once."""
-    layers = [x for x in gated._flatten_layers(include_self=False) if not isinstance(x, Gate)]
+    layers = [x for x in layers_of(gated)[1:] if not isinstance(x, Gate)]
     for layer in layers:
         unmask_penalties(layer)
     if any(map(_has_penalty, layers)):
@@ -97,10 +99,10 @@ def mask_penalties(gated: Any) -> None:
 
 def unmask_penalties(layer: Any) -> None:
     """The layer has its own regularizers and constraints again."""
-    parts = layer._flatten_layers() if isinstance(layer, keras.layers.Layer) else ()
+    parts = layers_of(layer) if isinstance(layer, keras.layers.Layer) else ()
     for part in parts:
         part.activity_regularizer = _inner(part.activity_regularizer)
-        for variable in part._trainable_variables + part._non_trainable_variables:
+        for variable in own_variables(part):
             variable.regularizer = _inner(variable.regularizer)
             variable.constraint = _inner(variable.constraint)
 
@@ -110,15 +112,15 @@ def _inner(penalty: Any) -> Any:
 
 
 def _has_penalty(layer: Any) -> bool:
-    own = (x for v in layer._trainable_variables for x in (v.regularizer, v.constraint))
-    return layer.activity_regularizer is not None or any(x is not None for x in own)
+    given = (x for v in own_variables(layer) for x in (v.regularizer, v.constraint))
+    return layer.activity_regularizer is not None or any(x is not None for x in given)
 
 
 class _Places:
     """Where among all units with gates each id of a gated model is, and what branches close."""
 
     def __init__(self, gated: Any) -> None:
-        graph = read(gated)
+        graph = trace_model(gated)
         self.coupling = couple(strip(graph, set()))
         self.gates = [group._gate for group in gated.groups]
         self.ends = np.cumsum([gate.units for gate in self.gates])
@@ -145,7 +147,7 @@ class _Places:
                 closed[operation].append(self.gates.index(gates[call.inputs[1]]))
         return closed
 
-    def open_units(self, site: Site, arrays: Iterable[Ids]) -> OpenUnits | None:
+    def open_units(self, site: CallSite, arrays: Iterable[Ids]) -> OpenUnits | None:
         """The units of id arrays of one rank, at a call; None if all of them are always open."""
         arrays = list(arrays)
         masks = [self._mask(a) for a in arrays if (self._of(a) >= 0).any()]
@@ -158,18 +160,18 @@ class _Places:
     def _mask(self, ids: Ids) -> tuple[list[Gate], np.ndarray]:
         places = self._of(ids)
         which = np.where(places >= 0, np.searchsorted(self.ends, places, side="right"), -1)
-        own = [i for i in np.unique(which).tolist() if i >= 0]
-        sizes = np.array([self.gates[i].units for i in own])
+        gate_indices = [i for i in np.unique(which).tolist() if i >= 0]
+        sizes = np.array([self.gates[i].units for i in gate_indices])
         shift = np.zeros(len(self.gates), int)
-        shift[own] = np.cumsum([0, *sizes[:-1]]) - (self.ends[own] - sizes)
+        shift[gate_indices] = np.cumsum([0, *sizes[:-1]]) - (self.ends[gate_indices] - sizes)
         index = np.where(which >= 0, places + shift[which], sizes.sum())
-        return [self.gates[i] for i in own], index.astype("int32")
+        return [self.gates[i] for i in gate_indices], index.astype("int32")
 
 
-def _wrap(places: _Places, site: Site) -> None:
+def _wrap(places: _Places, site: CallSite) -> None:
     layer, outputs = site.op, site.outputs
     if layer.activity_regularizer is not None and len(outputs) == 1:
-        units = places.open_units(site, compact(outputs[0]))
+        units = places.open_units(site, drop_constant_axes(outputs[0]))
         if units is not None:
             layer.activity_regularizer = MaskedRegularizer(layer.activity_regularizer, units)
     for variable in layer.variables:
@@ -181,9 +183,9 @@ def _wrap(places: _Places, site: Site) -> None:
             variable.constraint = MaskedConstraint(variable.constraint, units)
 
 
-def _along_axes(site: Site, variable: Any) -> Iterator[Ids]:
+def _along_axes(site: CallSite, variable: Any) -> Iterator[Ids]:
     """The ids of the units along each axis of a variable, as arrays of its rank."""
-    for path, names in rule_for(site.op).weights(site.op).items():
+    for path, names in site.rule.weights(site.op).items():
         if variable_at(site.op, path) is variable:
             known = [(i, site.axes[n]) for i, n in enumerate(names) if n in site.axes]
             for axis, ids in known:

@@ -16,7 +16,9 @@ import numpy as np
 
 from keras_polar.backends import to_numpy
 from keras_polar.processes import assign
-from keras_polar.surgery.convert import Piece, small_twin
+from keras_polar.surgery.convert import small_twin
+from keras_polar.surgery.cut import Piece
+from keras_polar.training.keras_hooks import learning_rate, share_clock, undecayed
 
 # What JAX makes a training step of. It would take one method of one model for one function,
 # whatever network trains, and go on with the constants of an earlier one. It comes by `call`, not
@@ -72,7 +74,7 @@ class Compaction:
         """The sub-network trains on, from where the gated model is."""
         for piece in self.pieces:
             assign(piece.part, piece.cut(to_numpy(piece.whole)))
-        self.gated.optimizer, self.gated.stand_in = self.part, self
+        self.gated.optimizer, self.gated.sub_network = self.part, self
         self._swap_function()
         self.gated.__dict__.update(self.methods)
         self.gated.make_train_function()
@@ -81,7 +83,7 @@ class Compaction:
         """The gated model trains on, from where the sub-network is."""
         for piece in self.pieces:
             assign(piece.whole, piece.paste(to_numpy(piece.whole), to_numpy(piece.part)))
-        self.gated.optimizer, self.gated.stand_in = self.whole, None
+        self.gated.optimizer, self.gated.sub_network = self.whole, None
         self._swap_function()
         for name in self.methods:
             del self.gated.__dict__[name]
@@ -96,8 +98,8 @@ def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Pie
     """Layers' own metrics: id of the whole one's -> the part's; and the pieces of their states."""
     layers = [pair for pair in twins if isinstance(pair[0], keras.layers.Layer)]
     try:
-        pairs = [p for a, b in layers for p in zip(a.metrics, b.metrics, strict=True)]
-        states = [p for a, b in pairs for p in zip(a.variables, b.variables, strict=True)]
+        pairs = _pairs_of(layers, "metrics")
+        states = _pairs_of(pairs, "variables")
     except ValueError as error:
         raise CannotCompact(f"its layers have metrics that their copies lack: {error}") from error
     pieces = [Piece(whole, part, (None,) * len(whole.shape)) for whole, part in states]
@@ -105,6 +107,12 @@ def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Pie
         if piece.whole.shape != piece.part.shape:
             raise CannotCompact(f"the metric {piece.whole.path!r} depends on the number of units")
     return {id(a): b for a, b in pairs}, [p for p in pieces if p.whole is not p.part]
+
+
+def _pairs_of(twins: Iterable[tuple[Any, Any]], parts: str) -> list[tuple[Any, Any]]:
+    """Pairs of the parts of twins, in order; a ValueError where one has more of them."""
+    found = ((getattr(a, parts), getattr(b, parts)) for a, b in twins)
+    return [pair for a, b in found for pair in zip(a, b, strict=True)]
 
 
 def _refuse_sharded() -> None:
@@ -141,8 +149,8 @@ def _unbuilt(optimizer: Any, parts: dict[int, Any]) -> Any:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = _unbuilt(optimizer.inner_optimizer, parts)
         scaling = optimizer.initial_scale, optimizer.dynamic_growth_steps
-        return _sharing(type(optimizer)(inner, *scaling, name=optimizer.name), optimizer)
-    rate = optimizer._learning_rate
+        return share_clock(type(optimizer)(inner, *scaling, name=optimizer.name), optimizer)
+    rate = learning_rate(optimizer)
     if isinstance(rate, keras.Variable):
         rate = 0.0
     try:
@@ -151,22 +159,13 @@ def _unbuilt(optimizer: Any, parts: dict[int, Any]) -> Any:
         kind = type(optimizer).__name__
         raise CannotCompact(f"the optimizer ({kind}) cannot be made anew: {error}") from error
     _exclude_from_decay(new, optimizer, parts)
-    return _sharing(new, optimizer)
-
-
-def _sharing(new: Any, optimizer: Any) -> Any:
-    new._learning_rate = optimizer._learning_rate
-    new._iterations = optimizer._iterations
-    return new
+    return share_clock(new, optimizer)
 
 
 def _exclude_from_decay(new: Any, optimizer: Any, parts: dict[int, Any]) -> None:
-    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    if excluded or pattern:
-        new.exclude_from_weight_decay(
-            [parts[i] for i in excluded if i in parts], [pattern.pattern] if pattern else None
-        )
+    excluded, patterns = undecayed(optimizer)
+    if excluded or patterns:
+        new.exclude_from_weight_decay([parts[i] for i in excluded if i in parts], patterns)
 
 
 def _slots(whole: Any, part: Any, gated: Any, small: Any, pieces: list[Piece]) -> list[Piece]:

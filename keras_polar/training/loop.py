@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.backends import Reported, to_numpy
+from keras_polar.backends import CAN_COMPACT, Reported, to_numpy
 from keras_polar.processes import require_agreement
 from keras_polar.training.compaction import CannotCompact, Compaction
 
@@ -45,7 +45,7 @@ class Run:
         self.reported = Reported(gated, [variable for _, variable in reported])
         self.callbacks, self.theirs = self._around(callbacks, list(more))
         self.monitors = Monitors(self.theirs, is_fresh=not self._steps_done())
-        may_compact = gated.consensus.compact and keras.backend.backend() != "torch"
+        may_compact = gated.consensus.compact and CAN_COMPACT
         self.may_compact = may_compact and not any(map(sees_batches, self.theirs))
         # Processes of JAX that trained networks of different sizes would wait for ever.
         fact = {"callbacks that may look at batches": not self.may_compact}

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +13,15 @@ from keras import ops
 from keras_polar.backends import require_supported, to_numpy
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
-from keras_polar.gates.objective import Consensus
+from keras_polar.gates.objective import BY_GATES, PruningObjective
+from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
-from keras_polar.selection.select import Budget, ranking, settle
+from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
+from keras_polar.selection.importance import Importance
+from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
+from keras_polar.surgery.strip import scores_of
+from keras_polar.training.keras_hooks import is_called_by, losses_are_handed_over
 from keras_polar.training.loop import Run
 
 
@@ -28,16 +32,18 @@ class GatedModel(keras.Model):
     In inference mode it always is the static sub-network of its current consensus.
 
     Attributes:
-        stand_in: the `Compaction` that trains in its place at the moment, or None.
+        sub_network: the `Compaction` that trains in its place at the moment, or None.
     """
 
-    stand_in = None
+    sub_network = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         gates = [layer for layer in self.layers if isinstance(layer, Gate)]
         for gate in gates:
             gate.pressure = self.consensus.pressure
+        if any(gate.listens for gate in gates):
+            self.consensus.listeners = tuple(map(_listener, self.groups))
         if gates:
             mask_penalties(self)
 
@@ -53,10 +59,10 @@ class GatedModel(keras.Model):
         return self.budget.achieved([int(g.mask.sum()) for g in self.groups])
 
     @property
-    def consensus(self) -> Consensus:
+    def consensus(self) -> PruningObjective:
         """The layer that holds losses, schedule and target."""
         for layer in self.layers:
-            if isinstance(layer, Consensus):
+            if isinstance(layer, PruningObjective):
                 return layer
         raise ValueError(
             f"GatedModel {self.name!r} has no gates. Expected one that keras_polar.apply made; "
@@ -68,7 +74,8 @@ class GatedModel(keras.Model):
         """What the settled network may cost."""
         layer = self.consensus
         floors = tuple(g._gate.min_units for g in self.groups)
-        return Budget(layer.cost, layer.units, layer.sparsity, floors, layer.round_to)
+        kinds = tuple(BRANCH if g.is_block else CHANNELS for g in self.groups)
+        return Budget(layer.cost, layer.units, layer.sparsity, floors, layer.round_to, kinds)
 
     @property
     def settled(self) -> bool:
@@ -86,7 +93,7 @@ class GatedModel(keras.Model):
         """
         if not self.settled:
             self.require_finite("before the gates were settled")
-            masks = settle(self._wanted(), self.budget)
+            masks = select_units(self._wanted(), self.budget)
             for group, mask in zip(self.groups, masks, strict=True):
                 if not group.settled:
                     group.set_mask(mask)
@@ -95,12 +102,46 @@ class GatedModel(keras.Model):
     def _wanted(self) -> list[np.ndarray]:
         """For `plan.settle`; infinite where masks were set by hand."""
         groups = self.groups
-        scores = [g.open_rates + to_numpy(g._gate.scores) for g in groups]
-        free = ranking(scores, [g.open_rates < 0.5 for g in groups], self.budget)
+        criterion = self._criterion()
+        if criterion is not None:
+            free = self._by_criterion(criterion)
+        elif all(g._gate.listens for g in groups) and self._have_heard():
+            # What the gates have closed by themselves goes before all that they left open.
+            free = [to_numpy(g._gate.lead) - 1e3 * (g.open_rates < 0.5) for g in groups]
+        else:
+            free = self._ranked()
         return [
             np.where(g.mask, np.inf, -np.inf) if g.settled else wanted
             for g, wanted in zip(groups, free, strict=True)
         ]
+
+    def _criterion(self) -> Importance | None:
+        layer = self.consensus
+        if layer.criterion is None and layer.importance not in BY_GATES:
+            raise ValueError(
+                f"settle of {self.name!r}: it was made with importance={layer.importance!r}, an "
+                "object that a saved model does not hold. Set it again: "
+                "`gated.consensus.criterion = <the keras_polar.Importance>`."
+            )
+        return layer.criterion
+
+    def _by_criterion(self, criterion: Importance) -> list[np.ndarray]:
+        """Branches, of which a criterion says nothing, are ranked by their gates."""
+        known = scores_of(self, criterion)
+        groups = self.groups
+        scores = [known.get(g.name, g.open_rates + to_numpy(g._gate.scores)) for g in groups]
+        if criterion.is_free and not any(g.is_block for g in groups):
+            return scores
+        return rank_units(scores, [np.zeros(g.units, bool) for g in groups], self.budget)
+
+    def _have_heard(self) -> bool:
+        """Whether the loss has said anything of each group, and the gates were told."""
+        return all(to_numpy(v).any() for g in self.groups for v in (g._gate.heard, g._gate.lead))
+
+    def _ranked(self) -> list[np.ndarray]:
+        groups = self.groups
+        scores = [g.open_rates + to_numpy(g._gate.scores) for g in groups]
+        return rank_units(scores, [g.open_rates < 0.5 for g in groups], self.budget)
 
     def require_finite(self, when: str) -> None:
         """Raises a FloatingPointError that names the layers whose trained values are not finite."""
@@ -156,8 +197,8 @@ class GatedModel(keras.Model):
 
     def synchronize(self) -> None:
         """Brings this model up to date and back, should its sub-network train in its place."""
-        if self.stand_in is not None:
-            self.stand_in.leave()
+        if self.sub_network is not None:
+            self.sub_network.leave()
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """`keras.Model.save`.
@@ -176,51 +217,64 @@ class GatedModel(keras.Model):
     @contextlib.contextmanager
     def _up_to_date(self) -> Iterator[None]:
         """In the middle of an epoch: the sub-network that trains goes on afterwards."""
-        stand_in = self.stand_in
+        sub_network = self.sub_network
         self.synchronize()
         try:
             yield
         finally:
-            if stand_in is not None:
-                stand_in.enter()
+            if sub_network is not None:
+                sub_network.enter()
 
     # What Keras' training step asks a model for.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stand_in is None:
+        if self.sub_network is None:
             self._refuse_distiller(kwargs.get("training"))
             return super().__call__(*args, **kwargs)
         if kwargs.get("training"):
-            self.consensus.count_settled(self.stand_in.sparsity)
-        return self.stand_in.model(*args, **kwargs)
+            self.consensus.count_settled(self.sub_network.sparsity)
+        return self.sub_network.model(*args, **kwargs)
+
+    def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras on JAX comes in here, not by `__call__`, which would forget: a layer that remembers
+        # the id of a loss of an earlier trace takes away whatever loss has that id in this one.
+        forget_losses(self)
+        if kwargs.get("training") and not kwargs.get("return_losses"):
+            warnings.warn(
+                f"stateless_call of {self.name!r} for training: expected return_losses=True; the "
+                "losses by which gates learn which units go are left out. Add `sum(losses)` to "
+                "yours: `y, states, losses = model.stateless_call(..., return_losses=True)`.",
+                stacklevel=2,
+            )
+        return super().stateless_call(*args, **kwargs)
 
     @property
     def losses(self) -> list:
         # Keras on JAX hands the losses of a step over in between.
-        if self.stand_in is None or self._losses_override:
+        if self.sub_network is None or losses_are_handed_over(self):
             return super().losses
-        return self.stand_in.model.losses
+        return self.sub_network.model.losses
 
     @property
     def metrics(self) -> list:
-        if self.stand_in is None:
+        if self.sub_network is None:
             return super().metrics
-        return [self.stand_in.metrics.get(id(m), m) for m in super().metrics]
+        return [self.sub_network.metrics.get(id(m), m) for m in super().metrics]
 
     @property
     def variables(self) -> list:
-        if self.stand_in is None:
+        if self.sub_network is None:
             return super().variables
-        return [*self.stand_in.model.variables, *self.consensus.variables]
+        return [*self.sub_network.model.variables, *self.consensus.variables]
 
     @property
     def trainable_weights(self) -> list:
-        if self.stand_in is None:
+        if self.sub_network is None:
             return super().trainable_weights
-        return self.stand_in.model.trainable_weights
+        return self.sub_network.model.trainable_weights
 
     def _refuse_distiller(self, training: Any) -> None:
-        if training and _is_called_by(keras.distillation.Distiller.call):
+        if training and is_called_by(keras.distillation.Distiller.call):
             raise NotImplementedError(
                 f"keras.distillation.Distiller cannot train the gated model {self.name!r}: it "
                 "leaves out the losses of its student, the gates' among them, and the schedule "
@@ -229,12 +283,10 @@ class GatedModel(keras.Model):
             )
 
 
-def _is_called_by(function: Any) -> bool:
-    """Whether a function is being run. What Keras says of it differs between backends."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code is not function.__code__:
-        frame = frame.f_back
-    return frame is not None
+def _listener(group: GateGroup) -> tuple:
+    """What the objective leads a gate by: functions, as a layer would own the variables it has."""
+    gate = group._gate
+    return gate.wanted, gate.is_led_open, lambda lead: gate.lead.assign(lead)
 
 
 def _warn_of_frozen_gates(gated: GatedModel) -> None:

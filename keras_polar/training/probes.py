@@ -10,9 +10,9 @@ from keras import ops, tree
 from keras_polar.backends import gradient_function
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.rebuild import rebuild
-from keras_polar.rules import Site
-from keras_polar.training.apply import _Inserter
-from keras_polar.training.gate_specs import Target, targets
+from keras_polar.rules import CallSite
+from keras_polar.training.gate_specs import GateSpec, gate_specs
+from keras_polar.training.insertion import MaskInserter
 
 
 def probed(coupling: Coupling) -> keras.Model:
@@ -29,14 +29,14 @@ def probed(coupling: Coupling) -> keras.Model:
     Raises:
         ValueError: a group's units are masked on weights, for all samples at once.
     """
-    specs = targets(coupling, (), [1] * len(coupling.groups))
+    specs = gate_specs(coupling, (), [1] * len(coupling.groups))
     for spec in specs:
         _check_per_sample(spec)
-    inserter = _ProbeInserter(coupling, specs)
-    return rebuild(coupling.graph, inserter.visit, inserter.model)  # type: ignore[arg-type]
+    inserter = ProbeInserter(coupling, specs)
+    return rebuild(coupling.graph, inserter.visit, inserter.model)
 
 
-def _check_per_sample(spec: Target) -> None:
+def _check_per_sample(spec: GateSpec) -> None:
     if not spec.per_sample:
         raise ValueError(
             f"Group {spec.name!r} (layers {', '.join(spec.layers)}) has units that are masked for "
@@ -45,18 +45,14 @@ def _check_per_sample(spec: Target) -> None:
         )
 
 
-class _ProbeInserter(_Inserter):
-    def __init__(self, coupling: Coupling, specs: list[Target]) -> None:
-        super().__init__(coupling, specs, keras.Input, None, "", {})  # type: ignore[arg-type]
+class ProbeInserter(MaskInserter):
+    """Inputs of the model in place of gates."""
 
-    def _gate(self, i: int, site: Site, values: Any) -> Any:
-        return keras.Input((self.targets[i].units,), name=self._name(f"probe_{i}"))
-
-    def _consensus(self, index: int, values: Any) -> dict:
-        return {}
+    def _gate(self, i: int, site: CallSite, values: Any) -> Any:
+        return keras.Input((self.specs[i].units,), name=self._name(f"probe_{i}"))
 
     def model(self, inputs: Any, outputs: Any, name: str) -> keras.Model:
-        probes = [self.gates[i] for i in range(len(self.targets))]
+        probes = [self.gates[i] for i in range(len(self.specs))]
         return keras.Model([inputs, probes], outputs, name=name)
 
 
@@ -79,7 +75,7 @@ def gate_gradients(
 
         from keras.losses import sparse_categorical_crossentropy as loss
 
-        gradients = gate_gradients(couple(read(model)), loss, images, labels)
+        gradients = gate_gradients(analyze(model), loss, images, labels)
     """
     model, inputs = probed(coupling), coupling.graph.inputs
     units = [group.units for group in coupling.groups]

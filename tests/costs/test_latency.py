@@ -16,11 +16,11 @@ from keras import layers, ops
 import keras_polar
 from keras_polar.costs.fusion import fused
 from keras_polar.costs.latency import coefficients
-from keras_polar.costs.polynomial import Polynomial, polynomial
-from keras_polar.coupling.coupling import couple
+from keras_polar.costs.measures import cost_of
+from keras_polar.costs.polynomial import Polynomial
+from keras_polar.coupling.coupling import analyze, ignoring
 from keras_polar.litert.runtime import interpreter
 from keras_polar.litert.split_model import convert_each
-from keras_polar.rules import read
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="LiteRT files are written by TensorFlow"
@@ -51,7 +51,7 @@ def table(cache):
 
 
 def pieces(model):
-    return fused(couple(read(model)))
+    return fused(analyze(model))
 
 
 # --- what is measured -------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def pieces(model):
 def test_followers_are_part_of_the_layer_before_them():
     found = [[s.name for s in p.sites] for p in pieces(small_resnet())]
     assert ["stem", "stem_bn", "re_lu"] in [[*f[:2], f[2][:5]] for f in found if len(f) == 3]
-    assert sum(map(len, found)) == len(couple(read(small_resnet())).sites)
+    assert sum(map(len, found)) == len(analyze(small_resnet()).sites)
     assert any(f[0].startswith("add") and f[1].startswith("re_lu") for f in found)
 
 
@@ -149,15 +149,15 @@ def run(path, image):
 # --- the polynomial ---------------------------------------------------------------------------
 
 
-def cost_of(model, table, **options):
-    coupling = couple(read(model), **options)
-    return polynomial(coupling, "latency", (), table.terms(couple(read(model))))
+def time_of(model, table, ignore=()):
+    whole = analyze(model)
+    return cost_of(ignoring(whole, ignore), table, whole=whole)
 
 
 def test_the_polynomial_is_the_sum_of_the_operations(table):
     """At every width of the grid, to the picosecond that coefficients are rounded to."""
     model = two_convolutions()
-    found, cost = pieces(model), cost_of(model, table)
+    found, cost = pieces(model), time_of(model, table)
     for counts in [(24, 32), (24, 24), (16, 16), (8, 32), (8, 8)]:
         flags = _flags(model, counts)
         fitted = 0.0
@@ -168,7 +168,7 @@ def test_the_polynomial_is_the_sum_of_the_operations(table):
 
 
 def _flags(model, counts):
-    coupling = couple(read(model))
+    coupling = analyze(model)
     flags = np.ones(len(coupling.roots), bool)
     for group, count in zip(coupling.groups, counts, strict=True):
         flags[group.roots[count:]] = False
@@ -177,7 +177,7 @@ def _flags(model, counts):
 
 def test_ignored_layers_cost_the_same(table):
     model = two_convolutions()
-    all_of_it, part = cost_of(model, table), cost_of(model, table, ignore=["conv0"])
+    all_of_it, part = time_of(model, table), time_of(model, table, ignore=["conv0"])
     for count in (32, 24, 16, 5):
         assert part([count]) == all_of_it([24, count])
 
@@ -208,7 +208,7 @@ def test_settled_networks_have_the_predicted_latency_removed(table):
     assert gated.sparsity >= 0.25
     small = keras_polar.convert(gated, verify=True)
     kept = [small.get_layer(n).filters for n in ("conv0", "conv1")]
-    cost = cost_of(model, table)
+    cost = time_of(model, table)
     assert 1 - cost(kept) / cost([24, 32]) == pytest.approx(gated.sparsity, abs=0.005)
 
 
@@ -253,7 +253,7 @@ def test_what_the_cache_holds_is_not_measured_again(table, cache):
     (file,) = (cache / "keras_polar").iterdir()
     before = file.stat().st_mtime_ns
     gated = keras_polar.apply(two_convolutions(), 0.3, measure="latency")
-    assert gated.budget.cost == cost_of(two_convolutions(), table)
+    assert gated.budget.cost == time_of(two_convolutions(), table)
     assert file.stat().st_mtime_ns == before
 
 
@@ -323,7 +323,7 @@ def test_another_backend(table, tmp_path):
         "m = t.two_convolutions()\n"
         "with pytest.raises(ValueError, match='KERAS_BACKEND=tensorflow'):\n"
         "    keras_polar.latency_table(m, 'other.json')\n"
-        "assert t.cost_of(m, keras_polar.LatencyTable.load('table.json'))([24, 32]) > 0\n"
+        "assert t.time_of(m, keras_polar.LatencyTable.load('table.json'))([24, 32]) > 0\n"
     )
     paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": os.pathsep.join(paths)}

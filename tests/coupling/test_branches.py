@@ -9,14 +9,14 @@ from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 import keras_polar
-from keras_polar.coupling.branches import find_blocks
-from keras_polar.rules import read
+from keras_polar.coupling.branches import find_branches
+from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import difference, random_inputs
 
 
 def blocks_of(model):
-    graph = read(model)
-    return graph, find_blocks(graph)
+    graph = trace_model(model)
+    return graph, find_branches(graph)
 
 
 @pytest.mark.parametrize(

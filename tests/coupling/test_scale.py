@@ -13,7 +13,7 @@ from keras import layers
 from keras_polar.coupling.coupling import _make_rectangular, couple
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import trace
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 from keras_polar.rules.ids import Forest, Units
 
 
@@ -30,7 +30,7 @@ def buffers(coupling):
 
 def test_id_arrays_of_resnet50_are_views():
     model = keras.applications.ResNet50(weights=None, input_shape=(224, 224, 3))
-    coupling = couple(read(model))
+    coupling = couple(trace_model(model))
     elements = sum(ids.size for site in coupling.sites for ids in site.outputs)
     assert elements > 30e6
     # One vector of int32 per layer that makes units, and little else.

@@ -16,8 +16,8 @@ from keras_polar.coupling.coupling import couple
 from keras_polar.graph.ir import fill, refs_in
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.trace import trace
-from keras_polar.rules import read
-from keras_polar.rules.rule import _REGISTRY, find
+from keras_polar.rules import trace_model
+from keras_polar.rules.registry import _REGISTRY, find
 from keras_polar.surgery.certificate import random_inputs
 
 # Keras says so of a Flatten behind a Masking.
@@ -76,7 +76,7 @@ def test_a_good_part_of_the_random_models_can_go():
     shares = []
     for seed in range(60):
         keras.backend.clear_session(free_memory=False)
-        coupling = couple(read(build(seeded_program(seed))))
+        coupling = couple(trace_model(build(seeded_program(seed))))
         units = np.concatenate(list(coupling.produced().values()))
         shares.append((coupling.group_of[units] >= 0).mean())
     assert np.mean(shares) > 0.25

@@ -10,7 +10,7 @@ from random_steps import STEPS
 from keras_polar.coupling.coupling import why_fixed
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.trace import trace
-from keras_polar.rules.rule import _REGISTRY, opens
+from keras_polar.rules.registry import _REGISTRY, opens
 from keras_polar.rules.unprunable import PINNED
 
 NEVER_DRAWN = {

@@ -64,7 +64,8 @@ def test_consensus(target):
     inputs = keras.Input((3,))
     x = layers.Dense(5, name="b")(layers.Dense(4, name="a")(inputs))
     schedule = keras_polar.Schedule(warmup=0.1, ramp=0.35, settle=0.5, polarization=4, rate=10)
-    gated = keras_polar.apply(keras.Model(inputs, layers.Dense(2)(x)), target, schedule=schedule)
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    gated = keras_polar.apply(model, target, schedule=schedule, importance="logits")
     layer = gated.consensus
     for variable, value in ((layer.step, 20), (layer.steps, 100), (layer.multiplier, 0.3)):
         variable.assign(value)
@@ -102,7 +103,7 @@ def one_hidden_layer(gate):
     hidden = layers.Dense(4, name="hidden")(inputs)
     schedule = keras_polar.Schedule(warmup=1, ramp=1, settle=1, steps=100)
     model = keras.Model(inputs, layers.Dense(2, name="head")(hidden))
-    gated = keras_polar.apply(model, 0.5, gate=gate, schedule=schedule)
+    gated = keras_polar.apply(model, 0.5, gate=gate, schedule=schedule, importance="logits")
     for variable in gated.trainable_variables:
         variable.assign(rng.standard_normal(variable.shape))
     layer = gated.get_layer("hidden_gate")

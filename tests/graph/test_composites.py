@@ -10,7 +10,7 @@ from keras import layers, ops
 from keras.src import backend
 
 import keras_polar
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import difference, random_inputs
 
 
@@ -65,7 +65,7 @@ def model_of(*parts, shape=(5, 6)):
 
 
 def notes(model):
-    return {call.op.name: call.note for call in read(model).calls if call.note}
+    return {call.op.name: call.note for call in trace_model(model).calls if call.note}
 
 
 def state(model):
@@ -81,7 +81,7 @@ def test_a_composite_opens_and_the_converted_model_is_made_of_its_parts():
     model = randomise(model_of(Block(name="block")))
     gated, small = check(model)
     assert [g.name for g in gated.groups] == ["up"]
-    assert [c.path for c in read(model).calls if c.op.name in ("up", "dropout")] == [
+    assert [c.path for c in trace_model(model).calls if c.op.name in ("up", "dropout")] == [
         "block/up",
         "block/dropout",
     ]
@@ -132,7 +132,7 @@ def test_nested_composites_sequentials_and_outputs_that_are_none():
     assert not notes(model)
     gated, _ = check(model)
     assert sum(g.units for g in gated.groups) == 8 + 8 + 7
-    assert "outer/stack/block/up" in {c.path for c in read(model).calls}
+    assert "outer/stack/block/up" in {c.path for c in trace_model(model).calls}
 
 
 def test_a_subclassed_model_inside_a_functional_one_opens():

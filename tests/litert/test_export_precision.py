@@ -5,6 +5,7 @@ import threading
 import keras
 import numpy as np
 import pytest
+from helpers import quick
 from keras import layers, ops
 
 import keras_polar
@@ -128,7 +129,7 @@ def test_copy_computes_the_same_in_float32(name):
         np.testing.assert_allclose(got, full, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", quick(["mixed_float16", "float64"], PRECISIONS))
 def test_every_precision_is_exported(tmp_path, precision):
     model = model_of(precision, "convolutions", "norms", "operations")
     policies = [x.dtype_policy.name for x in model._flatten_layers()]
@@ -151,7 +152,7 @@ def test_every_precision_is_exported(tmp_path, precision):
 @pytest.mark.parametrize("names", [["convolutions"], ["recurrent"]])
 @pytest.mark.parametrize(
     ("quantize", "tolerance"),
-    [("float16", 0.01), ("dynamic", 0.05), pytest.param("int8", 0.1, marks=pytest.mark.slow)],
+    quick([("float16", 0.01)], [("float16", 0.01), ("dynamic", 0.05), ("int8", 0.1)]),
 )
 def test_mixed_precision_is_quantized(tmp_path, names, quantize, tolerance):
     model = model_of("mixed_float16", *names, head="float32")

@@ -7,7 +7,8 @@ import pytest
 
 from keras_polar import inspect as inspect_model
 from keras_polar.graph.keras_private import OP_MODULES
-from keras_polar.rules.rule import PinRule, find
+from keras_polar.rules.registry import find
+from keras_polar.rules.rule import PinRule
 from keras_polar.rules.unprunable import PINNED
 
 
@@ -35,7 +36,8 @@ def test_every_class_has_a_rule_or_a_reason(classes):
     missing = sorted(c.__name__ for c in found if find(c) is None)
     assert not missing, (
         f"Keras {keras.__version__} has classes that are neither registered nor listed with a "
-        f"reason in keras_polar/rules/unprunable.py: {', '.join(missing)}. Write a rule or list them."
+        f"reason in keras_polar/rules/unprunable.py: "
+        f"{', '.join(missing)}. Write a rule or list them."
     )
 
 

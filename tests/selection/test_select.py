@@ -1,5 +1,6 @@
 """From scores to masks: exact to the unit, floors and multiples respected."""
 
+import dataclasses
 import re
 
 import keras
@@ -10,7 +11,8 @@ from keras import layers
 
 import keras_polar
 from keras_polar.costs.polynomial import Polynomial
-from keras_polar.selection.select import Budget, ranking, settle
+from keras_polar.selection.budget import Budget
+from keras_polar.selection.select import rank_units, select_units
 
 CHAIN = Polynomial((3, 1, 5), ((0, -1), (0, 1), (1, -1)))  # 3a + ab + 5b
 
@@ -20,14 +22,14 @@ def budget(sparsity, units=(40, 60), floors=(1, 1), cost=CHAIN, **options):
 
 
 def kept(scores, found):
-    return [int(mask.sum()) for mask in settle(scores, found)]
+    return [int(mask.sum()) for mask in select_units(scores, found)]
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_the_least_wanted_units_go_until_the_budget_is_met(sparsity):
     rng = np.random.default_rng(0)
     scores, wanted = [rng.random(40), rng.random(60)], budget(sparsity)
-    masks = settle(scores, wanted)
+    masks = select_units(scores, wanted)
     assert wanted.distance(np.array(kept(scores, wanted))) <= 0.005
     for mask, own in zip(masks, scores, strict=True):
         assert own[mask].min() > own[~mask].max()
@@ -56,7 +58,7 @@ def test_floors_hold():
 
 def test_infinite_scores_are_kept_and_minus_infinity_goes_first():
     scores = [np.where(np.arange(40) < 30, np.inf, -np.inf), np.ones(60)]
-    first, _ = settle(scores, budget(0.5))
+    first, _ = select_units(scores, budget(0.5))
     assert first.tolist() == [True] * 30 + [False] * 10
 
 
@@ -84,7 +86,7 @@ def test_every_group_gives_the_same_share(sparsity):
     priced = Polynomial((9, 1), ((0,), (1,)))
     found = budget(sparsity, (1000, 500), (1, 1), priced)
     scores, is_closed = open_gates(1000, 500)
-    masks = settle(ranking([10 * scores[0], scores[1] - 3], is_closed, found), found)
+    masks = select_units(rank_units([10 * scores[0], scores[1] - 3], is_closed, found), found)
     for mask, own in zip(masks, scores, strict=True):
         assert mask.mean() == pytest.approx(1 - sparsity, abs=0.003)
         assert own[mask].min() > own[~mask].max()
@@ -93,7 +95,7 @@ def test_every_group_gives_the_same_share(sparsity):
 def test_what_the_gates_have_closed_goes_first():
     scores, is_closed = open_gates(40, 60)
     is_closed[1][scores[1] < 0.5] = True
-    ranked = ranking(scores, is_closed, budget(0.5))
+    ranked = rank_units(scores, is_closed, budget(0.5))
     assert ranked[1][is_closed[1]].max() < min(
         r[~c].min() for r, c in zip(ranked, is_closed, strict=True)
     )
@@ -102,12 +104,14 @@ def test_what_the_gates_have_closed_goes_first():
 def test_branches_are_compared_with_one_another():
     cost = Polynomial((1, 900, 100), ((0,), (1,), (2,)))
     scores, is_closed = open_gates(60, 1, 1)
-    found = budget(0.1, (60, 1, 1), (1, 0, 0), cost)
-    _, first, second = ranking([scores[0], np.ones(1), np.zeros(1)], is_closed, found)
+    kinds = ("channels", "branch", "branch")
+    found = dataclasses.replace(budget(0.1, (60, 1, 1), (1, 0, 0), cost), kinds=kinds)
+    _, first, second = rank_units([scores[0], np.ones(1), np.zeros(1)], is_closed, found)
     assert first == 0.75
     assert second == 0.25
     only = budget(0.1, (1, 1), (0, 0), Polynomial((900, 100), ((0,), (1,))))
-    assert np.concatenate(ranking([np.ones(1), np.zeros(1)], is_closed[1:], only)).argmin() == 1
+    only = dataclasses.replace(only, kinds=kinds[1:])
+    assert np.concatenate(rank_units([np.ones(1), np.zeros(1)], is_closed[1:], only)).argmin() == 1
 
 
 # --- options of apply -------------------------------------------------------------------------

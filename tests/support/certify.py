@@ -6,11 +6,11 @@ from helpers import randomise
 from random_models import build
 
 import keras_polar
-from keras_polar.costs.polynomial import polynomial
+from keras_polar.costs.measures import MEASURES, cost_of
 from keras_polar.coupling.coupling import _signatures, couple
-from keras_polar.rules import read
+from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import difference, random_inputs
-from keras_polar.training.gate_specs import blocks_of
+from keras_polar.training.gate_specs import branches_of
 
 
 def certify(program, seed=0):
@@ -22,7 +22,7 @@ def certify(program, seed=0):
 def certify_model(model, seed=0):
     """Closes units at random, checks all that must hold; returns the coupling."""
     randomise(model, seed)
-    coupling = couple(read(model))
+    coupling = couple(trace_model(model))
     assert_no_silent_pin(coupling)
     if coupling.groups:
         certify_gated(model, coupling, np.random.default_rng(seed))
@@ -47,7 +47,7 @@ def certify_gated(model, coupling, rng):
         coupling = couple(coupling.graph, ignore)
         if not coupling.groups:
             return
-    blocks = blocks_of(coupling, ignore)
+    blocks = branches_of(coupling, ignore)
     options = {"gate": gate, "ignore": ignore, "granularity": ("channels", "blocks")}
     gated = keras_polar.apply(model, 1e-3, measure="units", **options)
     # Keras on TensorFlow adds (n, 1) to (n, n) as if it were a bias of n channels: a batch of 2 and
@@ -64,4 +64,6 @@ def certify_gated(model, coupling, rng):
     counted = keras_polar.cost(small)
     assert counted.weights == small.count_params()
     for measure in ("weights", "macs", "units"):
-        assert polynomial(coupling, measure, blocks)(counts) == getattr(counted, measure), measure
+        assert cost_of(coupling, MEASURES[measure], blocks)(counts) == getattr(counted, measure), (
+            measure
+        )

@@ -6,9 +6,21 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 
 import keras_polar
 from keras_polar.surgery.certificate import difference, random_inputs
+
+
+def quick(chosen, every):
+    """The cases of a sweep, those that are not chosen marked as slow."""
+    return [
+        x if x in chosen else pytest.param(*_arguments(x), marks=pytest.mark.slow) for x in every
+    ]
+
+
+def _arguments(case):
+    return case if isinstance(case, tuple) else (case,)
 
 
 def randomise(model, seed=0):
@@ -67,11 +79,11 @@ def check_loads_alone(small, tmp_path):
 
 
 def predicted(model, counts, measure):
-    from keras_polar.costs.polynomial import polynomial
-    from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import read
 
-    return polynomial(couple(read(model)), measure)(counts)
+    from keras_polar.costs.measures import MEASURES, cost_of
+    from keras_polar.coupling.coupling import analyze
+
+    return cost_of(analyze(model), MEASURES[measure])(counts)
 
 
 def model_of(*steps, shape=(5, 8)):

@@ -94,7 +94,7 @@ class Seen(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.by_step[self.epoch, batch] = logs["loss"]
-        self.was_compacted = self.gated.stand_in is not None
+        self.was_compacted = self.gated.sub_network is not None
 
     @property
     def losses(self):

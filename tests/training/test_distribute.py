@@ -76,7 +76,7 @@ class PerStep(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.by_step[batch] = [logs[name] for name in ("loss", "sparsity", "polarization")]
-        self.was_compacted = self.gated.stand_in is not None
+        self.was_compacted = self.gated.sub_network is not None
 
     @property
     def logs(self):

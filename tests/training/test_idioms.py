@@ -3,6 +3,7 @@ gives on the plain model: the same lists, names, numbers and files.
 """
 
 import pickle
+import warnings
 
 import keras
 import numpy as np
@@ -14,9 +15,8 @@ import keras_polar
 BACKEND = keras.backend.backend()
 # Keras says so of copies of compiled models, whose optimizers are not built.
 pytestmark = pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
-OURS = {"sparsity", "polarization"}  # in the logs of training besides
+OURS = ("sparsity", "polarization")  # in the logs of training besides
 LONG = keras_polar.Schedule(steps=1000)  # presses and settles after these tests
-on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="written with TensorFlow")
 
 
 def data(n=48):
@@ -65,28 +65,69 @@ def fitted(model, *args, **options):
     return compiled(model).fit(*(args or data()), **{**FIT, **options}).history
 
 
-class Guide:
-    """The `train_step` of Keras' guide, as a mixin of any model."""
+def tensorflow_step(self, data):
+    import tensorflow as tf
 
-    def train_step(self, data):
-        import tensorflow as tf
+    x, y = data
+    with tf.GradientTape() as tape:
+        y_pred = self(x, training=True)
+        loss = self.compute_loss(y=y, y_pred=y_pred)
+    variables = self.trainable_variables
+    self.optimizer.apply(tape.gradient(loss, variables), variables)
+    return measured(self, loss, y, y_pred)
 
-        x, y = data
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(y=y, y_pred=y_pred)
-        variables = self.trainable_variables
-        self.optimizer.apply(tape.gradient(loss, variables), variables)
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(loss)
-            else:
-                metric.update_state(y, y_pred)
-        return {m.name: m.result() for m in self.metrics}
+
+def torch_step(self, data):
+    import torch
+
+    x, y = data
+    self.zero_grad()
+    y_pred = self(x, training=True)
+    loss = self.compute_loss(y=y, y_pred=y_pred)
+    loss.backward()
+    weights = list(self.trainable_weights)
+    with torch.no_grad():
+        self.optimizer.apply([v.value.grad for v in weights], weights)
+    return measured(self, loss, y, y_pred)
+
+
+def measured(self, loss, y, y_pred):
+    for metric in self.metrics:
+        if metric.name == "loss":
+            metric.update_state(loss)
+        else:
+            metric.update_state(y, y_pred)
+    return {m.name: m.result() for m in self.metrics}
+
+
+def jax_step(self, state, data):
+    import jax
+
+    def loss_and_updates(trainable, others):
+        y_pred, others, losses = self.stateless_call(
+            trainable, others, x, training=True, return_losses=True
+        )
+        return self.compute_loss(x, y, y_pred) + sum(losses), (y_pred, others)
+
+    x, y = data
+    trainable, others, slots, counts = state
+    gradient = jax.value_and_grad(loss_and_updates, has_aux=True)
+    (loss, (y_pred, others)), gradients = gradient(trainable, others)
+    trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
+    logs, new = {}, []
+    for metric in self.metrics:
+        own = counts[len(new) : len(new) + len(metric.variables)]
+        seen = (loss,) if metric.name == "loss" else (y, y_pred)
+        own = metric.stateless_update_state(own, *seen)
+        logs[metric.name] = metric.stateless_result(own)
+        new += own
+    return logs, (trainable, others, slots, new)
 
 
 def guide(model, folder):
-    kind = type("Own", (Guide, type(model)), {})
+    """The `train_step` of Keras' guides in a subclass."""
+    steps = {"tensorflow": tensorflow_step, "torch": torch_step, "jax": jax_step}
+    kind = type("Own", (type(model),), {"train_step": steps[BACKEND]})
     own = kind(model.input, model.output)
     return fitted(own), own.evaluate(*data(), verbose=0)
 
@@ -125,6 +166,32 @@ def built_in_callbacks(model, folder):
     history = fitted(model, validation_data=data(), callbacks=some, epochs=3)
     loaded = keras.models.load_model(folder / "best.keras")
     return history, loaded.evaluate(*data(), verbose=0), sorted(p.name for p in folder.iterdir())
+
+
+def tensorboard(model, folder):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("tensorflow")  # writes what it shows, on every backend
+    from tensorflow import make_ndarray
+
+    board = keras.callbacks.TensorBoard(folder / "logs", update_freq="batch")
+    fitted(model, validation_data=data(), callbacks=[board])
+    found = {}
+    for part in ("train", "validation"):
+        shown = events.EventAccumulator(str(folder / "logs" / part)).Reload()
+        # Keras draws the graph of models of its own classes alone.
+        for tag in {*shown.Tags()["tensors"]} - {"keras"}:
+            written = shown.Tensors(tag)
+            found[f"{part} {tag}"] = [[e.step, make_ndarray(e.tensor_proto)] for e in written]
+    return found
+
+
+def quantize(model, folder):
+    x, _ = data()
+    fitted(model)
+    with warnings.catch_warnings():  # of layers that Keras leaves as they are
+        warnings.filterwarnings("ignore", "Layer .* does not have a `quantize` method")
+        model.quantize("int8")
+    return model.predict(x, verbose=0), model.evaluate(*data(), verbose=0)
 
 
 def validation(model, folder):
@@ -201,10 +268,9 @@ IDIOMS = {
     idiom.__name__: idiom
     for idiom in (
         *(lists, built_in_callbacks, validation, weights_of_classes_and_samples, files),
-        *(pydataset, generator, partly_frozen, torch_loader),
+        *(pydataset, generator, partly_frozen, torch_loader, guide, tensorboard, quantize),
     )
 }
-ON_TENSORFLOW = {"guide": guide, "tf_dataset": tf_dataset}
 
 
 def seen(idiom, build, folder, gate=None):
@@ -219,7 +285,7 @@ def seen(idiom, build, folder, gate=None):
 
 def without_ours(value):
     if isinstance(value, dict):
-        return {k: without_ours(v) for k, v in value.items() if k not in OURS}
+        return {k: without_ours(v) for k, v in value.items() if not k.endswith(OURS)}
     if isinstance(value, (list, tuple)):
         return [without_ours(v) for v in value]
     return value
@@ -253,10 +319,9 @@ def test_a_gated_model_gives_what_the_plain_one_gives(name, gate, tmp_path):
     compare(IDIOMS[name], network, tmp_path, gate)
 
 
-@on_tensorflow
-@pytest.mark.parametrize("name", ON_TENSORFLOW)
-def test_on_tensorflow_too(name, tmp_path):
-    compare(ON_TENSORFLOW[name], network, tmp_path, "static")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="written with TensorFlow")
+def test_a_dataset_of_tensorflow(tmp_path):
+    compare(tf_dataset, network, tmp_path, "static")
 
 
 def test_by_hand(tmp_path):

@@ -9,6 +9,7 @@ Nothing is compiled by XLA, which takes longer than these trainings; other tests
 import ast
 import contextlib
 import importlib.util
+import pydoc
 import re
 import shlex
 from pathlib import Path
@@ -18,18 +19,30 @@ import numpy as np
 import pytest
 from helpers import randomise
 
+import keras_polar
 from keras_polar import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+CONTRIBUTING = DOCS / "CONTRIBUTING.md"
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def snippets(page):
     """Pairs (line before the code, code); what is the README's runs with the README."""
-    text, known = page.read_text(), page != PAGES[0] and PAGES[0].read_text()
+    text, known = page.read_text(), page != README and README.read_text()
     found = [(text[: m.start(1)].count("\n"), m[1]) for m in PYTHON.finditer(text)]
     return [(line, code) for line, code in found if not known or code not in known]
+
+
+def sections(page):
+    """Title of each part of a page -> its snippets, as `snippets` gives them."""
+    lines, found = page.read_text().splitlines(), {}
+    for line, code in snippets(page):
+        title = next(x for x in lines[line::-1] if x.startswith("## "))
+        found.setdefault(title.strip("# "), []).append((line, code))
+    return found
 
 
 # --- Python ----------------------------------------------------------------------------------
@@ -68,16 +81,153 @@ def can_run(code):
     return "tf_keras" not in code or importlib.util.find_spec("tensorflow_model_optimization")
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="pages use TensorFlow as well")
-@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: p.name)
-def test_snippets_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("keras.src.trainers.trainer.model_supports_jit", lambda _: False)
-    names = prepared()
-    for line, code in snippets(page):
+def run(page, code_of_page):
+    names = {"__name__": page.stem, **prepared()}
+    for line, code in code_of_page:
         if can_run(code):
             # The empty lines in front make the lines of a traceback those of the page.
             exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("keras.src.trainers.trainer.model_supports_jit", lambda _: False)
+
+
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="pages use TensorFlow as well"
+)
+
+
+@on_tensorflow
+@pytest.mark.usefixtures("empty_folder")
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if snippets(p) and p != CONTRIBUTING], ids=lambda p: p.name
+)
+def test_snippets_run(page):
+    run(page, snippets(page))
+
+
+@on_tensorflow
+@pytest.mark.usefixtures("empty_folder")
+@pytest.mark.parametrize("title", sections(CONTRIBUTING))
+def test_each_how_to_runs_by_itself(title):
+    run(CONTRIBUTING, sections(CONTRIBUTING)[title])
+
+
+def test_how_tos_use_public_names():
+    trees = [ast.parse(code) for _, code in snippets(CONTRIBUTING)]
+    nodes = [n for tree in trees for n in ast.walk(tree)]
+    modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    modules |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    assert "keras_polar" in modules
+    assert not [m for m in modules if "._" in m or m.startswith("keras.src")]
+    assert not [n for n in names if n.startswith("_") and not n.startswith("__")]
+
+
+# --- the start page --------------------------------------------------------------------------
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+# What a code block of the site shows without being scrolled.
+WIDTH = 80
+MEASURED = re.compile(r"\d[\d,.]*\s*(?:%|points?\b|times\b|x\b|ms\b|kB\b|weights\b|bytes\b)")
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "index.md"], ids=lambda p: p.name)
+def test_code_is_not_cut_off(page):
+    text = page.read_text()
+    lines = [line for m in FENCED.finditer(text) for line in m[0].splitlines()]
+    lines += [line for m in INDENTED.finditer(FENCED.sub("", text)) for line in m[0].splitlines()]
+    assert lines
+    assert not [line for line in lines if len(line) > WIDTH]
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 130
+
+
+# --- measured numbers ------------------------------------------------------------------------
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+results = loaded(ROOT / "examples" / "benchmarks" / "pages.py")
+
+
+def test_pages_have_results():
+    assert {README, DOCS / "index.md", DOCS / "benchmarks" / "summary.md"} <= {*results.pages()}
+    used = {m[2] for p in results.pages() for m in results.BLOCK.finditer(p.read_text())}
+    assert used == {*results.BLOCKS}
+
+
+@pytest.mark.parametrize("page", results.pages(), ids=lambda p: p.name)
+def test_results_are_up_to_date(page):
+    assert page.read_text() == results.written(page.read_text()), "run `make results`"
+
+
+def test_old_results_are_noticed():
+    text = README.read_text()
+    old = re.sub(r"(\*\*keras_polar\*\*, static gates \|) [\d.]+", r"\1 99.9", text)
+    assert old != text == results.written(old)
+
+
+@pytest.mark.parametrize(
+    "page", [README, DOCS / "index.md", DOCS / "benchmarks" / "summary.md"], ids=lambda p: p.name
+)
+def test_measured_numbers_stand_in_blocks(page):
+    prose = results.BLOCK.sub("", FENCED.sub("", page.read_text()))
+    assert not MEASURED.findall(prose)
+
+
+# --- pages about the code --------------------------------------------------------------------
+
+
+def entries():
+    """What the API page documents: dotted path -> the members that it lists."""
+    text = (DOCS / "api.md").read_text()
+    found = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE)
+    return {path: re.findall(r"\w+", "".join(_members(options))) for path, options in found}
+
+
+def _members(options):
+    return re.findall(r"members: \[(.*)\]", options)
+
+
+def test_api_page_has_every_public_name():
+    documented = [pydoc.locate(path) for path in entries()]
+    # A module is documented as a whole or by what is in it.
+    modules = {*entries(), *(path.rpartition(".")[0] for path in entries())}
+    missing = [
+        name
+        for name in keras_polar.__all__
+        if not any(getattr(keras_polar, name) is thing for thing in documented)
+        if f"keras_polar.{name}" not in modules
+    ]
+    assert missing == ["__version__"]  # the page says it in words
+
+
+@pytest.mark.parametrize("path", entries())
+def test_api_page_has_nothing_else(path):
+    thing = pydoc.locate(path)
+    assert thing is not None
+    assert not [m for m in entries()[path] if not hasattr(thing, m)]
+
+
+def test_architecture_page_knows_every_part():
+    package = ROOT / "keras_polar"
+    lines = (DOCS / "architecture.md").read_text().splitlines()
+    rows = [re.findall(r"`([\w/.]+)`", line) for line in lines if line.startswith("| `")]
+    files = [name for row in rows for name in row if "/" in name or name.endswith(".py")]
+    assert not [name for name in files if not (package / name).exists()]
+    parts = {p.name for p in package.glob("[a-z]*") if p.is_dir() or p.suffix == ".py"}
+    assert {row[0].rstrip("/") for row in rows} - {"graph/symbolic"} == parts
 
 
 # --- commands --------------------------------------------------------------------------------

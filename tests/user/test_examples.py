@@ -27,7 +27,16 @@ def run(script, *arguments):
 @pytest.mark.slow
 def test_demo(tmp_path):
     text = run("demo.py", "--epochs=4", f"--output_dir={tmp_path}")
-    assert "Certificate" in text
+    lines = text.splitlines()
+    # A line for each phase, then the table, then the files and the pictures.
+    assert [line[:3] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
+    assert "4/4" in lines[0]
+    assert "accuracy" in lines[1]
+    assert len(lines) < 30
+    order = [text.index(x) for x in ("Digits, one run each", "Certificate", "Models:", "Pictures:")]
+    assert order == sorted(order)
+    named = [Path(line.strip()) for line in lines if line.startswith("  /")]
+    assert {*named} == {*tmp_path.iterdir()}
     files = {p.name for p in tmp_path.iterdir()}
     pictures = {"open_rates.png", "polarization.png", "widths.png"}
     assert {*pictures, "dense.tflite", "small.tflite", "small.keras"} <= files
@@ -85,8 +94,8 @@ def test_comparison_page_is_up_to_date(comparison):
 
 
 def test_page_without_markers_is_refused(comparison):
-    with pytest.raises(ValueError, match="results: end"):
-        comparison("report").page("<!-- results: begin -->\n", [])
+    with pytest.raises(ValueError, match="runs: end"):
+        comparison("report").page("<!-- runs: begin -->\n", [])
 
 
 def test_differences_are_paired(comparison):
@@ -166,6 +175,7 @@ COMPARISON = "benchmarks/comparison/run.py"
 TINY = (
     *("--fake_data", "--model=resnet8", "--image_size=8", "--batch_size=64"),
     *("--train_images=256", "--evaluation_images=100", "--seeds=0", "--measure=macs"),
+    "--round_to=1",
 )
 COMPARED = {
     *("dense", "narrow", "narrow_longer", "narrow_inside", "shallow"),

@@ -19,11 +19,11 @@ import numpy as np
 import protocol
 
 import keras_polar
-from keras_polar.coupling.coupling import couple
-from keras_polar.rules import read
+from keras_polar.costs.measures import MEASURES, cost_of
+from keras_polar.coupling.coupling import analyze
 from keras_polar.selection import importance
-from keras_polar.selection.select import settle
-from keras_polar.training.gate_specs import budget_of
+from keras_polar.selection.budget import budget_of
+from keras_polar.selection.select import select_units
 from keras_polar.training.probes import gate_gradients
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
@@ -274,11 +274,14 @@ def cut_gradually(run, *, scores, shares="even"):
 
 
 def _cut(run, model, sparsity, scores, shares="even"):
-    coupling = couple(read(model))
+    coupling = analyze(model)
+    cost = cost_of(coupling, MEASURES[run.setting.measure])
     options = {"min_units": 1, "max_sparsity": None, "round_to": 1}  # floors as `apply` has them
-    budget = budget_of(coupling, (), sparsity=sparsity, measure=run.setting.measure, **options)
+    budget = budget_of(
+        coupling, (), cost, sparsity=sparsity, measure=run.setting.measure, **options
+    )
     ranked = _shared(scores(run, model, coupling), shares, coupling, budget)
-    masks = settle(ranked, budget)
+    masks = select_units(ranked, budget)
     goes = {
         group.layers[0]: group.members[~mask]
         for group, mask in zip(coupling.groups, masks, strict=True)

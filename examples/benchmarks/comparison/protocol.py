@@ -135,7 +135,7 @@ class Setting:
 
 
 # Recipes: regime -> network -> what differs from the defaults of `Setting`.
-FROM_SCRATCH = {"regime": "scratch", "steps": None, "fit_rate": None, "epochs": 48}
+FROM_SCRATCH = {"steps": None, "fit_rate": None, "epochs": 48, "round_to": None}
 WIDTHS = {"vgg16": 16, "mobilenet": 16}
 PIXELS = {"vgg16": 32}  # its five poolings need them
 
@@ -147,7 +147,7 @@ def recipe(regime, model, **changes):
     """
     own = {"model": model, "width": WIDTHS.get(model), "image_size": PIXELS.get(model, 16)}
     regimes = {"trained": {}, "scratch": FROM_SCRATCH}
-    return Setting(**{**own, **regimes[regime], **changes})
+    return Setting(**{"regime": regime, **own, **regimes[regime], **changes})
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -326,11 +326,12 @@ def _check_recipe(setting, path):
     """Whether a dense network was trained as the setting says."""
     trained = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     wanted = dataclasses.asdict(setting)
-    other = {k: trained[k] for k in OF_DENSE if trained[k] != wanted[k]}
+    other = [k for k in OF_DENSE if trained[k] != wanted[k]]
     if other:
+        was, should = ({k: recipe[k] for k in other} for recipe in (trained, wanted))
         raise ValueError(
-            f"{path} was trained with {other}, the setting has { ({k: wanted[k] for k in other}) }. "
-            "Give another --dense_dir, or the flags that it was trained with."
+            f"{path} was trained with {was}, the setting has {should}. Give another --dense_dir, "
+            "or the flags that it was trained with."
         )
 
 

@@ -1,4 +1,4 @@
-"""What has been run, for people to read: tables in docs/comparison.md, and pictures.
+"""What has been run, for people to read: tables in docs/benchmarks/comparison.md, and pictures.
 
     python examples/benchmarks/comparison/report.py
 
@@ -18,8 +18,8 @@ import results
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
-PAGE = BENCHMARKS.parents[1] / "docs" / "comparison.md"
-MARKERS = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+PAGE = BENCHMARKS.parents[1] / "docs" / "benchmarks" / "comparison.md"
+MARKERS = "<!-- runs: begin -->\n", "<!-- runs: end -->\n"
 CONTROLS = ("dense", "l1_even")  # that the others are set against, on the same seeds
 IMAGES = {"held_out": "held out", "test": "test"}
 # Column -> the key that it shows the mean of, and how.

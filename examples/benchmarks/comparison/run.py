@@ -40,23 +40,6 @@ import results
 
 import keras_polar
 
-NUMBERS = {  # flags that change a recipe, and the least they can be
-    "width": ("Channels of the first stage.", 1),
-    "image_size": ("Pixels a side, 32, 16 or 8.", 1),
-    "train_images": ("The first so many are trained on.", 1),
-    "batch_size": ("Images per step.", 1),
-    "epochs": ("Epochs of the dense network, and of all from scratch.", 2),
-    "steps": ("Steps of the fit on a trained network.", 1),
-    "round_to": ("Our methods keep multiples.", 1),
-}
-REALS = {
-    "learning_rate": "Peak learning rate of the dense network, and of all from scratch.",
-    "fit_rate": "Peak learning rate of the fit on a trained network.",
-    "weight_decay": "L2 penalty on kernels.",
-    "sparsity": "Share to remove.",
-    "max_sparsity": "Share of a group that our methods close at most.",
-}
-
 
 def define_flags():
     flags.DEFINE_enum("regime", "trained", ("trained", "scratch"), "What a run begins with.")
@@ -67,14 +50,24 @@ def define_flags():
     flags.DEFINE_string(
         "schedule", None, "Of our methods: warmup,ramp,settle,polarization,rate, as in 0.1,0.3,0.5."
     )
-    for name, (text, least) in NUMBERS.items():
-        flags.DEFINE_integer(name, None, text, lower_bound=least)
-    for name, text in REALS.items():
-        flags.DEFINE_float(name, None, text, lower_bound=0.0)
+    number = functools.partial(flags.DEFINE_integer, default=None, lower_bound=1)
+    number("width", help="Channels of the first stage.")
+    number("image_size", help="Pixels a side, 32, 16 or 8.")
+    number("train_images", help="The first so many are trained on.")
+    number("batch_size", help="Images per step.")
+    number("epochs", help="Epochs of the dense network, and of all from scratch.", lower_bound=2)
+    number("steps", help="Steps of the fit on a trained network.")
+    number("round_to", help="Our methods keep multiples; 0: the default.", lower_bound=0)
+    number("evaluation_images", help="Evaluate on the first so many.")
+    real = functools.partial(flags.DEFINE_float, default=None, lower_bound=0.0)
+    real("learning_rate", help="Peak rate of the dense network, and of all from scratch.")
+    real("fit_rate", help="Peak rate of the fit on a trained network.")
+    real("weight_decay", help="L2 penalty on kernels.")
+    real("sparsity", help="Share to remove.")
+    real("max_sparsity", help="Share of a group that our methods close at most.")
     flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
     flags.DEFINE_string("packed", None, "File that packed_data.py made, instead.")
     flags.DEFINE_bool("fake_data", False, "Noise instead of CIFAR-10: only tests the plumbing.")
-    flags.DEFINE_integer("evaluation_images", None, "Evaluate on the first so many.", 1)
     flags.DEFINE_string("results_dir", str(report.RESULTS), "Folder of the results.")
     flags.DEFINE_string("dense_dir", "build/dense", "Folder of trained dense networks.")
     flags.DEFINE_string("models_dir", None, "Folder for the networks of runs; none: not kept.")
@@ -87,6 +80,8 @@ def setting_of(options):
     """The recipe that the flags name, with their changes."""
     names = {f.name for f in dataclasses.fields(protocol.Setting)} - {"regime", "model"}
     changes = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    if changes.get("round_to") == 0:
+        changes["round_to"] = None
     return protocol.recipe(options.regime, options.model, **changes)
 
 

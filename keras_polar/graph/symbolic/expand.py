@@ -7,8 +7,8 @@ operations, and that is what the layer computes: nothing about any class has to 
 Python code can do more than a graph can say, so that every layer is opened twice, with two batch
 sizes, once in training and once in inference mode. What is the same both times is what the layer
 does; sizes that grow with the batch are recognised by the prime numbers that stand for it. A layer
-that differs in anything else, that uses a trainable variable of its own, changes one, draws random
-numbers or adds a loss is not opened (`CannotOpen` says why), because something of it would be lost.
+that differs otherwise, that uses a trainable variable of its own, changes one, draws random
+numbers or adds a loss is not opened (`CannotTrace` says why): something of it would be lost.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ import keras
 from keras import KerasTensor, tree
 
 from keras_polar.graph.keras_private import backend
-from keras_polar.graph.symbolic.merge import BATCHES, LeafMerge, Merge, Opened
+from keras_polar.graph.symbolic.merge import BATCHES, Expansion, LeafMerge, Merge
 from keras_polar.graph.symbolic.record import (
-    CannotOpen,
+    CallRecorder,
+    CannotTrace,
     Reads,
-    Run,
-    Watch,
+    RecordedRun,
     in_mode,
     named,
     run_layer,
@@ -35,7 +35,7 @@ from keras_polar.graph.symbolic.record import (
 
 def open_layer(
     op: Any, args: tuple, kwargs: dict, opens: Callable[[Any], bool], keeps_masks: bool = True
-) -> Opened:
+) -> Expansion:
     """The calls that `op(*args, **kwargs)` consists of.
 
     Args:
@@ -46,7 +46,7 @@ def open_layer(
             operations do not hand them on, though who takes one as an argument has it anyway.
 
     Raises:
-        CannotOpen: the layer has to stay as it is.
+        CannotTrace: the layer has to stay as it is.
     """
     closed: dict[int, str] = {}
     while True:
@@ -60,7 +60,7 @@ def open_layer(
             continue
         try:
             opened = Merge(first, second).opened()
-        except CannotOpen:
+        except CannotTrace:
             if not _close_culprits(first, opens, closed):
                 raise
             continue
@@ -70,7 +70,7 @@ def open_layer(
 
 def run_functional(
     model: Any, args: tuple, kwargs: dict, is_functional: Callable, needs_masks: Callable
-) -> Opened:
+) -> Expansion:
     """The calls of a functional model on tensors of other shapes than it was built with.
 
     Args:
@@ -80,26 +80,26 @@ def run_functional(
     run = run_layer(model, args, kwargs, is_functional, {}, None, None, needs_masks)
     _check_masks(run)
     steps = [replace(s, shapes=[tuple(x.shape) for x in s.outputs]) for s in run.steps]
-    return Opened(run.inlets, steps, run.outputs)
+    return Expansion(run.inlets, steps, run.outputs)
 
 
-def _check_masks(run: Run) -> None:
+def _check_masks(run: RecordedRun) -> None:
     if run.loses_mask:
-        raise CannotOpen("passes an implicit mask on; pass the mask as an argument instead")
+        raise CannotTrace("passes an implicit mask on; pass the mask as an argument instead")
 
 
-def _check_variables(op: Any, opened: Opened) -> None:
+def _check_variables(op: Any, opened: Expansion) -> None:
     """Nothing that is trained may be missing from the calls that stand for the layer."""
     reached = {id(v) for s in opened.steps for v in getattr(s.op, "weights", ())}
     for variable in op.weights:
         if variable.trainable and id(variable) not in reached:
-            raise CannotOpen(f"does not use its variable {variable.path!r} by way of a sublayer")
+            raise CannotTrace(f"does not use its variable {variable.path!r} by way of a sublayer")
 
 
 # --- who is to blame -------------------------------------------------------------------------
 
 
-def _close_culprits(run: Run, opens: Callable, closed: dict[int, str]) -> bool:
+def _close_culprits(run: RecordedRun, opens: Callable, closed: dict[int, str]) -> bool:
     """Finds composites inside that cannot be opened on their own, innermost first."""
     (root, *_), *inner = run.composites
     before = len(closed)
@@ -128,7 +128,7 @@ def _try_alone(layer: Any, args: tuple, kwargs: dict, opens: Callable, closed: d
             for b, t in zip(BATCHES, (False, True), strict=True)
         ]
         Merge(*pair).opened()
-    except CannotOpen as error:
+    except CannotTrace as error:
         closed[id(layer)] = str(error)
 
 
@@ -144,7 +144,7 @@ class Leaf:
     kwargs: dict
 
 
-def trace_leaf(leaf: Leaf, twin: Leaf, resized: dict[int, int], training: Any) -> Opened:
+def trace_leaf(leaf: Leaf, twin: Leaf, resized: dict[int, int], training: Any) -> Expansion:
     """What a layer's `call` does with its input and variables, the same for any number of units.
 
     Args:
@@ -153,23 +153,23 @@ def trace_leaf(leaf: Leaf, twin: Leaf, resized: dict[int, int], training: Any) -
         resized: number of units in `leaf` -> in `twin`.
 
     Raises:
-        CannotOpen: it cannot be traced, or does different things.
+        CannotTrace: it cannot be traced, or does different things.
     """
     pair = [_leaf_run(x, b, training) for x, b in zip((leaf, twin), BATCHES, strict=True)]
     variables = [run.variables for run in pair]
     if variables[0].keys() != variables[1].keys():
-        raise CannotOpen("has other variables on fewer units")
+        raise CannotTrace("has other variables on fewer units")
     for a, b in ((variables[0][k], variables[1][k]) for k in variables[0]):
         expected = tuple(resized.get(n, n) for n in a.shape)
         if tuple(b.shape) not in (expected, tuple(a.shape)):
-            raise CannotOpen("has variables that do not follow the size of its input")
+            raise CannotTrace("has variables that do not follow the size of its input")
         if tuple(b.shape) != expected:
-            raise CannotOpen("has a variable of a fixed size")
+            raise CannotTrace("has a variable of a fixed size")
     merge = LeafMerge(pair[0], pair[1], resized)
     return replace(merge.opened(), inlets=pair[0].inputs, variables=variables[0])
 
 
-def _leaf_run(leaf: Leaf, batch: int, training: Any) -> Run:
+def _leaf_run(leaf: Leaf, batch: int, training: Any) -> RecordedRun:
     fresh: dict[int, Any] = {}
 
     def inlet(x: Any) -> Any:
@@ -182,22 +182,22 @@ def _leaf_run(leaf: Leaf, batch: int, training: Any) -> Run:
         kwargs = {**kwargs, "training": training}
     names = [k for k, v in vars(leaf.op).items() if any(v is w for w in leaf.op.weights)]
     if len(names) != len(leaf.op.weights):
-        raise CannotOpen("holds variables in a structure")
-    own = {n: getattr(leaf.op, n) for n in names}
-    symbols = {n: keras.Input(batch_shape=v.shape, dtype=v.dtype) for n, v in own.items()}
-    watch = Watch(leaf.op, lambda op: False, {}, lambda op: False)
+        raise CannotTrace("holds variables in a structure")
+    variables = {n: getattr(leaf.op, n) for n in names}
+    symbols = {n: keras.Input(batch_shape=v.shape, dtype=v.dtype) for n, v in variables.items()}
+    watch = CallRecorder(leaf.op, lambda op: False, {}, lambda op: False)
     watch.is_paused = True  # it may draw random numbers: it stays whole, and the scope undoes it
     vars(leaf.op).update(symbols)
     try:
         with Reads(watch), in_mode(training):
             outputs = leaf.op.call(*args, **kwargs)
     except Exception as error:
-        raise CannotOpen(why(error)) from error
+        raise CannotTrace(why(error)) from error
     finally:
-        vars(leaf.op).update(own)
+        vars(leaf.op).update(variables)
     flat = tree.flatten(outputs)
     if not all(isinstance(x, KerasTensor) for x in flat):
-        raise CannotOpen("returns something that does not depend on its inputs")
+        raise CannotTrace("returns something that does not depend on its inputs")
     inlets = [*fresh.values(), *symbols.values()]
     steps = named(steps_between(flat, inlets, watch), watch)
-    return Run(inlets, steps, flat, inputs=list(fresh.values()), variables=symbols)
+    return RecordedRun(inlets, steps, flat, inputs=list(fresh.values()), variables=symbols)

@@ -14,7 +14,7 @@ import numpy as np
 from keras import KerasTensor, tree
 
 from keras_polar.graph.keras_private import backend
-from keras_polar.graph.symbolic.record import CannotOpen, Run, Step, tensors_in
+from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, RecordedRun, tensors_in
 
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.
@@ -29,11 +29,11 @@ class _Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class Expansion:
     """What a composite layer does: `steps` in order, from `inlets` to `outputs`."""
 
     inlets: list
-    steps: list[Step]
+    steps: list[RecordedCall]
     outputs: list
     closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
     variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
@@ -42,86 +42,108 @@ class Opened:
 class Merge:
     """Reduces two runs, of different batch sizes and modes, to one that holds for both."""
 
-    def __init__(self, first: Run, second: Run) -> None:
+    def __init__(self, first: RecordedRun, second: RecordedRun) -> None:
         self.first, self.second = first, second
         self.numbers: list[dict[int, int]] = [{}, {}]
         self._number(first.inlets, second.inlets)
 
     def _number(self, a: list, b: list) -> None:
         if len(a) != len(b):
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         for table, tensors in zip(self.numbers, (a, b), strict=True):
             table.update((id(x), len(table) + i) for i, x in enumerate(tensors))
 
-    def opened(self) -> Opened:
+    def opened(self) -> Expansion:
         if len(self.first.steps) != len(self.second.steps):
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         pairs = zip(self.first.steps, self.second.steps, strict=True)
         steps = [self._step(a, b) for a, b in pairs]
         self.value(self.first.outputs, self.second.outputs)
-        return Opened(self.first.inlets, steps, self.first.outputs)
+        return Expansion(self.first.inlets, steps, self.first.outputs)
 
-    def _step(self, a: Step, b: Step) -> Step:
+    def _step(self, a: RecordedCall, b: RecordedCall) -> RecordedCall:
         is_layer = isinstance(a.op, keras.layers.Layer)
         if type(a.op) is not type(b.op) or (is_layer and not _alike(a.op, b.op)):
-            raise CannotOpen("behaves differently in training")
+            raise CannotTrace("behaves differently in training")
         modes = [x.kwargs.get("training") for x in (a, b)]
         if modes not in ([False, True], [None, None]):
-            raise CannotOpen(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
+            raise CannotTrace(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
         given = [{k: v for k, v in x.kwargs.items() if k != "training"} for x in (a, b)]
         args, kwargs = self.value((a.args, given[0]), (b.args, given[1]))
         args, kwargs = _resolved(a, args, kwargs)
         op = a.op if is_layer else self._operation(a, b.op)
         self._number(a.outputs, b.outputs)
         shapes = [self._shape(x.shape, y.shape) for x, y in zip(a.outputs, b.outputs, strict=True)]
-        return Step(op, a.path, args, kwargs, a.outputs, shapes)
+        return RecordedCall(op, a.path, args, kwargs, a.outputs, shapes)
 
     def _shape(self, a: tuple, b: tuple) -> tuple:
         dims = [self.value(x, y) for x, y in zip(a, b, strict=True)]
         return tuple(None if isinstance(d, _Batch) else d for d in dims)
 
-    def _operation(self, step: Step, other: Any) -> Any:
+    def _operation(self, step: RecordedCall, other: Any) -> Any:
         """The first of two `keras.ops` nodes, its attributes free of the batch size."""
-        own, others = (_attributes(op) for op in (step.op, other))
-        if own.keys() != others.keys():
-            raise CannotOpen("behaves differently in training")
-        found = {k: self.value(own[k], others[k]) for k in own}
-        if "newshape" in found:
-            found["newshape"] = _newshape(found["newshape"], step.outputs[0].shape)
-        if any(isinstance(x, _Batch) for x in tree.flatten(found)):
-            raise CannotOpen(f"uses the batch size in {type(step.op).__name__}")
-        changes = {k: v for k, v in found.items() if isinstance(v, tuple) and v != own[k]}
+        attributes, others = (_attributes(op) for op in (step.op, other))
+        if attributes.keys() != others.keys():
+            raise CannotTrace("behaves differently in training")
+        merged = {k: self.value(attributes[k], others[k]) for k in attributes}
+        if "newshape" in merged:
+            merged["newshape"] = _newshape(merged["newshape"], step.outputs[0].shape)
+        if any(isinstance(x, _Batch) for x in tree.flatten(merged)):
+            raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
+        changes = {k: v for k, v in merged.items() if isinstance(v, tuple) and v != attributes[k]}
         return with_attributes(step.op, changes) if changes else step.op
 
     def value(self, a: Any, b: Any) -> Any:
         """What stands for two values; raises if they differ in more than the batch size."""
-        if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
-            return type(a)(self.value(x, y) for x, y in zip(a, b, strict=True))
-        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            return {k: self.value(a[k], b[k]) for k in a}
-        if isinstance(a, KerasTensor) and isinstance(b, KerasTensor):
-            first, second = (t[id(x)] for t, x in zip(self.numbers, (a, b), strict=True))
-            return a if first == second else _differ()
-        if isinstance(a, keras.Variable) and a is b and id(a) in self.first.buffers:
-            return _numpy(keras.ops.convert_to_tensor(a))
+        for kinds, merge in self._merges:
+            if isinstance(a, kinds) and isinstance(b, kinds):
+                return merge(a, b)
         if isinstance(a, (keras.Variable, keras.layers.Layer)):
-            return a if a is b else _differ()
-        if isinstance(a, slice) and isinstance(b, slice):
-            parts = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
-            return slice(*(self.value(x, y) for x, y in parts))
-        if isinstance(a, (bool, np.bool_)) or isinstance(b, (bool, np.bool_)):
-            return a if a == b else _differ()
-        if isinstance(a, (int, np.integer)) and isinstance(b, (int, np.integer)):
-            return _whole(int(a), int(b))
+            return _differ()
         if _is_array(a) and _is_array(b):
             return _constant(_numpy(a), _numpy(b))
         return a if a is b or a == b else _differ()
+
+    @property
+    def _merges(self) -> tuple:
+        """Kinds of values, and how two of a kind become one; the first that fits counts."""
+        return (
+            ((tuple, list), self._sequence),
+            (dict, self._dict),
+            (KerasTensor, self._tensor),
+            (keras.Variable, self._variable),
+            (keras.layers.Layer, lambda a, b: a if a is b else _differ()),
+            (slice, self._slice),
+            ((bool, np.bool_), lambda a, b: a if a == b else _differ()),
+            ((int, np.integer), _whole_number),
+        )
+
+    def _sequence(self, a: Any, b: Any) -> Any:
+        if type(a) is not type(b) or len(a) != len(b):
+            return a if a == b else _differ()
+        return type(a)(self.value(x, y) for x, y in zip(a, b, strict=True))
+
+    def _dict(self, a: dict, b: dict) -> dict:
+        return {k: self.value(a[k], b[k]) for k in a} if a.keys() == b.keys() else _differ()
+
+    def _tensor(self, a: KerasTensor, b: KerasTensor) -> Any:
+        first, second = (t[id(x)] for t, x in zip(self.numbers, (a, b), strict=True))
+        return a if first == second else _differ()
+
+    def _variable(self, a: keras.Variable, b: keras.Variable) -> Any:
+        if a is not b:
+            return _differ()
+        return _numpy(keras.ops.convert_to_tensor(a)) if id(a) in self.first.buffers else a
+
+    def _slice(self, a: slice, b: slice) -> slice:
+        parts = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
+        return slice(*(self.value(x, y) for x, y in parts))
 
 
 class LeafMerge(Merge):
     """The same for a layer that stays whole: shapes may follow the number of units."""
 
-    def __init__(self, first: Run, second: Run, resized: dict[int, int]) -> None:
+    def __init__(self, first: RecordedRun, second: RecordedRun, resized: dict[int, int]) -> None:
         super().__init__(first, second)
         self.resized = resized
 
@@ -146,16 +168,19 @@ def _alike(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if a.variables or b.variables:
-        raise CannotOpen(f"makes a layer with variables in its call ({a.name!r})")
+        raise CannotTrace(f"makes a layer with variables in its call ({a.name!r})")
     configs = [{k: v for k, v in x.get_config().items() if k != "name"} for x in (a, b)]
     return bool(configs[0] == configs[1])
 
 
 def _differ() -> Any:
-    raise CannotOpen("behaves differently in training, or computes with the batch size")
+    raise CannotTrace("behaves differently in training, or computes with the batch size")
 
 
-def _whole(a: int, b: int) -> Any:
+def _whole_number(a: Any, b: Any) -> Any:
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a if a == b else _differ()
+    a, b = int(a), int(b)
     if a == b:
         return a
     first, second = BATCHES
@@ -185,21 +210,24 @@ def _constant(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a if np.array_equal(a, b) else _differ()
 
 
-def _resolved(step: Step, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _resolved(step: RecordedCall, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Checks that arguments hold for any batch: no sizes, constants that broadcast."""
     flat = tree.flatten((args, kwargs))
     if any(isinstance(x, _Batch) for x in flat):
-        raise CannotOpen(f"uses the batch size in {type(step.op).__name__}")
-    if any(isinstance(x, keras.Variable) for x in flat):
-        name = next(x.path for x in flat if isinstance(x, keras.Variable))
-        raise CannotOpen(f"uses its own variable {name!r} directly")
+        raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
+    for variable in (x for x in flat if isinstance(x, keras.Variable)):
+        raise CannotTrace(f"uses its own variable {variable.path!r} directly")
     before = tree.flatten((step.args, step.kwargs))
     shrunk = any(isinstance(x, np.ndarray) and x.shape != y.shape for x, y in _zip(flat, before))
     if shrunk and not isinstance(step.op, keras.layers.Layer):
-        shapes = [tuple(x.shape) for x in tensors_in(step.op.compute_output_spec(*args, **kwargs))]
-        if shapes != [tuple(x.shape) for x in step.outputs]:
-            raise CannotOpen(f"has a constant for each sample of the batch in {step.op.name!r}")
+        _require_same_shapes(step, args, kwargs)
     return args, kwargs
+
+
+def _require_same_shapes(step: RecordedCall, args: tuple, kwargs: dict) -> None:
+    shapes = [tuple(x.shape) for x in tensors_in(step.op.compute_output_spec(*args, **kwargs))]
+    if shapes != [tuple(x.shape) for x in step.outputs]:
+        raise CannotTrace(f"has a constant for each sample of the batch in {step.op.name!r}")
 
 
 def _zip(a: list, b: list) -> Iterable:

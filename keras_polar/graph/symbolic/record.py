@@ -18,7 +18,7 @@ from keras_polar.graph.handed import handed
 from keras_polar.graph.keras_private import CallContext, backend, global_state, to_snake_case
 
 
-class CannotOpen(Exception):
+class CannotTrace(Exception):
     """A layer whose `call` cannot be replaced by calls of its parts.
 
     The message says why: what the layer does or has, as follows on "it".
@@ -26,7 +26,7 @@ class CannotOpen(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class RecordedCall:
     """One call that a composite layer makes: arguments and outputs in KerasTensors."""
 
     op: Any
@@ -38,11 +38,11 @@ class Step:
 
 
 @dataclass(eq=False)
-class Run:
+class RecordedRun:
     """What one run of a layer's `call` did, from `inlets` to `outputs`."""
 
     inlets: list
-    steps: list[Step]
+    steps: list[RecordedCall]
     outputs: list
     composites: list = field(default_factory=list)  # (layer, args, kwargs) opened on the way
     buffers: set[int] = field(default_factory=set)  # ids of variables that are constants
@@ -60,7 +60,7 @@ def run_layer(
     batch: int | None,
     training: Any,
     needs_masks: Callable = lambda op: False,
-) -> Run:
+) -> RecordedRun:
     """One run of a layer on inlets of its own.
 
     Args:
@@ -72,7 +72,7 @@ def run_layer(
         needs_masks: for which sublayers the calls that make their masks are wanted as well.
 
     Raises:
-        CannotOpen: the call does not run on symbolic tensors, or does what no graph can say.
+        CannotTrace: the call does not run on symbolic tensors, or does what no graph can say.
     """
     fresh: dict[int, Any] = {}
 
@@ -88,16 +88,18 @@ def run_layer(
     args, kwargs = tree.map_structure(inlet, (args, kwargs))
     if training is not None:
         kwargs = _with_training(op, kwargs, training)
-    watch = Watch(op, opens, closed, needs_masks)
+    watch = CallRecorder(op, opens, closed, needs_masks)
     with watch(training):
         try:
             outputs = op(*args, **kwargs)
         except Exception as error:
-            raise CannotOpen(_with_sizes(why(error), args, kwargs)) from error
+            raise CannotTrace(_with_sizes(why(error), args, kwargs)) from error
         inlets, flat = list(fresh.values()), [x for x in tree.flatten(outputs) if x is not None]
         flat = [_symbolic(x, inlets[0]) for x in flat]
         steps = named(steps_between(flat, inlets, watch), watch)
-    return Run(inlets, steps, flat, watch.composites, watch.buffers, loses_mask=watch.loses_mask)
+    return RecordedRun(
+        inlets, steps, flat, watch.composites, watch.buffers, loses_mask=watch.loses_mask
+    )
 
 
 def _symbolic(output: Any, inlet: Any) -> Any:
@@ -105,7 +107,7 @@ def _symbolic(output: Any, inlet: Any) -> Any:
     if isinstance(output, KerasTensor):
         return output
     if not backend.is_tensor(output):
-        raise CannotOpen(f"returns {type(output).__name__} besides tensors")
+        raise CannotTrace(f"returns {type(output).__name__} besides tensors")
     zero = keras.ops.zeros_like(keras.ops.sum(inlet))
     return keras.ops.add(keras.ops.cast(zero, output.dtype), output)
 
@@ -124,7 +126,7 @@ def why(error: Exception) -> str:
     skip = ("Exception encountered when calling", "Arguments received by")
     lines = [s for s in lines if s and not s.startswith(skip)] or [""]
     text = lines[-1] if lines[0] == "in user code:" else lines[0]  # TensorFlow: a stack comes first
-    if isinstance(error, CannotOpen):
+    if isinstance(error, CannotTrace):
         return text
     return f"does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
 
@@ -138,21 +140,21 @@ def _with_sizes(reason: str, args: tuple, kwargs: dict) -> str:
     )
 
 
-def function_steps(function: Callable, units: int) -> list[Step]:
+def function_steps(function: Callable, units: int) -> list[RecordedCall]:
     """The operations of a function of one tensor, tried on a tensor of rank 3 with so many units.
 
     Raises:
-        CannotOpen: it does not run on symbolic tensors.
+        CannotTrace: it does not run on symbolic tensors.
     """
     x = keras.Input((3, units))
-    watch = Watch(x._keras_history.operation, lambda op: False, {}, lambda op: False)
+    watch = CallRecorder(x._keras_history.operation, lambda op: False, {}, lambda op: False)
     try:
         with Reads(watch):
             y = function(x)
     except Exception as error:
-        raise CannotOpen(why(error)) from error
+        raise CannotTrace(why(error)) from error
     if not isinstance(y, KerasTensor):
-        raise CannotOpen("does not return a tensor that depends on its input")
+        raise CannotTrace("does not return a tensor that depends on its input")
     return steps_between([y], [x], watch)
 
 
@@ -162,7 +164,7 @@ def function_steps(function: Callable, units: int) -> list[Step]:
 class Reads(keras.StatelessScope):
     """Notices who reads or writes a variable while a composite's own code runs."""
 
-    def __init__(self, watch: "Watch") -> None:
+    def __init__(self, watch: "CallRecorder") -> None:
         super().__init__()
         self.watch = watch
 
@@ -173,11 +175,11 @@ class Reads(keras.StatelessScope):
 
     def add_update(self, update: tuple) -> None:
         if not self.watch.is_paused:
-            raise CannotOpen(f"changes its own variable {update[0].path!r}")
+            raise CannotTrace(f"changes its own variable {update[0].path!r}")
         super().add_update(update)
 
 
-class Watch:
+class CallRecorder:
     """Follows the calls that a layer makes, in its own class for each layer's class."""
 
     def __init__(
@@ -222,7 +224,7 @@ class Watch:
         def add_loss(layer: Any, loss: Any) -> None:
             if watch.is_paused:
                 return  # only its shape is asked for
-            raise CannotOpen(f"{watch.part(layer)}adds a loss in its call")
+            raise CannotTrace(f"{watch.part(layer)}adds a loss in its call")
 
         return type(
             layer_class.__name__,
@@ -250,11 +252,11 @@ class Watch:
             twin = layer_class.from_config(layer.get_config())
             twin(*args, **kwargs)
         except Exception as error:
-            raise CannotOpen(f"has a sublayer {layer.name!r} that is not built") from error
+            raise CannotTrace(f"has a sublayer {layer.name!r} that is not built") from error
         finally:
             self.is_paused = False
         if twin.variables:
-            raise CannotOpen(f"has a sublayer {layer.name!r} that is not built")
+            raise CannotTrace(f"has a sublayer {layer.name!r} that is not built")
 
     def _opened(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         self.composites.append((layer, args, kwargs))
@@ -274,26 +276,26 @@ class Watch:
 
     def _in_line(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if layer.activity_regularizer is not None:
-            raise CannotOpen(f"{self.part(layer)}has an activity regularizer")
-        found = []
+            raise CannotTrace(f"{self.part(layer)}has an activity regularizer")
+        results = []
 
         def symbolic_call(*args: Any, **kwargs: Any) -> list:
-            found.append(layer.call(*args, **kwargs))
-            return [_twin(x) for x in tensors_in(found[0])]
+            results.append(layer.call(*args, **kwargs))
+            return [_twin(x) for x in tensors_in(results[0])]
 
         # Keras' own `__call__` casts the inputs, finds masks and sets the mode as ever, but the
-        # node it records for the layer gets stand-ins: the real outputs keep their history.
+        # node it records for the layer gets copies: the real outputs keep their history.
         layer.__dict__["symbolic_call"] = symbolic_call
         try:
-            stand_ins = layer_class.__call__(layer, *args, **kwargs)
+            copies = layer_class.__call__(layer, *args, **kwargs)
         finally:
             del layer.__dict__["symbolic_call"]
-        for x, stand_in in zip(tensors_in(found[0]), stand_ins, strict=True):
-            mask = backend.get_keras_mask(stand_in)
+        for x, copy in zip(tensors_in(results[0]), copies, strict=True):
+            mask = backend.get_keras_mask(copy)
             if mask is not None and backend.get_keras_mask(x) is None:
                 backend.set_keras_mask(x, mask)
                 self.loses_mask = True
-        return found[0]
+        return results[0]
 
     def _kept(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         self.is_paused = True
@@ -312,7 +314,7 @@ class Watch:
 
     def use(self, variable: Any) -> None:
         if id(variable) not in self.buffers:
-            raise CannotOpen(f"uses its own variable {variable.path!r} directly")
+            raise CannotTrace(f"uses its own variable {variable.path!r} directly")
 
 
 def _exact_spec(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -371,10 +373,10 @@ def _twin(x: Any) -> Any:
 # --- from the outputs back to the inlets -----------------------------------------------------
 
 
-def steps_between(outputs: list, inlets: list, watch: Watch) -> list[Step]:
+def steps_between(outputs: list, inlets: list, watch: CallRecorder) -> list[RecordedCall]:
     """The nodes between inlets and outputs, each after those it depends on."""
     done: set[int] = set()
-    steps: list[Step] = []
+    steps: list[RecordedCall] = []
     known = {id(x) for x in inlets}
     stack = [(_node(x, known), False) for x in reversed(outputs)]
     while stack:
@@ -386,7 +388,9 @@ def steps_between(outputs: list, inlets: list, watch: Watch) -> list[Step]:
             path = watch.paths.get(id(node), f"{watch.root.name}/{node.operation.name}")
             arguments = node.arguments
             steps.append(
-                Step(node.operation, path, arguments.args, arguments.kwargs, node.outputs, [])
+                RecordedCall(
+                    node.operation, path, arguments.args, arguments.kwargs, node.outputs, []
+                )
             )
         else:
             stack.append((node, True))
@@ -397,7 +401,7 @@ def steps_between(outputs: list, inlets: list, watch: Watch) -> list[Step]:
     return steps
 
 
-def named(steps: list[Step], watch: Watch) -> list[Step]:
+def named(steps: list[RecordedCall], watch: CallRecorder) -> list[RecordedCall]:
     """Gives the operations that the run has made names that do not depend on earlier runs."""
     known, used = {id(o) for o in watch.operations}, set()
     for i, step in enumerate(steps):
@@ -415,8 +419,8 @@ def _node(x: Any, known: set[int]) -> Any:
         return None
     history = getattr(x, "_keras_history", None)
     if history is None or history.operation is None:
-        raise CannotOpen("uses a tensor of unknown origin")
+        raise CannotTrace("uses a tensor of unknown origin")
     node = history.operation._inbound_nodes[history.node_index]
     if node.is_input:
-        raise CannotOpen(f"uses the tensor {x.name!r} that is not among its inputs")
+        raise CannotTrace(f"uses the tensor {x.name!r} that is not among its inputs")
     return node

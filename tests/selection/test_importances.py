@@ -6,10 +6,10 @@ import pytest
 from keras import layers
 
 from keras_polar.backends import to_numpy
-from keras_polar.coupling.coupling import couple
-from keras_polar.rules import read
+from keras_polar.costs.measures import MEASURES, cost_of
+from keras_polar.coupling.coupling import analyze
 from keras_polar.selection import importance
-from keras_polar.training.gate_specs import budget_of
+from keras_polar.selection.budget import budget_of
 from keras_polar.training.probes import gate_gradients, probed
 
 
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def coupling(model):
-    return couple(read(model))
+    return analyze(model)
 
 
 def by_name(coupling, scores):
@@ -96,13 +96,13 @@ def test_units_without_batch_norm_have_no_scale(criterion):
     x = keras.Input((4,))
     y = layers.Dense(2)(layers.Dense(3, name="bare")(x))
     with pytest.raises(ValueError, match=r"'bare'.*l1_norm"):
-        criterion(couple(read(keras.Model(x, y))))
+        criterion(analyze(keras.Model(x, y)))
 
 
 def test_a_shared_layer_counts_once():
     x, shared = keras.Input((3,)), layers.Dense(3, use_bias=False, name="shared")
     head = layers.Dense(2)(layers.Add()([shared(x), shared(2 * x)]))
-    coupling = couple(read(keras.Model(x, head)))
+    coupling = analyze(keras.Model(x, head))
     (found,) = importance.l1_norm(coupling)
     assert found.mean() == pytest.approx(1)
 
@@ -110,7 +110,7 @@ def test_a_shared_layer_counts_once():
 def test_heads_of_attention_have_scores():
     x = keras.Input((5, 8))
     y = layers.MultiHeadAttention(4, 2, name="attention")(x, x)
-    coupling = couple(read(keras.Model(x, layers.Dense(2)(y))))
+    coupling = analyze(keras.Model(x, layers.Dense(2)(y)))
     assert coupling.groups
     for scores, group in zip(importance.l1_norm(coupling), coupling.groups, strict=True):
         assert scores.shape == (group.units,)
@@ -124,9 +124,9 @@ def test_chance_is_the_same_for_a_seed(coupling):
 
 
 def test_scores_per_cost_are_over_what_a_unit_saves(coupling):
-    budget = budget_of(
-        coupling, (), sparsity=0.5, measure="macs", min_units=1, max_sparsity=None, round_to=1
-    )
+    options = {"min_units": 1, "max_sparsity": None, "round_to": 1}
+    cost = cost_of(coupling, MEASURES["macs"])
+    budget = budget_of(coupling, (), cost, sparsity=0.5, measure="macs", **options)
     ones = [np.ones(g.units) for g in coupling.groups]
     found = importance.per_cost(ones, budget)
     # macs of the 4 positions after a valid 3x3 convolution of 3 channels
@@ -188,7 +188,7 @@ def test_several_inputs_and_outputs():
     a, b = keras.Input((3,), name="a"), keras.Input((4,), name="b")
     x = layers.Concatenate()([layers.Dense(5)(a), layers.Dense(6)(b)])
     model = keras.Model({"a": a, "b": b}, [layers.Dense(1)(x), layers.Dense(2)(x)])
-    coupling = couple(read(model))
+    coupling = analyze(model)
     x = {"a": np.ones((3, 3), "float32"), "b": np.ones((3, 4), "float32")}
     y = [np.zeros((3, 1), "float32"), np.zeros((3, 2), "float32")]
 
@@ -204,4 +204,4 @@ def test_units_that_are_masked_on_weights_have_no_gradient_per_sample():
     x = keras.Input((5, 3))
     model = keras.Model(x, layers.Dense(2)(layers.LSTM(4, name="memory")(x)))
     with pytest.raises(ValueError, match=r"'memory'.*ignore=\['memory'\]"):
-        probed(couple(read(model)))
+        probed(analyze(model))

@@ -1,0 +1,80 @@
+"""What the loss says of units: squares of their gates' gradients, which no optimizer hands on.
+
+The mean of a gate's gradient is noise in a trained network; the mean of its square over the samples
+ranks units almost as the loss does that closing each alone adds. A gradient is known only after
+the backward pass, where a layer has no say. The way out is a variable that every Keras optimizer
+overwrites with its gradient (`overwrite_with_gradient`, made for the scales of float8): its
+"gradient" is a moving average with the squares of this step in it.
+"""
+
+from typing import Any
+
+from keras import ops
+
+SMALL = 1e-30  # of importances, so that they have a logarithm
+STEPS = 24  # halvings of an interval of logarithms: float32 has no more
+
+
+def listen(gates: Any, heard: Any, closed: Any, samples: Any, rate: Any) -> Any:
+    """The gates as they are; what a backward pass through them hears is the gradient of `heard`.
+
+    Closing a set of units adds about `sum_uv F_uv / 2` to the loss, where `F_uv` is the mean over
+    the samples of `g_u g_v`, `g` the gradients of the gates for a sample: the interplay counts as
+    much as the units alone where many read what all of them make, as in a residual stream.
+
+    Args:
+        gates: of shape (batch, units), or (1, units) where all samples share them and their
+            gradients can only be seen summed: the mean over the batch is a small part of them then,
+            and its square, on average, as much as that of all samples over their number.
+        heard: of shape (2, units), moving averages: `F_uu`, and the sum of `F_uv` over all closed
+            units v but u.
+        closed: which units count as closed, 0 or 1, of shape (units,).
+        samples: how many the batch has; the loss is their mean. Where the batch is a share of a
+            larger one, times the square of the number of shares.
+        rate: of the moving averages.
+    """
+
+    @ops.custom_gradient
+    def heard_by(gates: Any, heard: Any, closed: Any, samples: Any, rate: Any) -> Any:
+        def gradient(*args: Any, upstream: Any = None) -> tuple:
+            slope = args[0] if upstream is None else upstream
+            own = ops.cast(slope, "float32")
+            others = ops.sum(own * closed, axis=1, keepdims=True) - own * closed
+            now = samples * ops.stack([ops.sum(own * own, axis=0), ops.sum(own * others, axis=0)])
+            blank = ops.zeros_like
+            return slope, heard + rate * (now - heard), blank(closed), blank(samples), blank(rate)
+
+        return gates + 0, gradient
+
+    return heard_by(gates, heard, closed, samples, rate)
+
+
+def damage(heard: Any) -> Any:
+    """What closing each unit adds to the loss, given those that are closed; positive.
+
+    The sum over closed units may be negative, a unit's own part never is: some of it stays.
+    """
+    return ops.maximum(heard[0] / 2 + heard[1], heard[0] / 100) + SMALL
+
+
+def balance(wanted: Any, cost_of: Any, target: Any) -> Any:
+    """How far above the threshold each unit is, at which the cost is what it is to be.
+
+    Args:
+        wanted: of all units; infinite for those that stay in any case.
+        cost_of: function from 0/1 per unit to the cost.
+        target: the cost.
+    """
+    is_free = ops.isfinite(wanted)
+    low = ops.min(wanted) - 1.0  # nothing closed
+    most = ops.max(ops.where(is_free, wanted, low)) + 1.0
+    high = most
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        is_met = cost_of(ops.cast(wanted > middle, "float32")) <= target
+        low, high = ops.where(is_met, low, middle), ops.where(is_met, middle, high)
+    # Halfway to the next unit on either side: round-off decides about none.
+    stays = wanted > high
+    last = ops.max(ops.where(stays, ops.min(wanted) - 2.0, wanted))
+    first = ops.min(ops.where(stays & is_free, wanted, most))
+    return ops.where(is_free, wanted - (last + first) / 2, 1.0)

@@ -1,0 +1,38 @@
+"""What several rule files ask of operations and ids."""
+
+from typing import Any
+
+import keras
+
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.ids import Ids, broadcast_along, varies
+
+
+def axes_of(axis: Any, ndim: int) -> set:
+    """The axes that an argument names (None: all), counted from 0."""
+    axes = range(ndim) if axis is None else [axis] if isinstance(axis, int) else axis
+    return {a % ndim for a in axes}
+
+
+def units_on(ids: Ids) -> list[int]:
+    """For every axis its size if there are units on it, else 0."""
+    return [n if varies(ids, a) else 0 for a, n in enumerate(ids.shape)]
+
+
+def widest(ids: Ids, axes: set) -> int | None:
+    """Of these axes the one with most units; None if there are units on none of them."""
+    number = units_on(ids)
+    own = [a for a in sorted(axes) if number[a]]
+    return max(own, key=number.__getitem__, default=None)
+
+
+def channel_axis(op: Any) -> int:
+    """Axis of the channels, by the operation's `data_format` (None: Keras' global setting)."""
+    found = getattr(op, "data_format", "channels_last") or keras.config.image_data_format()
+    return 1 if found == "channels_first" else -1
+
+
+def spread(site: CallSite, vector: Ids, axis: int) -> Ids:
+    """The first output's ids: `vector` along `axis`, constant along all other axes."""
+    shape = site.output_shapes[0]
+    return broadcast_along(vector, axis % len(shape), shape)

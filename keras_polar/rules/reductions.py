@@ -1,0 +1,115 @@
+"""Sums, means, maxima and norms over axes of a tensor."""
+
+from typing import Any
+
+import numpy as np
+
+from keras_polar.backends import to_numpy
+from keras_polar.graph.ir import Ref
+from keras_polar.graph.keras_private import op_class
+from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.common import axes_of, units_on
+from keras_polar.rules.ids import Ids, no_unit
+from keras_polar.rules.registry import add
+from keras_polar.rules.rule import Rule
+
+
+class ReduceRule(Rule):
+    """`ops.mean` and the like: over axes without units they act channel by channel.
+
+    A sum over the units reads them (a closed one adds zero); a mean or maximum over them would
+    change when one is cut, so that they stay. Of units on several axes those go together that
+    are reduced to one element.
+    """
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        if len(site.inputs) > 1:
+            return site.pin_all("has arguments that are computed")
+        (ids,) = site.inputs
+        axes = axes_of(_given_axes(site.op), ids.ndim)
+        if 0 in axes:
+            return site.pin_all("reduces over the batch")
+        reduced = _reduced(ids.shape, axes, getattr(site.op, "keepdims", False))
+        if any(len(shape) != len(reduced) for shape in site.output_shapes):
+            return site.pin_all("units cannot be followed through it")
+        one = None if self._reads(site, axes) else site.tie_along(ids, axes)
+        if one is None:
+            self._over_units(site, axes)
+            return [no_unit(shape) for shape in site.output_shapes]
+        return [np.broadcast_to(one.reshape(reduced), shape) for shape in site.output_shapes]
+
+    def _reads(self, site: CallSite, axes: set) -> bool:
+        """Whether to read the units on the reduced axes rather than let others pass."""
+        return False
+
+    def _over_units(self, site: CallSite, axes: set) -> None:
+        site.pin(site.inputs[0], "reduces over the units")
+
+
+def _reduced(shape: tuple, axes: set, keepdims: bool) -> list[int]:
+    """The shape that is left of a reduction over some axes."""
+    sizes = [1 if i in axes else n for i, n in enumerate(shape)]
+    return sizes if keepdims else [n for i, n in enumerate(sizes) if i not in axes]
+
+
+class ReduceSumRule(ReduceRule):
+    """A sum over the units reads them: a closed one adds zero.
+
+    Of units on several axes those are free that leave more to choose from.
+    """
+
+    def _reads(self, site: CallSite, axes: set) -> bool:
+        number = units_on(site.inputs[0])
+        return max(number[a] for a in axes) > max(n for a, n in enumerate(number) if a not in axes)
+
+    def _over_units(self, site: CallSite, axes: set) -> None:
+        site.read("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
+
+
+class NormRule(ReduceSumRule):
+    """`ops.norm`: as a sum if zeros add nothing to that norm."""
+
+    def _reads(self, site: CallSite, axes: set) -> bool:
+        return _ignores_zeros(site.op) and super()._reads(site, axes)
+
+    def _over_units(self, site: CallSite, axes: set) -> None:
+        if _ignores_zeros(site.op):
+            super()._over_units(site, axes)
+        else:
+            site.pin(site.inputs[0], "takes a norm over the units to which zeros add")
+
+
+def _ignores_zeros(op: Any) -> bool:
+    return op.ord in (None, "fro", 1, 2, np.inf)
+
+
+class AverageRule(ReduceRule):
+    """`ops.average`, weighted or not: constant weights for one axis only."""
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        weights = [*site.call.args[1:], *site.call.kwargs.values()]
+        if any(w is not None and len(np.shape(to_numpy(w))) > 1 for w in weights if _constant(w)):
+            return site.pin_all("has weights for every element")
+        return super().flow(site)
+
+
+def _constant(value: Any) -> bool:
+    return not isinstance(value, Ref)
+
+
+def _given_axes(op: Any) -> Any:
+    return op.axes if hasattr(op, "axes") else op.axis
+
+
+add(
+    ReduceRule(),
+    *map(
+        op_class,
+        "Mean Max Min Var Std Prod Amax Amin All Ptp Argmax Argmin Logsumexp Median Percentile "
+        "Quantile Nanmax Nanmean Nanmedian Nanmin Nanpercentile Nanprod Nanquantile Nanstd Nanvar "
+        "Nanargmax Nanargmin Moments".split(),
+    ),
+)
+add(AverageRule(), op_class("Average"))
+add(ReduceSumRule(), op_class("Sum"), op_class("Nansum"), op_class("Any"), op_class("CountNonzero"))
+add(NormRule(), op_class("Norm"))

@@ -1,0 +1,37 @@
+"""What training needs of Keras' trainer and optimizers that has no public name."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def losses_are_handed_over(model: Any) -> bool:
+    """Whether the losses of a step are being handed from one part of Keras to the next (JAX)."""
+    return bool(model._losses_override)
+
+
+def is_called_by(function: Callable) -> bool:
+    """Whether a function is being run. What Keras says of it differs between backends."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def learning_rate(optimizer: Any) -> Any:
+    """The learning rate that an optimizer was given: a schedule, or the variable that holds it."""
+    return optimizer._learning_rate
+
+
+def share_clock(new: Any, optimizer: Any) -> Any:
+    """The new optimizer, with the very step counter and learning rate of another."""
+    new._learning_rate = optimizer._learning_rate
+    new._iterations = optimizer._iterations
+    return new
+
+
+def undecayed(optimizer: Any) -> tuple[Sequence[int], list[str] | None]:
+    """Which variables are excluded from weight decay: ids, and patterns of names."""
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    return excluded, [pattern.pattern] if pattern else None
