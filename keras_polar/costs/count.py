@@ -1,11 +1,11 @@
 """What a model costs, counted layer by layer, and as terms of its units."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from keras_polar.coupling.coupling import Coupling, rules_of
-from keras_polar.rules import CallSite, CostTerm, Rule
+from keras_polar.coupling.coupling import Coupling
+from keras_polar.rules import CallSite, CostTerm
 from keras_polar.rules.call_site import weight_terms
 from keras_polar.tables import table_html, table_text
 
@@ -14,19 +14,20 @@ COUNTED = ("weights", "macs", "units")
 
 def terms(coupling: Coupling) -> list[tuple[int, CostTerm]]:
     """Every cost term of a graph, with its call; weights and units of a shared layer once."""
+    return [(i, t) for i, (_, own) in enumerate(_terms_by_call(coupling)) for t in own]
+
+
+def _terms_by_call(coupling: Coupling) -> Iterator[tuple[CallSite, list[CostTerm]]]:
     seen: set[int] = set()
-    found = []
-    for i, (site, rule) in enumerate(rules_of(coupling)):
-        found += [(i, t) for t in site_terms(site, rule, first_call=id(site.op) not in seen)]
+    for site in coupling.sites:
+        yield site, _site_terms(site, first_call=id(site.op) not in seen)
         seen.add(id(site.op))
-    return found
 
 
-def site_terms(site: CallSite, rule: Rule, first_call: bool = True) -> list[CostTerm]:
-    """The cost terms of one call."""
+def _site_terms(site: CallSite, first_call: bool) -> list[CostTerm]:
     own = []
     if first_call:
-        own += weight_terms(site, rule.weights(site.op))
+        own += weight_terms(site, site.rule.weights(site.op))
         own += [CostTerm((site.axes[p],), units=1) for p in site.produces]
     return own + (site.macs or [])
 
@@ -74,11 +75,7 @@ class Cost:
 
 def counted(coupling: Coupling) -> Cost:
     """The cost of a coupled graph, layer by layer."""
-    seen: set[int] = set()
-    rows = []
-    for site, rule in rules_of(coupling):
-        rows.append(_row(site, site_terms(site, rule, id(site.op) not in seen)))
-        seen.add(id(site.op))
+    rows = [_row(site, own) for site, own in _terms_by_call(coupling)]
     totals = {m: sum(getattr(r, m) for r in rows) for m in COUNTED}
     unknown = tuple(unknown_macs(coupling))
     return Cost(**totals, sizes_known=sizes_known(coupling), rows=tuple(rows), unknown=unknown)

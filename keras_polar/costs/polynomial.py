@@ -5,8 +5,8 @@ group alone: a polynomial (bilinear for convolutions and Dense layers), exact fo
 and differentiable in between.
 """
 
-from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -118,7 +118,7 @@ class Polynomial:
 def polynomial(
     coupling: Coupling,
     amounts: Iterable[tuple[int, Amount]],
-    branches: Sequence[Container[int]] = (),
+    branches: Sequence[Iterable[int]] = (),
 ) -> Polynomial:
     """The sum of what is paid for combinations of open units, as a function of open counts.
 
@@ -129,13 +129,16 @@ def polynomial(
     """
     total: Counter = Counter()
     groups = len(coupling.groups)
+    inside: dict[int, list[dict]] = defaultdict(list)
+    for i, calls in enumerate(branches, groups):
+        for call in calls:
+            inside[call].append({i: 1})
     for call, term in amounts:
         if term.amount:
             forms = [_linear(coupling, f) for f in term.factors]
             for i in term.tiled:
                 forms[i] = _in_tiles(forms[i], groups + len(branches))
-            inside = [{groups + i: 1} for i, calls in enumerate(branches) if call in calls]
-            _add_product(total, term.amount, [*forms, *inside])
+            _add_product(total, term.amount, [*forms, *inside[call]])
     width = max([1, *map(len, total)])
     padded = [(*key, *[-1] * (width - len(key))) for key in total]
     return Polynomial(tuple(total.values()), tuple(padded))

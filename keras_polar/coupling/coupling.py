@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.graph.ir import Graph, refs_in
-from keras_polar.rules import CallSite, Rule, rule_for, trace_model
+from keras_polar.rules import CallSite, rule_for, trace_model
 from keras_polar.rules.call_site import set_rows, sizes
 from keras_polar.rules.ids import (
     Forest,
@@ -341,12 +341,9 @@ def why_fixed(coupling: Coupling, vector: Ids) -> str:
 def off_batch(coupling: Coupling) -> set[int]:
     """Tensors whose first axis is not, or may not be, that of the model's samples."""
     found: set[int] = set()
-    for site, rule in rules_of(coupling):
-        if found.intersection(site.call.inputs) or not (site.inputs and rule.keeps_batch(site)):
+    for site in coupling.sites:
+        if found.intersection(site.call.inputs) or not (
+            site.inputs and site.rule.keeps_batch(site)
+        ):
             found.update(site.call.outputs)
     return found
-
-
-def rules_of(coupling: Coupling) -> list[tuple[CallSite, Rule]]:
-    """Every call with its rule."""
-    return [(site, site.rule) for site in coupling.sites]

@@ -139,7 +139,7 @@ class Gate(keras.layers.Layer):
         logits = self._led(self._pressed(self.logits(x)))
         gates = self._with_floor(hard_step(logits))
         self._observe(gates, ops.sigmoid(logits))
-        gates = self._listened(gates, ops.shape(x)[0])
+        gates = self._listened(gates, x)
         settled = ops.cast(self.settled, "float32")
         fixed = ops.convert_to_tensor(self.settled_mask)
         return ops.cast(settled * fixed + (1 - settled) * gates, self.compute_dtype)
@@ -165,9 +165,10 @@ class Gate(keras.layers.Layer):
         lead = SLOPE * pressure * ops.convert_to_tensor(self.lead)
         return logits - OPEN + ops.where(pressure > 0, lead, OPEN)
 
-    def _listened(self, gates: Any, samples: Any) -> Any:
+    def _listened(self, gates: Any, x: Any) -> Any:
         if not self.listens:
             return gates
+        samples = ops.shape(x)[0]
         if self.listens == "samples":
             gates = ops.broadcast_to(gates, (samples, self.units))
         rate = HEARD * (1 - ops.cast(self.settled, "float32"))

@@ -55,12 +55,14 @@ class TimeDistributedRule(Rule):
         return {f"layer.{path}": names for path, names in inner.items()}
 
     def factors(self, site: CallSite, kept: KeptUnits) -> dict[str, float]:
-        inner = rule_for(site.op.layer).factors(self._step(site), kept)
+        step = self._step(site)
+        inner = step.rule.factors(step, kept)
         return {f"layer.{path}": factor for path, factor in inner.items()}
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         serialised = copy.deepcopy(site.op.get_config()["layer"])
-        serialised["config"].update(rule_for(site.op.layer).config(self._step(site), kept))
+        step = self._step(site)
+        serialised["config"].update(step.rule.config(step, kept))
         serialised.pop("build_config", None)
         return {"layer": serialised}
 

@@ -168,19 +168,19 @@ class GateInserter(MaskInserter):
         self.gate_class = GATES[problem.options.gate]
 
     def _gate(self, i: int, site: CallSite, values: Any) -> Any:
-        target = self.specs[i]
-        name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', target.name)}_gate")
+        spec = self.specs[i]
+        name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', spec.name)}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
-        gate_class = self.gate_class if target.per_sample else Gate
+        gate_class = self.gate_class if spec.per_sample else Gate
         gate = gate_class(
-            target.units,
-            target.name,
-            list(target.layers),
-            target.members,
-            target.floor,
+            spec.units,
+            spec.name,
+            list(spec.layers),
+            spec.members,
+            spec.floor,
             axis,
-            self._listens(target),
+            self._listens(spec),
             name=name,
         )
         return gate(value)

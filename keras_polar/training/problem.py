@@ -44,7 +44,7 @@ class Options:
     schedule: Schedule
     compact: bool
     latency_table: LatencyTable | str | os.PathLike | None
-    importance: str | Importance = "logits"
+    importance: str | Importance
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -147,9 +147,8 @@ def _check_numbers(options: Options) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"apply: expected {name} as an int >= 1, received {value!r}.")
     most = options.max_sparsity
-    if not all(
-        x is None or _is_share(x) for x in (most.values() if isinstance(most, Mapping) else [most])
-    ):
+    limits = most.values() if isinstance(most, Mapping) else [most]
+    if not all(x is None or _is_share(x) for x in limits):
         raise ValueError(
             "apply: expected max_sparsity as a number in [0, 1] or {layer name: number in [0, 1]}, "
             f"received {most!r}."

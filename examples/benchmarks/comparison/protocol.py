@@ -22,22 +22,12 @@ import keras
 import models
 import numpy as np
 import packed_data
+import results
 
 import keras_polar
 
 HELD_OUT = 10_000  # the last of the training images: no run trains on them
 SAMPLE = 512  # training images that a criterion of activations may look at
-# What a dense network depends on.
-OF_DENSE = (
-    "model",
-    "width",
-    "image_size",
-    "train_images",
-    "batch_size",
-    "epochs",
-    "learning_rate",
-    "weight_decay",
-)
 TEMPERATURE, OF_LABELS = 4.0, 0.1  # of a teacher's logits; the labels' share in the loss beside it
 
 ON_JAX = keras.backend.backend() == "jax"
@@ -326,7 +316,7 @@ def _check_recipe(setting, path):
     """Whether a dense network was trained as the setting says."""
     trained = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     wanted = dataclasses.asdict(setting)
-    other = [k for k in OF_DENSE if trained[k] != wanted[k]]
+    other = [k for k in results.OF_DENSE if trained[k] != wanted[k]]
     if other:
         was, should = ({k: recipe[k] for k in other} for recipe in (trained, wanted))
         raise ValueError(

@@ -11,9 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from json_lines import add_row, read_lines
 
-# What the network and its training are; what is removed; what only our methods depend on.
-TRAINING = (
-    "regime",
+# What a dense network depends on.
+OF_DENSE = (
     "model",
     "width",
     "image_size",
@@ -22,9 +21,9 @@ TRAINING = (
     "epochs",
     "learning_rate",
     "weight_decay",
-    "steps",
-    "fit_rate",
 )
+# What the network and its training are; what is removed; what only our methods depend on.
+TRAINING = ("regime", *OF_DENSE, "steps", "fit_rate")
 TARGET = ("measure", "sparsity")
 OPTIONS = ("schedule", "round_to", "max_sparsity", "gate")
 IDENTITY = (*TRAINING, *TARGET, *OPTIONS, "method", "seed")
