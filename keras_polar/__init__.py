@@ -10,6 +10,7 @@ from keras_polar import callbacks, plots
 from keras_polar._version import __version__
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.measures import Measure
+from keras_polar.gates.gate import DynamicGate, Gate
 from keras_polar.gates.schedule import Schedule
 from keras_polar.inspection import cost, inspect
 from keras_polar.litert import (
@@ -28,6 +29,8 @@ from keras_polar.training.apply import apply
 from keras_polar.training.model import GatedModel
 
 __all__ = [
+    "DynamicGate",
+    "Gate",
     "GatedModel",
     "Importance",
     "LatencyTable",

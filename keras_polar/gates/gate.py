@@ -3,17 +3,19 @@
 The forward pass uses hard 0/1 gates, the backward pass the slope of a sigmoid (straight-through).
 A static gate has one logit per unit; a dynamic gate decides per sample, from the average of the
 input of the layer that makes the units (Zhi et al., arXiv 2302.10798; the formulas are ours).
+Another kind is a subclass that says what its logits are.
 """
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_polar.backends import replicas
-from keras_polar.gates.importance import damage, listen
+from keras_polar.gates.listening import damage, listen
 
 PACKAGE = "keras_polar"
 # Logits are this much larger than the variables behind them: gates have far fewer steps than
@@ -70,8 +72,13 @@ class Gate(keras.layers.Layer):
     inference, and once settled, it returns the consensus of shape (1, units). In warm-up it learns
     nothing, so that all units are open: what the loss says of units then is mostly noise.
 
+    `apply(model, gate=...)` takes one without units, and makes one like it for every group: what it
+    tells each is `units` to `listens` below. A subclass says what its logits are, by `logits` and,
+    if it has variables, `build_logits`. It hands `**kwargs` on, has its own arguments in
+    `get_config`, and is registered with Keras, so that saved models load.
+
     Args:
-        units: number of units.
+        units: number of units; 0 for one that stands for those of all groups.
         group: name of the group.
         layers: names of the layers that produce the units; of a residual branch, those in it.
         members: layer -> for each unit it makes, its place among those of the gate or -1; None
@@ -79,28 +86,45 @@ class Gate(keras.layers.Layer):
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
         listens: whether it keeps the squares of its gradients, and is led by what they say (see
-            `keras_polar.gates.importance`), instead of by its own logits alone: those of "samples",
+            `keras_polar.gates.listening`), instead of by its own logits alone: those of "samples",
             for which it has a gate each, or of a "batch", or none.
+        gain: how many times larger logits are than the variables behind them. Gates have far fewer
+            steps than weights to go from open to closed; the larger, the sooner they do.
+        initial_logit: logits begin here, above zero: open. The larger, the longer they stay so.
+
+    Raises:
+        ValueError: `gain` or `initial_logit` is not a finite number above zero.
 
     Attributes:
+        per_sample: whether it has logits for each sample. Units that are masked for all samples at
+            once (those of attention heads, on the weights) get a static gate instead of such a one.
         pressure: returns that of the schedule, 0 in warm-up to 1; the gated model sets it. None
             stands for 1.
+
+    Example:
+
+        >>> gated = keras_polar.apply(model, 0.5, gate=keras_polar.Gate(gain=5.0))
     """
 
+    per_sample = False
     pressure: Callable | None = None
 
     def __init__(
         self,
-        units: int,
-        group: str,
-        layers: list,
+        units: int = 0,
+        group: str = "",
+        layers: Sequence[str] = (),
         members: dict | None = None,
         min_units: int = 1,
         axis: int = -1,
         listens: str | None = None,
+        gain: float = GAIN,
+        initial_logit: float = OPEN,
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)  # what it looks at keeps its precision
+        self.gain = _above_zero(self, "gain", gain)
+        self.initial_logit = _above_zero(self, "initial_logit", initial_logit)
         self.units = units
         self.group = group
         self.producers = tuple(layers)
@@ -110,6 +134,12 @@ class Gate(keras.layers.Layer):
         self.listens = listens
 
     def build(self, input_shape: tuple) -> None:
+        if not self.units:
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r} has no units. Expected a gate that is handed "
+                "to keras_polar.apply(model, gate=...), which makes one like it for each group; an "
+                "`__init__` of one's own hands `**kwargs` on to `super().__init__`."
+            )
         self.build_logits(input_shape)
         self.open_rates = self._state("open_rates", "ones", (self.units,))
         self.scores = self._state("scores", "ones", (self.units,))
@@ -126,23 +156,47 @@ class Gate(keras.layers.Layer):
         return self.add_weight(shape, initializer, name=name, **options)
 
     def build_logits(self, input_shape: tuple) -> None:
-        start = keras.initializers.Constant(OPEN / GAIN)
+        """Makes the variables behind the logits; here the bias, one number per unit.
+
+        Args:
+            input_shape: of what `logits` looks at.
+        """
+        start = keras.initializers.Constant(self.initial_logit / self.gain)
         self.bias = self.add_weight((self.units,), start, name="bias", **FLOAT32)
 
     def logits(self, x: Any) -> Any:
-        """Float32 logits of shape (batch or 1, units)."""
-        return GAIN * ops.convert_to_tensor(self.bias)[None]
+        """The logits of a training step; units are open where they are above zero.
+
+        Args:
+            x: the input of the layer that makes the units; its channels are on `axis`.
+
+        Returns:
+            Floats of shape (1, units), or (batch, units) if the gate decides per sample.
+        """
+        return self.gain * ops.convert_to_tensor(self.bias)[None]
 
     def call(self, x: Any, training: bool = False) -> Any:
         if not training:
             return ops.cast(self.consensus()[None], self.compute_dtype)
-        logits = self._led(self._pressed(self.logits(x)))
+        logits = self._led(self._pressed(self._checked(self.logits(x))))
         gates = self._with_floor(hard_step(logits))
         self._observe(gates, ops.sigmoid(logits))
         gates = self._listened(gates, x)
         settled = ops.cast(self.settled, "float32")
         fixed = ops.convert_to_tensor(self.settled_mask)
         return ops.cast(settled * fixed + (1 - settled) * gates, self.compute_dtype)
+
+    def _checked(self, logits: Any) -> Any:
+        """Masks broadcast: by logits of a wrong shape they would be wrong without a word."""
+        shape = tuple(logits.shape)
+        if shape[1:] != (self.units,) or not (self.per_sample or shape[0] == 1):
+            rows = "batch or 1" if self.per_sample else "1"
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r}: expected logits of shape ({rows}, "
+                f"{self.units}), one for each unit, received {shape}. A gate that decides for each "
+                "sample says so by `per_sample = True` in its class."
+            )
+        return ops.cast(logits, "float32")
 
     def _with_floor(self, gates: Any) -> Any:
         """The units that have been most open stay so for all samples: no group ever collapses."""
@@ -163,7 +217,7 @@ class Gate(keras.layers.Layer):
             return logits
         pressure = ops.cast(1.0 if self.pressure is None else self.pressure(), "float32")
         lead = SLOPE * pressure * ops.convert_to_tensor(self.lead)
-        return logits - OPEN + ops.where(pressure > 0, lead, OPEN)
+        return logits - self.initial_logit + ops.where(pressure > 0, lead, self.initial_logit)
 
     def _listened(self, gates: Any, x: Any) -> Any:
         if not self.listens:
@@ -202,7 +256,8 @@ class Gate(keras.layers.Layer):
             state.assign(state + rate * (ops.stop_gradient(ops.mean(now, axis=0)) - state))
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0] if self.listens == "samples" else 1, self.units)
+        is_each = self.per_sample or self.listens == "samples"
+        return (input_shape[0] if is_each else 1, self.units)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None
@@ -217,17 +272,36 @@ class Gate(keras.layers.Layer):
             "min_units": self.min_units,
             "axis": self.axis,
             **({"listens": self.listens} if self.listens else {}),
+            **({"gain": self.gain} if self.gain != GAIN else {}),
+            **({"initial_logit": self.initial_logit} if self.initial_logit != OPEN else {}),
         }
+
+
+def _above_zero(gate: Gate, name: str, value: Any) -> float:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):
+        raise ValueError(
+            f"{type(gate).__name__}: expected {name} as a finite number above zero, received "
+            f"{value!r}."
+        )
+    return float(value)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class DynamicGate(Gate):
-    """A gate that looks at each sample: average the input over all positions, normalise, map."""
+    """A gate that looks at each sample: average the input over all positions, normalise, map.
+
+    Example:
+
+        >>> gated = keras_polar.apply(model, 0.5, gate=keras_polar.DynamicGate(initial_logit=3.0))
+    """
+
+    per_sample = True
 
     def build_logits(self, input_shape: tuple) -> None:
         super().build_logits(input_shape)
         shape = (input_shape[self.axis], self.units)
-        small = keras.initializers.RandomNormal(stddev=0.1 / GAIN)
+        small = keras.initializers.RandomNormal(stddev=0.1 / self.gain)
         self.kernel = self.add_weight(shape, small, name="kernel", **FLOAT32)
 
     def logits(self, x: Any) -> Any:
@@ -239,7 +313,4 @@ class DynamicGate(Gate):
         centred = x - ops.mean(x, axis=-1, keepdims=True)
         scale = ops.rsqrt(ops.mean(ops.square(centred), axis=-1, keepdims=True) + 1e-5)
         root = math.sqrt(x.shape[-1])
-        return super().logits(x) + GAIN * ops.matmul(centred * scale, self.kernel) / root
-
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0], self.units)
+        return super().logits(x) + self.gain * ops.matmul(centred * scale, self.kernel) / root

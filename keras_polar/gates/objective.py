@@ -9,7 +9,7 @@ from keras import ops
 from keras_polar.backends import global_mean
 from keras_polar.costs.polynomial import Polynomial
 from keras_polar.gates.gate import saved_as
-from keras_polar.gates.importance import balance
+from keras_polar.gates.listening import balance
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.keras_private import only_loss
 from keras_polar.selection.importance import CRITERIA, Importance

@@ -9,6 +9,7 @@ import keras
 
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.measures import Measure
+from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.rebuild import rebuild
@@ -26,7 +27,7 @@ def apply(
     sparsity: float = 0.5,
     *,
     measure: str | Measure = "weights",
-    gate: str = "dynamic",
+    gate: str | Gate = "dynamic",
     granularity: str | Iterable[str] = "channels",
     ignore: Iterable[str] = (),
     round_to: int | None = None,
@@ -49,10 +50,11 @@ def apply(
             (multiply-accumulates per sample), "units" (channels and neurons), "latency" (time
             of one inference with LiteRT, by a table of measured operations) or a
             `keras_polar.Measure` of your own.
-        gate: "dynamic" (decides per sample while training, the paper's) or "static" (one logit
-            per unit). Units that are read inside the layer that makes them (attention heads, the
-            hidden units of an LSTM) always have static gates: they are masked on the weights,
-            which all samples share.
+        gate: "dynamic" (decides per sample while training, the paper's), "static" (one logit per
+            unit) or a `keras_polar.Gate`: one of these with other options, or one of your own.
+            Units that are read inside the layer that makes them (attention heads, the hidden units
+            of an LSTM) never have gates that decide per sample, but static ones instead: they are
+            masked on the weights, which all samples share.
         granularity: what gates remove: "channels" (units of layers), "blocks" (residual branches
             as a whole: the network becomes shallower), or both, `("channels", "blocks")`.
         ignore: names of layers, glob patterns allowed, that keep all their units; branches with

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from keras_polar.coupling.coupling import Coupling
-from keras_polar.gates.gate import Gate
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
+from keras_polar.gates.template import for_all_samples, made_like
 from keras_polar.gates.weight_mask import WeightMask, pack
 from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.rules import CallSite
 from keras_polar.rules.call_site import ids_along, inner_vector
 from keras_polar.training.gate_specs import GateSpec
-from keras_polar.training.problem import GATES, PruningProblem
+from keras_polar.training.problem import PruningProblem
 
 
 class MaskInserter:
@@ -165,23 +165,23 @@ class GateInserter(MaskInserter):
     def __init__(self, problem: PruningProblem) -> None:
         super().__init__(problem.coupling, problem.specs)
         self.problem = problem
-        self.gate_class = GATES[problem.options.gate]
 
     def _gate(self, i: int, site: CallSite, values: Any) -> Any:
         spec = self.specs[i]
         name = self._name(f"{re.sub('[^A-Za-z0-9_]', '_', spec.name)}_gate")
         (tensor, axis), *_ = [*site.reads, (0, -1)]
         value = values[site.call.inputs[tensor]]
-        gate_class = self.gate_class if spec.per_sample else Gate
-        gate = gate_class(
-            spec.units,
-            spec.name,
-            list(spec.layers),
-            spec.members,
-            spec.floor,
-            axis,
-            self._listens(spec),
-            name=name,
+        template = self.problem.gate if spec.per_sample else for_all_samples(self.problem.gate)
+        gate = made_like(
+            template,
+            name,
+            units=spec.units,
+            group=spec.name,
+            layers=list(spec.layers),
+            members=spec.members,
+            min_units=spec.floor,
+            axis=axis,
+            listens=self._listens(spec),
         )
         return gate(value)
 

@@ -13,9 +13,10 @@ from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.measures import MEASURES, Measure, cost_of
 from keras_polar.coupling.branches import Branch
 from keras_polar.coupling.coupling import Coupling, analyze, ignoring, why_fixed
-from keras_polar.gates.gate import DynamicGate, Gate
+from keras_polar.gates.gate import Gate
 from keras_polar.gates.objective import BY_GATES
 from keras_polar.gates.schedule import Schedule
+from keras_polar.gates.template import GATES, template_of
 from keras_polar.graph.quantized import why_altered
 from keras_polar.litert.measure_latency import measured_table
 from keras_polar.selection.budget import Budget, budget_of, usual_floors
@@ -23,7 +24,6 @@ from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 
-GATES = {"dynamic": DynamicGate, "static": Gate}
 GRANULARITIES = ("channels", "blocks")
 IMPORTANCES = (*BY_GATES, *CRITERIA)
 LISTED = 8  # groups that a warning names
@@ -35,7 +35,7 @@ class Options:
 
     sparsity: float
     measure: str | Measure
-    gate: str
+    gate: str | Gate
     granularity: tuple[str, ...]
     ignore: Iterable[str]
     round_to: int | None
@@ -68,6 +68,7 @@ class PruningProblem:
         measure: what `sparsity` is a share of.
         budget: what the settled network may cost.
         specs: one per gate, in the order of the budget's variables.
+        gate: the gates are made like it.
     """
 
     options: Options
@@ -76,6 +77,7 @@ class PruningProblem:
     measure: Measure
     budget: Budget
     specs: tuple[GateSpec, ...]
+    gate: Gate
 
 
 def pruning_problem(model: Any, options: Options) -> PruningProblem:
@@ -84,6 +86,7 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     Raises:
         TypeError, ValueError: as `apply`.
     """
+    gate = template_of(options.gate)
     whole = analyze(model)
     coupling = ignoring(whole, options.ignore if "channels" in options.granularity else "*")
     branches = branches_of(coupling, options.ignore) if "blocks" in options.granularity else ()
@@ -106,7 +109,7 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     )
     _warn_of_low_groups(coupling, budget, measure.name, options)
     specs = gate_specs(coupling, branches, budget.floors)
-    return PruningProblem(options, coupling, branches, measure, budget, tuple(specs))
+    return PruningProblem(options, coupling, branches, measure, budget, tuple(specs), gate)
 
 
 # --- the options -----------------------------------------------------------------------------
@@ -125,19 +128,23 @@ def _check_sparsity(sparsity: Any) -> None:
 def _check_names(options: Options) -> None:
     granularity = options.granularity
     measures = (*MEASURES, LatencyTable.name)
-    for name, value, known in (
-        *_named("measure", options.measure, Measure, measures),
-        ("gate", options.gate, tuple(GATES)),
-        *_named("importance", options.importance, Importance, IMPORTANCES),
-        *(("granularity", kind, GRANULARITIES) for kind in granularity or (granularity,)),
-    ):
-        if value not in known:
-            raise ValueError(f"apply: expected {name} to be one of {known}, received {value!r}.")
+    _check_name("measure", options.measure, measures, Measure)
+    _check_name("gate", options.gate, tuple(GATES), Gate)
+    _check_name("importance", options.importance, IMPORTANCES, Importance)
+    for kind in granularity or (granularity,):
+        _check_name("granularity", kind, GRANULARITIES)
 
 
-def _named(name: str, value: Any, kind: type, known: tuple) -> list[tuple]:
-    """An argument that is a name, and has to be a known one; none if it is an object."""
-    return [] if isinstance(value, kind) else [(name, value, known)]
+def _check_name(name: str, value: Any, known: tuple, kind: type | None = None) -> None:
+    """Raises unless an argument is a known name, or an object of the kind that it takes as well."""
+    if (kind is not None and isinstance(value, kind)) or value in known:
+        return
+    is_class = isinstance(value, type) and kind is not None and issubclass(value, kind)
+    remedy = f" or a keras_polar.{kind.__name__}" if kind is not None else ""
+    instance = f" Pass an object of it: {name}={value.__name__}()." if is_class else ""
+    raise ValueError(
+        f"apply: expected {name} to be one of {known}{remedy}, received {value!r}.{instance}"
+    )
 
 
 def _check_numbers(options: Options) -> None:

@@ -9,7 +9,7 @@ import keras_polar
 from keras_polar.backends import to_numpy
 from keras_polar.costs.polynomial import Polynomial
 from keras_polar.gates.gate import HEARD
-from keras_polar.gates.importance import balance, damage
+from keras_polar.gates.listening import balance, damage
 
 BACKEND = keras.backend.backend()
 
