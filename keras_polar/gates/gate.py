@@ -200,8 +200,8 @@ class Gate(keras.layers.Layer):
 
     def _with_floor(self, gates: Any) -> Any:
         """The units that have been most open stay so for all samples: no group ever collapses."""
-        wanted = self.lead if self.listens else self.scores
-        floor = most_open(ops.convert_to_tensor(wanted), self.min_units)
+        openness = self.lead if self.listens else self.scores
+        floor = most_open(ops.convert_to_tensor(openness), self.min_units)
         return gates + ops.stop_gradient(ops.maximum(gates, floor) - gates)
 
     def _pressed(self, logits: Any) -> Any:
@@ -229,15 +229,15 @@ class Gate(keras.layers.Layer):
         count = replicas() ** 2 * ops.cast(samples, "float32")
         return listen(gates, ops.convert_to_tensor(self.heard), 1 - self.is_led_open(), count, rate)
 
-    def wanted(self, stay: Any = 0.0) -> Any:
+    def log_damage(self, stay: Any = 0.0) -> Any:
         """Logarithm of what closing each unit adds to the loss, infinite where it has to stay.
 
         Args:
             stay: what open units are ahead of closed ones.
         """
         heard = ops.stop_gradient(ops.convert_to_tensor(self.heard))
-        wanted = ops.log(damage(heard)) + stay * self.is_led_open()
-        return ops.where(most_open(wanted, self.min_units) > 0, float("inf"), wanted)
+        logs = ops.log(damage(heard)) + stay * self.is_led_open()
+        return ops.where(most_open(logs, self.min_units) > 0, float("inf"), logs)
 
     def is_led_open(self) -> Any:
         """0/1 per unit; all 1 as long as nothing has been told."""

@@ -66,8 +66,8 @@ class PruningObjective(keras.layers.Layer):
         latest: "sparsity" (expected, of the last training step) and "polarization" (1 if all
             samples agreed), scalar variables. `fit` puts them into its logs. They are no metrics:
             those are the user's, in the order that he compiled.
-        listeners: for every group the gate's `wanted`, `is_led_open`, and a setter of its `lead`;
-            the gated model sets them. None of them where gates decide alone.
+        listeners: for every group the gate's `log_damage`, `is_led_open`, and a setter of its
+            `lead`; the gated model sets them. None of them where gates decide alone.
     """
 
     listeners: tuple = ()
@@ -143,12 +143,12 @@ class PruningObjective(keras.layers.Layer):
         stay = STAY * ops.square(self.schedule.certainty(step, self.steps))
         saved = self.cost.slopes(self._counts(now), self.full_cost)
         saved = ops.take(saved, self._groups(), axis=0)
-        wanted = ops.concatenate([wanted(stay) for wanted, _, _ in self.listeners])
-        wanted = wanted - ops.log(ops.maximum(saved, 1e-12))
+        worth = ops.concatenate([log_damage(stay) for log_damage, _, _ in self.listeners])
+        worth = worth - ops.log(ops.maximum(saved, 1e-12))
         # Units that are worth the same (nothing, say) go one by one.
         order = np.linspace(0, APART, sum(self.units), dtype="float32")
-        wanted = wanted + ops.convert_to_tensor(order)
-        above = balance(wanted, lambda kept: 1 - self.expected_sparsity(kept), target)
+        worth = worth + ops.convert_to_tensor(order)
+        above = balance(worth, lambda kept: 1 - self.expected_sparsity(kept), target)
         ends = np.cumsum(self.units)
         for (_, _, tell), end, n in zip(self.listeners, ends, self.units, strict=True):
             tell(above[end - n : end])

@@ -99,15 +99,15 @@ def budget_of(
 
     guarded = budget(usual_floors(coupling, sparsity, min_units, max_sparsity))
     is_enough = guarded.reachable >= sparsity
-    found = guarded if is_enough else budget(_floors(coupling, max_sparsity, 1.0, min_units))
-    if found.reachable < sparsity:
+    chosen = guarded if is_enough else budget(_floors(coupling, max_sparsity, 1.0, min_units))
+    if chosen.reachable < sparsity:
         raise ValueError(
             f"apply: sparsity={sparsity} of the {measure} cannot be reached; at most "
-            f"{found.reachable:.3f} can go with min_units={min_units}, round_to={round_to}, "
+            f"{chosen.reachable:.3f} can go with min_units={min_units}, round_to={round_to}, "
             f"max_sparsity={max_sparsity} and the layers that keep their units. Ask for less; "
             "keras_polar.inspect(model) says which units stay and why."
         )
-    return found
+    return chosen
 
 
 def usual_floors(
@@ -120,11 +120,12 @@ def usual_floors(
     return _floors(coupling, max_sparsity, 1 - FLOOR * (1 - sparsity), min_units)
 
 
-def _floors(coupling: Coupling, wanted: Any, otherwise: float, min_units: int) -> list[int]:
-    limits = [otherwise if wanted is None else wanted] * len(coupling.groups)
-    if isinstance(wanted, Mapping):
-        by_layer = {p: _names(coupling, p) for p in wanted}
-        limits = [_limit(g, wanted, by_layer, otherwise) for g in coupling.groups]
+def _floors(coupling: Coupling, most: Any, otherwise: float, min_units: int) -> list[int]:
+    """From the largest shares that may go, as `max_sparsity` of `apply`."""
+    limits = [otherwise if most is None else most] * len(coupling.groups)
+    if isinstance(most, Mapping):
+        by_layer = {p: _names(coupling, p) for p in most}
+        limits = [_limit(g, most, by_layer, otherwise) for g in coupling.groups]
     least = (
         max(min_units, math.ceil((1 - limit) * g.units - 1e-9))
         for g, limit in zip(coupling.groups, limits, strict=True)
@@ -136,6 +137,6 @@ def _names(coupling: Coupling, pattern: str) -> set[str]:
     return {s.name for s in sites_of(coupling.sites, [pattern], "max_sparsity")[pattern]}
 
 
-def _limit(group: Group, wanted: Mapping, by_layer: dict, otherwise: float) -> float:
-    own = [wanted[p] for p, names in by_layer.items() if names.intersection(group.layers)]
-    return min(own, default=otherwise)
+def _limit(group: Group, most: Mapping, by_layer: dict, otherwise: float) -> float:
+    limits = [most[p] for p, names in by_layer.items() if names.intersection(group.layers)]
+    return min(limits, default=otherwise)

@@ -76,13 +76,13 @@ def _maker(site: CallSite, makers: dict[int, str]) -> str:
 
 def _parts(site: CallSite, layer: str) -> Iterator[Part]:
     reads = site.reads or site.inner_reads or site.produces
-    own = set(site.produces if reads else site.axes)
+    unit_axes = set(site.produces if reads else site.axes)
     for name, axes in site.rule.weights(site.op).items():
         variable = variable_at(site.op, name)
         if variable is None or name in STATISTICS:
             continue
         values = to_numpy(variable)
-        for axis in (i for i, axis in enumerate(axes) if axis in own):
+        for axis in (i for i, axis in enumerate(axes) if axis in unit_axes):
             rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
             yield Part(layer, site.op, name, site.axes[axes[axis]], rows, values.ndim > 1)
 
@@ -147,8 +147,8 @@ def _is_scale(part: Part) -> bool:
 
 def _of_batch_norm(coupling: Coupling, measure: Callable) -> list[np.ndarray]:
     scores = _scores(coupling, measure)
-    for group, own in zip(coupling.groups, scores, strict=True):
-        if not own.any():
+    for group, of_group in zip(coupling.groups, scores, strict=True):
+        if not of_group.any():
             raise ValueError(
                 f"Units of group {group.name!r} (layers {', '.join(group.layers)}) pass no "
                 "BatchNormalization with a scale, so that there is none to judge them by. Use a "
@@ -177,8 +177,8 @@ def _scores(
             is_there[roots[is_unit]] = True
     scores = np.zeros(len(coupling.roots))
     for total, is_there in layers.values():
-        own = finish(total[is_there])
-        scores[is_there] += own / max(own.mean(), TINY)
+        of_layer = finish(total[is_there])
+        scores[is_there] += of_layer / max(of_layer.mean(), TINY)
     return [scores[group.roots] for group in coupling.groups]
 
 

@@ -148,12 +148,12 @@ def below_usual(
     scores = [np.ones(n) for n in budget.units]
     kept = select_units(rank_units(scores, [s == 0 for s in scores], budget), budget)
     counts = [int(mask.sum()) for mask in kept]
-    found = [
+    low = [
         f"{g.name} ({n} of {g.units} units would stay, usually {least} at least)"
         for g, n, least in zip(coupling.groups, counts, usual, strict=False)
         if n < least
     ]
-    return found, _largest(budget, floors)
+    return low, _largest(budget, floors)
 
 
 def _largest(budget: Budget, floors: Callable[[float], Sequence[int]]) -> float:

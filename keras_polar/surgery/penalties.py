@@ -19,7 +19,6 @@ import numpy as np
 from keras import ops
 
 from keras_polar.backends import IS_STATE_TAKEN
-from keras_polar.coupling.coupling import couple
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.mask import Mask
 from keras_polar.graph.clone import variable_at
@@ -27,7 +26,7 @@ from keras_polar.graph.ir import Graph
 from keras_polar.graph.keras_private import layers_of, own_variables
 from keras_polar.rules import CallSite, trace_model
 from keras_polar.rules.ids import Ids, drop_constant_axes
-from keras_polar.surgery.strip import strip, units_of
+from keras_polar.surgery.strip import coupled_without_gates, strip, units_of
 
 
 class OpenUnits:
@@ -121,7 +120,7 @@ class _Places:
 
     def __init__(self, gated: Any) -> None:
         graph = trace_model(gated)
-        self.coupling = couple(strip(graph, set()))
+        self.coupling = coupled_without_gates(graph)
         self.gates = [group._gate for group in gated.groups]
         self.ends = np.cumsum([gate.units for gate in self.gates])
         self.place = self._places(gated)

@@ -42,6 +42,11 @@ def strip(graph: Graph, closed: set[int]) -> Graph:
     return alive(bypass(replace(graph, calls=tuple(calls)), stands_for))
 
 
+def coupled_without_gates(graph: Graph) -> Coupling:
+    """The coupled graph of a gated model without its gates, closed branches included."""
+    return couple(strip(graph, set()))
+
+
 def _closed_branches(graph: Graph) -> set[int]:
     """The tensors that a closed gate of a residual branch makes zero."""
     gates = {t: c.op for c in graph.calls for t in c.outputs if isinstance(c.op, Gate)}
@@ -75,7 +80,7 @@ def scores_of(gated: Any, importance: Importance) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it gives arrays of other shapes.
     """
-    coupling = couple(strip(trace_model(gated), set()))
+    coupling = coupled_without_gates(trace_model(gated))
     scores = [np.asarray(s, float) for s in importance.scores(coupling)]
     shapes = [(group.units,) for group in coupling.groups]
     if [s.shape for s in scores] != shapes:

@@ -134,10 +134,10 @@ def apply(
 
 
 def _warn_of_own_training(model: Any) -> None:
-    own = [n for n in TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)]
-    if own:
+    overridden = [n for n in TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)]
+    if overridden:
         warnings.warn(
-            f"apply: the gated model is not trained by {', '.join(own)} of "
+            f"apply: the gated model is not trained by {', '.join(overridden)} of "
             f"{type(model).__name__} {model.name!r}. Write them into a subclass of "
             "keras_polar.GatedModel and call `gated = ThatClass(gated.input, gated.output)`.",
             stacklevel=3,

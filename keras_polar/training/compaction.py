@@ -179,9 +179,9 @@ def _slots(whole: Any, part: Any, gated: Any, small: Any, pieces: list[Piece]) -
         raise CannotCompact("the optimizer was built for other variables than are trained now")
     owned = zip(slots, (by_whole.get(owner, owner) for _, owner in twin), strict=True)
     table = _numbered(owned)
-    own = _built(part, small.trainable_variables)
-    found = _numbered((slot, by_part.get(owner)) for slot, owner in own)
-    return [_slot(table.get(key), slot, key[0]) for key, slot in found.items()]
+    parts = _built(part, small.trainable_variables)
+    numbered = _numbered((slot, by_part.get(owner)) for slot, owner in parts)
+    return [_slot(table.get(key), slot, key[0]) for key, slot in numbered.items()]
 
 
 _SHARED = ("iteration", "learning_rate")
@@ -209,17 +209,17 @@ def _recording(make: Callable, owners: dict[int, int]) -> Callable:
 def _numbered(owned: Iterable[tuple[Any, Any]]) -> dict[tuple, Any]:
     """From (slot, owner) to (owner, how many of its slots come before) -> slot."""
     counts: Counter = Counter()
-    found = {}
+    numbered = {}
     for slot, owner in owned:
-        found[owner, counts[owner]] = slot
+        numbered[owner, counts[owner]] = slot
         counts[owner] += 1
-    return found
+    return numbered
 
 
 def _slot(whole: Any, part: Any, piece: Piece | None) -> Piece:
     is_cut = piece is not None and whole is not None and whole.shape == piece.whole.shape
     where = piece.where if is_cut and piece is not None else (None,) * len(part.shape)
-    found = Piece(whole, part, where)
-    if whole is None or found.cut(np.empty(whole.shape, bool)).shape != tuple(part.shape):
+    slot = Piece(whole, part, where)
+    if whole is None or slot.cut(np.empty(whole.shape, bool)).shape != tuple(part.shape):
         raise CannotCompact(f"the optimizer's variable {part.path!r} cannot be cut")
-    return found
+    return slot

@@ -41,16 +41,16 @@ class GateSpec:
 def gate_specs(
     coupling: Coupling, blocks: Sequence[Branch], floors: Sequence[int]
 ) -> list[GateSpec]:
-    """One target per group of a coupled graph, then one per block: the variables of its cost."""
+    """One spec per group of a coupled graph, then one per branch: the variables of its cost."""
     produced, apart = coupling.produced(), off_batch(coupling)
     seen = [_shows_features(coupling, site, apart) for site in coupling.sites]
     for_all = _groups_for_all_samples(coupling, apart)
     groups = enumerate(zip(coupling.groups, floors, strict=False))  # floors of blocks are all 0
-    found = [
-        _group_target(coupling, i, g, n, produced, seen[g.site] and i not in for_all)
+    of_groups = [
+        _group_spec(coupling, i, g, n, produced, seen[g.site] and i not in for_all)
         for i, (g, n) in groups
     ]
-    return [*found, *(_block_target(b, seen) for b in blocks)]
+    return [*of_groups, *(_branch_spec(b, seen) for b in blocks)]
 
 
 def _groups_for_all_samples(coupling: Coupling, apart: set[int]) -> set[int]:
@@ -62,7 +62,7 @@ def _groups_for_all_samples(coupling: Coupling, apart: set[int]) -> set[int]:
     return {int(i) for v in vectors for i in np.unique(coupling.group_of[v[v >= 0]])}
 
 
-def _group_target(
+def _group_spec(
     coupling: Coupling, i: int, group: Group, floor: int, produced: dict, per_sample: bool
 ) -> GateSpec:
     members = {n: _places(coupling, i, produced[n]) for n in group.layers}
@@ -70,12 +70,12 @@ def _group_target(
 
 
 def _places(coupling: Coupling, i: int, vector: np.ndarray) -> list | None:
-    own = (vector >= 0) & (coupling.group_of[vector] == i)
-    places = np.where(own, coupling.index_of[vector], -1).tolist()
+    is_member = (vector >= 0) & (coupling.group_of[vector] == i)
+    places = np.where(is_member, coupling.index_of[vector], -1).tolist()
     return None if places == list(range(coupling.groups[i].units)) else places
 
 
-def _block_target(block: Branch, seen: Sequence[bool]) -> GateSpec:
+def _branch_spec(block: Branch, seen: Sequence[bool]) -> GateSpec:
     site = next((i for i in block.calls if seen[i]), block.calls[0])
     return GateSpec(block.name, 1, block.layers, {}, 0, site, seen[site], block.tensor)
 

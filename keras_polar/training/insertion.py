@@ -64,19 +64,19 @@ class MaskInserter:
             copy_weights(call.op, op, lambda _, value: value)
         reads = [*site.inner_reads, *self._masked_weights(site).values()]
         vectors = [inner_vector(site, *read) for read in reads]
-        own = self._gated(vectors)
-        if not own:
+        groups = self._gated(vectors)
+        if not groups:
             return outputs
-        masks = [[*r, self._arranged(v, own)] for r, v in zip(reads, vectors, strict=True)]
-        return self._masked_inside(op, masks, own, args, kwargs)
+        masks = [[*r, self._arranged(v, groups)] for r, v in zip(reads, vectors, strict=True)]
+        return self._masked_inside(op, masks, groups, args, kwargs)
 
     def _masked_inside(
-        self, op: Any, masks: list, own: list[int], args: tuple, kwargs: dict
+        self, op: Any, masks: list, groups: list[int], args: tuple, kwargs: dict
     ) -> Any:
         if id(op) not in self.inner_masks:
             self.inner_masks[id(op)] = WeightMask(op, masks)
         inner_mask = self.inner_masks[id(op)]
-        return inner_mask([self.gates[i] for i in own], *args, **pack(kwargs))
+        return inner_mask([self.gates[i] for i in groups], *args, **pack(kwargs))
 
     def _masked_weights(self, site: CallSite) -> dict[int, tuple]:
         """Input position -> (variable, axis) to be masked instead, where all samples agree.
@@ -94,7 +94,7 @@ class MaskInserter:
         instead = self._masked_weights(site)
         for tensor, axis in dict.fromkeys(r for r in site.reads if r[0] not in instead):
             axes.setdefault(site.call.inputs[tensor], []).append((tensor, axis))
-        return {i: self._masked(site, i, tuple(own), values[i]) for i, own in axes.items()}
+        return {i: self._masked(site, i, tuple(reads), values[i]) for i, reads in axes.items()}
 
     def _masked_branches(self, site: CallSite, values: Any) -> dict:
         """The branches that a sum adds, each as a whole behind its gate."""
@@ -116,13 +116,13 @@ class MaskInserter:
 
     def _mask(self, site: CallSite, tensor: int, axis: int, value: Any) -> Any:
         vector = ids_along(site.inputs[tensor], axis)
-        own = self._gated([vector])
-        if not own:
+        groups = self._gated([vector])
+        if not groups:
             return value
-        index = self._arranged(vector, own)
-        fits = index == list(range(self.coupling.groups[own[0]].units))
+        index = self._arranged(vector, groups)
+        fits = index == list(range(self.coupling.groups[groups[0]].units))
         mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
-        return mask(value, [self.gates[i] for i in own])
+        return mask(value, [self.gates[i] for i in groups])
 
     def _gated(self, vectors: list) -> list[int]:
         """Indices of the groups that any of the vectors mentions."""
@@ -133,20 +133,20 @@ class MaskInserter:
     def _group_of(self, vector: Any) -> np.ndarray:
         return np.where(vector >= 0, self.coupling.group_of[vector], -1)
 
-    def _arranged(self, vector: Any, own: list[int]) -> list[int]:
-        """Where the gate of each element is among those of the groups `own` side by side.
+    def _arranged(self, vector: Any, groups: list[int]) -> list[int]:
+        """Where the gate of each element is among those of these groups side by side.
 
         Elements without a gate point one past the end.
         """
-        sizes = [self.coupling.groups[i].units for i in own]
+        sizes = [self.coupling.groups[i].units for i in groups]
         start = np.zeros(len(self.coupling.groups), int)
-        start[own] = np.cumsum([0, *sizes[:-1]])
+        start[groups] = np.cumsum([0, *sizes[:-1]])
         group = self._group_of(vector)
         places = start[group] + self.coupling.index_of[vector]
         return np.where(group >= 0, places, sum(sizes)).tolist()
 
-    def _name(self, wanted: str) -> str:
-        name = unused(wanted, self.names)
+    def _name(self, base: str) -> str:
+        name = unused(base, self.names)
         self.names.add(name)
         return name
 

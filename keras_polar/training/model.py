@@ -86,21 +86,21 @@ class GatedModel(keras.Model):
         """Fixes the consensus at the requested sparsity; `fit` does it on schedule.
 
         Units are ranked by how open their gates have been, group by group (see
-        `keras_polar.selection.select.ranking`). Groups whose mask was set by hand keep it.
+        `keras_polar.selection.select.rank_units`). Groups whose mask was set by hand keep it.
 
         Raises:
             FloatingPointError: trained values are not finite, so that there is no consensus.
         """
         if not self.settled:
             self.require_finite("before the gates were settled")
-            masks = select_units(self._wanted(), self.budget)
+            masks = select_units(self._importances(), self.budget)
             for group, mask in zip(self.groups, masks, strict=True):
                 if not group.settled:
                     group.set_mask(mask)
         self.consensus.settled.assign(1.0)
 
-    def _wanted(self) -> list[np.ndarray]:
-        """For `plan.settle`; infinite where masks were set by hand."""
+    def _importances(self) -> list[np.ndarray]:
+        """What `select_units` ranks units by; infinite where masks were set by hand."""
         groups = self.groups
         criterion = self._criterion()
         if criterion is not None:
@@ -111,8 +111,8 @@ class GatedModel(keras.Model):
         else:
             free = self._ranked()
         return [
-            np.where(g.mask, np.inf, -np.inf) if g.settled else wanted
-            for g, wanted in zip(groups, free, strict=True)
+            np.where(g.mask, np.inf, -np.inf) if g.settled else importance
+            for g, importance in zip(groups, free, strict=True)
         ]
 
     def _criterion(self) -> Importance | None:
@@ -286,7 +286,7 @@ class GatedModel(keras.Model):
 def _listener(group: GateGroup) -> tuple:
     """What the objective leads a gate by: functions, as a layer would own the variables it has."""
     gate = group._gate
-    return gate.wanted, gate.is_led_open, lambda lead: gate.lead.assign(lead)
+    return gate.log_damage, gate.is_led_open, lambda lead: gate.lead.assign(lead)
 
 
 def _warn_of_frozen_gates(gated: GatedModel) -> None:

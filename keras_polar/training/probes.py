@@ -86,8 +86,8 @@ def gate_gradients(
         return ops.sum(loss(batch_y, model([batch_x, probes], training=False)))
 
     gradients, arrays = gradient_function(total), tree.flatten((x, y))
-    found = []
+    batches = []
     for first in range(0, len(arrays[0]), batch_size):
         batch = [a[first : first + batch_size] for a in arrays]
-        found.append(gradients([np.ones((len(batch[0]), n), "float32") for n in units], *batch))
-    return [np.concatenate(own) for own in zip(*found, strict=True)]
+        batches.append(gradients([np.ones((len(batch[0]), n), "float32") for n in units], *batch))
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
