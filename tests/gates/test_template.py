@@ -207,7 +207,7 @@ def test_logits_begin_at_the_initial_logit(kind, make, tmp_path):
             assert (gate.gain, gate.initial_logit) == (4.0, 3.0)
             np.testing.assert_allclose(to_numpy(gate.bias), 3 / 4)
             channels = gate.kernel.shape[0] if gate.per_sample else 1
-            x = np.zeros((*(2 for _ in model.input_shape[1:]), channels), "float32")
+            x = ops.zeros((*(2 for _ in model.input_shape[1:]), channels))
             logits = to_numpy(gate.logits(x))
             np.testing.assert_allclose(logits, 3.0, rtol=1e-6)
 
