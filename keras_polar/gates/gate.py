@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from keras_polar.backends import replicas
-from keras_polar.gates.listening import damage, listen
+from keras_polar.gates.listening import listen, log_damage
 
 PACKAGE = "keras_polar"
 # Logits are this much larger than the variables behind them: gates have far fewer steps than
@@ -24,7 +24,7 @@ GAIN = 10.0
 OPEN = 2.0  # initial logit: sigmoid(2) = 0.88
 MOMENTUM = 0.95  # of the moving averages of the gates
 HEARD = 0.05  # rate of the moving averages of what the loss says
-SETTLING = 0.2  # rate of the open rates of gates that are led
+SETTLING = 0.3  # rate of the open rates of gates that are led
 # Of the logits of such gates at full pressure, by the logarithm of what a unit is worth.
 SLOPE = 40.0
 # What decides about units, whatever floats the model computes in: in halves the small steps of
@@ -148,7 +148,7 @@ class Gate(keras.layers.Layer):
         if self.listens:
             self.lead = self._state("lead", "zeros", (self.units,))
             options = {**FLOAT32, "overwrite_with_gradient": True, "aggregation": "mean"}
-            self.heard = self.add_weight((2, self.units), "zeros", name="importance", **options)
+            self.heard = self.add_weight((self.units,), "zeros", name="importance", **options)
 
     def _state(self, name: str, initializer: str, shape: tuple) -> Any:
         # aggregation: over the replicas of a tf.distribute strategy
@@ -227,7 +227,7 @@ class Gate(keras.layers.Layer):
             gates = ops.broadcast_to(gates, (samples, self.units))
         rate = HEARD * (1 - ops.cast(self.settled, "float32"))
         count = replicas() ** 2 * ops.cast(samples, "float32")
-        return listen(gates, ops.convert_to_tensor(self.heard), 1 - self.is_led_open(), count, rate)
+        return listen(gates, ops.convert_to_tensor(self.heard), count, rate)
 
     def log_damage(self, stay: Any = 0.0) -> Any:
         """Logarithm of what closing each unit adds to the loss, infinite where it has to stay.
@@ -236,7 +236,7 @@ class Gate(keras.layers.Layer):
             stay: what open units are ahead of closed ones.
         """
         heard = ops.stop_gradient(ops.convert_to_tensor(self.heard))
-        logs = ops.log(damage(heard)) + stay * self.is_led_open()
+        logs = log_damage(heard) + stay * self.is_led_open()
         return ops.where(most_open(logs, self.min_units) > 0, float("inf"), logs)
 
     def is_led_open(self) -> Any:

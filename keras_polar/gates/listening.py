@@ -15,46 +15,38 @@ SMALL = 1e-30  # of importances, so that they have a logarithm
 STEPS = 24  # halvings of an interval of logarithms: float32 has no more
 
 
-def listen(gates: Any, heard: Any, closed: Any, samples: Any, rate: Any) -> Any:
+def listen(gates: Any, heard: Any, samples: Any, rate: Any) -> Any:
     """The gates as they are; what a backward pass through them hears is the gradient of `heard`.
 
-    Closing a set of units adds about `sum_uv F_uv / 2` to the loss, where `F_uv` is the mean over
-    the samples of `g_u g_v`, `g` the gradients of the gates for a sample: the interplay counts as
-    much as the units alone where many read what all of them make, as in a residual stream.
+    Closing a unit adds about half of the mean over the samples of `g^2` to the loss, `g` the
+    gradient of its gate for a sample (Fisher pruning; Theis et al., arXiv 1801.05787).
 
     Args:
         gates: of shape (batch, units), or (1, units) where all samples share them and their
             gradients can only be seen summed: the mean over the batch is a small part of them then,
             and its square, on average, as much as that of all samples over their number.
-        heard: of shape (2, units), moving averages: `F_uu`, and the sum of `F_uv` over all closed
-            units v but u.
-        closed: which units count as closed, 0 or 1, of shape (units,).
+        heard: moving averages of the squares, of shape (units,).
         samples: how many the batch has; the loss is their mean. Where the batch is a share of a
             larger one, times the square of the number of shares.
         rate: of the moving averages.
     """
 
     @ops.custom_gradient
-    def heard_by(gates: Any, heard: Any, closed: Any, samples: Any, rate: Any) -> Any:
+    def heard_by(gates: Any, heard: Any, samples: Any, rate: Any) -> Any:
         def gradient(*args: Any, upstream: Any = None) -> tuple:
             slope = args[0] if upstream is None else upstream
-            own = ops.cast(slope, "float32")
-            others = ops.sum(own * closed, axis=1, keepdims=True) - own * closed
-            now = samples * ops.stack([ops.sum(own * own, axis=0), ops.sum(own * others, axis=0)])
+            now = samples * ops.sum(ops.square(ops.cast(slope, "float32")), axis=0)
             blank = ops.zeros_like
-            return slope, heard + rate * (now - heard), blank(closed), blank(samples), blank(rate)
+            return slope, heard + rate * (now - heard), blank(samples), blank(rate)
 
         return gates + 0, gradient
 
-    return heard_by(gates, heard, closed, samples, rate)
+    return heard_by(gates, heard, samples, rate)
 
 
-def damage(heard: Any) -> Any:
-    """What closing each unit adds to the loss, given those that are closed; positive.
-
-    The sum over closed units may be negative, a unit's own part never is: some of it stays.
-    """
-    return ops.maximum(heard[0] / 2 + heard[1], heard[0] / 100) + SMALL
+def log_damage(heard: Any) -> Any:
+    """Logarithm of what closing each unit adds to the loss, to a summand that all share."""
+    return ops.log(ops.maximum(heard, 0.0) + SMALL)
 
 
 def balance(wanted: Any, cost_of: Any, target: Any) -> Any:

@@ -39,9 +39,9 @@ class Schedule:
         >>> keras_polar.apply(model, 0.5, schedule=keras_polar.Schedule(settle=0.6))
     """
 
-    warmup: float = 0.2
-    ramp: float = 0.4
-    settle: float = 0.4
+    warmup: float = 0.02
+    ramp: float = 0.12
+    settle: float = 0.2
     steps: int | None = None
     polarization: float = 4.0
     rate: float = 10.0

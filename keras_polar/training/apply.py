@@ -36,7 +36,7 @@ def apply(
     schedule: Schedule | None = None,
     compact: bool = True,
     latency_table: LatencyTable | str | os.PathLike | None = None,
-    importance: str | Importance = "logits",
+    importance: str | Importance = "gradients",
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
