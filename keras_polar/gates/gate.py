@@ -147,22 +147,25 @@ class Gate(keras.layers.Layer):
         self.settled = self._state("settled", "zeros", ())
         if self.listens:
             self.lead = self._state("lead", "zeros", (self.units,))
-            options = {**FLOAT32, "overwrite_with_gradient": True, "aggregation": "mean"}
+            options = {"overwrite_with_gradient": True, "aggregation": "mean"}
             self.heard = self.add_weight((self.units,), "zeros", name="importance", **options)
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        return super().add_weight(*args, **{**FLOAT32, **kwargs})
 
     def _state(self, name: str, initializer: str, shape: tuple) -> Any:
         # aggregation: over the replicas of a tf.distribute strategy
-        options = {**FLOAT32, "trainable": False, "aggregation": "mean"}
+        options = {"trainable": False, "aggregation": "mean"}
         return self.add_weight(shape, initializer, name=name, **options)
 
     def build_logits(self, input_shape: tuple) -> None:
-        """Makes the variables behind the logits; here the bias, one number per unit.
+        """Makes the variables behind the logits, float32 in any policy; here one bias per unit.
 
         Args:
             input_shape: of what `logits` looks at.
         """
         start = keras.initializers.Constant(self.initial_logit / self.gain)
-        self.bias = self.add_weight((self.units,), start, name="bias", **FLOAT32)
+        self.bias = self.add_weight((self.units,), start, name="bias")
 
     def logits(self, x: Any) -> Any:
         """The logits of a training step; units are open where they are above zero.
@@ -302,7 +305,7 @@ class DynamicGate(Gate):
         super().build_logits(input_shape)
         shape = (input_shape[self.axis], self.units)
         small = keras.initializers.RandomNormal(stddev=0.1 / self.gain)
-        self.kernel = self.add_weight(shape, small, name="kernel", **FLOAT32)
+        self.kernel = self.add_weight(shape, small, name="kernel")
 
     def logits(self, x: Any) -> Any:
         # The gate learns from the features, the features do not learn to please the gate; that

@@ -172,6 +172,19 @@ def test_own_logits_decide():
     np.testing.assert_array_equal(to_numpy(gate(x, training=True)), is_open)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+def test_what_decides_is_float32(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        gated = applied(image(), MaximumGate(sharpness=2.0))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for gate in gates_of(gated).values():
+        assert {v.dtype for v in gate.variables} == {"float32"}
+        x = ops.ones((5, 4, 4, gate.kernel.shape[0]), "float16")
+        assert keras.backend.standardize_dtype(gate(x, training=True).dtype) == "float16"
+
+
 def test_noise_is_new_at_every_step():
     gated = applied(image(), NoisyGate(initial_logit=0.1, gain=1.0))
     gate = gates_of(gated)["stem"]
