@@ -86,8 +86,7 @@ class Gate(keras.layers.Layer):
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
         listens: whether it keeps the squares of its gradients, and is led by what they say (see
-            `keras_polar.gates.listening`), instead of by its own logits alone: those of "samples",
-            for which it has a gate each, or of a "batch", or none.
+            `keras_polar.gates.listening`), instead of by its own logits alone.
         gain: how many times larger logits are than the variables behind them. Gates have far fewer
             steps than weights to go from open to closed; the larger, the sooner they do.
         initial_logit: logits begin here, above zero: open. The larger, the longer they stay so.
@@ -117,7 +116,7 @@ class Gate(keras.layers.Layer):
         members: dict | None = None,
         min_units: int = 1,
         axis: int = -1,
-        listens: str | None = None,
+        listens: bool = False,
         gain: float = GAIN,
         initial_logit: float = OPEN,
         **kwargs: Any,
@@ -226,7 +225,7 @@ class Gate(keras.layers.Layer):
         if not self.listens:
             return gates
         samples = ops.shape(x)[0]
-        if self.listens == "samples":
+        if self.per_sample:
             gates = ops.broadcast_to(gates, (samples, self.units))
         rate = HEARD * (1 - ops.cast(self.settled, "float32"))
         count = replicas() ** 2 * ops.cast(samples, "float32")
@@ -259,8 +258,7 @@ class Gate(keras.layers.Layer):
             state.assign(state + rate * (ops.stop_gradient(ops.mean(now, axis=0)) - state))
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        is_each = self.per_sample or self.listens == "samples"
-        return (input_shape[0] if is_each else 1, self.units)
+        return (input_shape[0] if self.per_sample else 1, self.units)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None
@@ -274,7 +272,7 @@ class Gate(keras.layers.Layer):
             "members": self.members,
             "min_units": self.min_units,
             "axis": self.axis,
-            **({"listens": self.listens} if self.listens else {}),
+            **({"listens": True} if self.listens else {}),
             **({"gain": self.gain} if self.gain != GAIN else {}),
             **({"initial_logit": self.initial_logit} if self.initial_logit != OPEN else {}),
         }

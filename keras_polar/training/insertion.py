@@ -181,14 +181,9 @@ class GateInserter(MaskInserter):
             members=spec.members,
             min_units=spec.floor,
             axis=axis,
-            listens=self._listens(spec),
+            listens=self.problem.options.importance == "gradients",
         )
         return gate(value)
-
-    def _listens(self, spec: GateSpec) -> str | None:
-        if self.problem.options.importance != "gradients":
-            return None
-        return "samples" if spec.per_sample else "batch"
 
     def _last(self, index: int, values: Any) -> dict:
         budget, options = self.problem.budget, self.problem.options
