@@ -65,8 +65,7 @@ def halved(dense, round_to):
     """Half of the multiply-accumulates: widths as `apply` has them, channels as chance has it."""
     import keras_polar
 
-    options = {"measure": "macs", "gate": "static", "round_to": round_to}
-    return keras_polar.convert(settled(keras_polar.apply(dense, SPARSITY, **options)))
+    return keras_polar.convert(settled(dense, SPARSITY, measure="macs", round_to=round_to))
 
 
 def measure(name, runs, folder):
@@ -222,8 +221,8 @@ def measure_target(name, runs, folder):
     paths, predicted = [str(folder / f"{TARGETS[name]}-dense.tflite")], []
     keras_polar.export_tflite(dense, paths[0])
     for sparsity, round_to, seed in TARGET_CASES:
-        options = {"gate": "static", "round_to": round_to, "latency_table": table}
-        gated = settled(keras_polar.apply(dense, sparsity, measure="latency", **options), seed)
+        options = {"measure": "latency", "round_to": round_to, "latency_table": table}
+        gated = settled(dense, sparsity, seed, **options)
         predicted.append(gated.sparsity)
         paths.append(str(folder / f"{TARGETS[name]}-latency-{len(paths)}.tflite"))
         keras_polar.export_tflite(keras_polar.convert(gated), paths[-1])
