@@ -25,7 +25,6 @@ import numpy as np
 from absl import app, flags
 from json_lines import add_row, read_rows
 from rich.progress import track
-from settle_by_chance import settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,6 +62,8 @@ def build(name):
 
 def halved(dense, round_to):
     """Half of the multiply-accumulates: widths as `apply` has them, channels as chance has it."""
+    from settle_by_chance import settled
+
     import keras_polar
 
     return keras_polar.convert(settled(dense, SPARSITY, measure="macs", round_to=round_to))
@@ -212,6 +213,7 @@ def rounding_cell(row, variant, precision):
 def measure_target(name, runs, folder):
     """Predicted and measured shares of time removed, and predicted and measured dense times."""
     import models
+    from settle_by_chance import settled
 
     import keras_polar
 
