@@ -19,7 +19,6 @@ import reporting
 from absl import app, flags, logging
 
 import keras_polar
-from keras_polar.backends import full_precision
 
 with contextlib.suppress(ImportError):  # benchmarks on JAX have their own pipeline
     import tensorflow as tf
@@ -204,7 +203,7 @@ def compile_classifier(model, learning_rate):
     )
 
 
-@full_precision()
+@keras_polar.full_precision()
 def accuracy(model, dataset):
     """Test accuracy of a compiled model."""
     return model.evaluate(dataset, verbose=0, return_dict=True)["accuracy"]

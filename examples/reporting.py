@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from keras_polar.backends import full_precision
+from keras_polar import full_precision
 
 FILE_WIDTH = 200  # characters of a table that goes to a file
 # Measurement -> its row's label and its format; the rows come in this order.

@@ -6,8 +6,9 @@ small = keras_polar.convert(gated)
 keras_polar.export_tflite(small, "small.tflite")
 """
 
-from keras_polar import callbacks, plots
+from keras_polar import callbacks, importances, plots
 from keras_polar._version import __version__
+from keras_polar.backends import full_precision
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.measures import Measure
 from keras_polar.gates.gate import DynamicGate, Gate
@@ -44,6 +45,8 @@ __all__ = [
     "convert",
     "cost",
     "export_tflite",
+    "full_precision",
+    "importances",
     "inspect",
     "latency_table",
     "plots",

@@ -68,6 +68,14 @@ def full_precision() -> Iterator[None]:
 
     TensorFlow, JAX and PyTorch round their factors to TF32 on GPUs since Ampere, JAX to bfloat16
     on TPUs. Networks that are equal to float32 round-off then differ by up to 1e-3.
+
+    Returns:
+        A context manager; it decorates functions as well.
+
+    Example:
+
+        >>> with keras_polar.full_precision():
+        ...     difference = abs(gated.predict(images) - small.predict(images)).max()
     """
     settings = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
     set_precision = settings.get(BACKEND)

@@ -11,7 +11,7 @@ HOUSE = Path(keras_polar.__file__).parent
 # A part imports itself and those above it in this list.
 ORDER = (
     "_version tables backends processes graph rules coupling costs selection gates surgery litert "
-    "training inspection plots callbacks cli __init__ __main__"
+    "training inspection importances plots callbacks cli __init__ __main__"
 ).split()
 # What decides about masks computes with NumPy alone.
 PLAIN = ("selection/budget.py", "selection/select.py")

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from half_closed import close_half, difference, random_inputs
+
+import keras_polar
 
 LENGTH = 6  # of every sequence
 BACKBONES: dict[str, Callable[[], keras.Model]] = {}
@@ -779,11 +782,6 @@ def main(prefixes: list[str]) -> None:
 
 def certified(model: keras.Model) -> str:
     """Half of every group closed at random: the certificate's difference, and what can go."""
-    import numpy as np
-
-    import keras_polar
-    from keras_polar.surgery.certificate import difference, random_inputs
-
     found = keras_polar.inspect(model)
     share = sum(r.weights_share for r in found.rows if r.prunable)
     if not found.prunable:
@@ -791,9 +789,7 @@ def certified(model: keras.Model) -> str:
     gated = keras_polar.apply(model, 0.01, gate="static", measure="units")
     inputs = random_inputs(model)
     before = difference(model, gated, inputs)
-    rng = np.random.default_rng(0)
-    for group in gated.groups:
-        group.set_mask(rng.permutation(group.units) < group.units // 2)
+    close_half(gated)
     small = keras_polar.convert(gated)
     off = difference(gated, small, inputs)
     left = small.count_params() / model.count_params()

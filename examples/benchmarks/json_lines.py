@@ -26,6 +26,13 @@ def add_row(path: Path, row: dict) -> None:
         file.write(json.dumps(row).encode() + b"\n")
 
 
+def put_row(path: Path, row: dict) -> None:
+    """Writes a row in the place of the one with its name, or behind all others."""
+    rows = read_rows(path) | {row["name"]: row}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows.values()), encoding="utf-8")
+
+
 def _whole_lines(path: Path) -> str:
     text = path.read_bytes().decode() if path.exists() else ""
     return text[: text.rfind("\n") + 1]

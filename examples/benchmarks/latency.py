@@ -25,7 +25,6 @@ import numpy as np
 from absl import app, flags
 from json_lines import add_row, read_rows
 from rich.progress import track
-from settle_by_chance import settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,10 +62,11 @@ def build(name):
 
 def halved(dense, round_to):
     """Half of the multiply-accumulates: widths as `apply` has them, channels as chance has it."""
+    from settle_by_chance import settled
+
     import keras_polar
 
-    options = {"measure": "macs", "gate": "static", "round_to": round_to}
-    return keras_polar.convert(settled(keras_polar.apply(dense, SPARSITY, **options)))
+    return keras_polar.convert(settled(dense, SPARSITY, measure="macs", round_to=round_to))
 
 
 def measure(name, runs, folder):
@@ -213,6 +213,7 @@ def rounding_cell(row, variant, precision):
 def measure_target(name, runs, folder):
     """Predicted and measured shares of time removed, and predicted and measured dense times."""
     import models
+    from settle_by_chance import settled
 
     import keras_polar
 
@@ -222,8 +223,8 @@ def measure_target(name, runs, folder):
     paths, predicted = [str(folder / f"{TARGETS[name]}-dense.tflite")], []
     keras_polar.export_tflite(dense, paths[0])
     for sparsity, round_to, seed in TARGET_CASES:
-        options = {"gate": "static", "round_to": round_to, "latency_table": table}
-        gated = settled(keras_polar.apply(dense, sparsity, measure="latency", **options), seed)
+        options = {"measure": "latency", "round_to": round_to, "latency_table": table}
+        gated = settled(dense, sparsity, seed, **options)
         predicted.append(gated.sparsity)
         paths.append(str(folder / f"{TARGETS[name]}-latency-{len(paths)}.tflite"))
         keras_polar.export_tflite(keras_polar.convert(gated), paths[-1])

@@ -1,16 +1,16 @@
 """What gates cost while training: a step of the gated model beside one of the dense model.
 
-    python examples/benchmarks/overhead.py --model=resnet20 --batch_size=128 --rounds=30
+    python examples/benchmarks/overhead.py --rounds=25 --output=docs/benchmarks/training_cost.jsonl
 
 The models take turns within one process, so that a disturbance of the machine meets all of them
 alike; what counts is the median of the ratios, round by round. The gates are under full pressure:
 all losses are active, nothing is settled. The compacted models are what `fit` goes on with once
 half of the weights or of the multiply-accumulates (MACs) are gone; units chosen by lot. A whole run
 is the one kind of step until the gates settle and the other from then on, without the seconds that
-it takes to compile the smaller network's.
+it takes to compile the smaller network's. `make results` writes docs/benchmarks/training_cost.md
+from the file.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from absl import app, flags
+from json_lines import put_row
 from settle_by_chance import settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,7 +27,6 @@ import models
 import reporting
 
 import keras_polar
-from keras_polar.training.compaction import Compaction
 
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 WARM_UP_ROUNDS = 3
@@ -34,7 +34,7 @@ WARM_UP_ROUNDS = 3
 _MODEL = flags.DEFINE_enum("model", "resnet20", tuple(models.BUILDERS), "Architecture.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "Steps of each model.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result.")
+_OUTPUT = flags.DEFINE_string("output", None, "File of rows; the one of this script is replaced.")
 
 
 def compiled(model):
@@ -65,11 +65,8 @@ def contenders(name):
 
 
 def compacted(dense, measure):
-    """A settled gated model whose sub-network trains."""
-    schedule = keras_polar.Schedule(steps=1_000_000)
-    gated = keras_polar.apply(dense, 0.5, gate="static", measure=measure, schedule=schedule)
-    Compaction(compiled(settled(gated))).enter()
-    return gated
+    """The sub-network of a settled gated model, which is what `fit` trains from then on."""
+    return compiled(keras_polar.convert(settled(dense, 0.5, measure=measure)))
 
 
 def random_batch(size):
@@ -126,8 +123,18 @@ def main(argv):
     title = f"Training step, {_MODEL.value}, batch {_BATCH_SIZE.value}: gated / dense"
     columns = ("model", "median", "lower quartile", "upper quartile")
     reporting.print_table(title, columns, rows, f"{_ROUNDS.value} rounds")
+    keep("overhead", rounds=_ROUNDS.value, ratios=rounded(ratios, 2))
+
+
+def rounded(values, digits):
+    """Numbers in lists and dicts, rounded."""
+    return keras.tree.map_structure(lambda x: round(x, digits), values)
+
+
+def keep(name, **row):
+    """Writes the row of a script into the file that it is to leave, if any."""
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(ratios, indent=2) + "\n", encoding="utf-8")
+        put_row(Path(_OUTPUT.value), {"name": name, **row})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where a training step spends its time, with and without gates, by TensorFlow's profiler.
 
-    python examples/benchmarks/profile_step.py --model=resnet20 --batch_size=128 --steps=10
+    python examples/benchmarks/profile_step.py --steps=10 \
+        --output=docs/benchmarks/training_cost.jsonl
 
 The time of every operation of the step, forward and backward, added up by what it is for.
 Operations that run side by side count in full, so that the sum may exceed the time of the step. For
@@ -81,11 +82,22 @@ def main(argv):
     name, size = flags.FLAGS.model, flags.FLAGS.batch_size
     batch = overhead.random_batch(size)
     found = profile(overhead.under_pressure(name), batch, _STEPS.value)
-    dense = sum(found["dense"].values())
-    rows = [(p, *(f"{100 * found[m][p] / dense:.1f} %" for m in found)) for p in PURPOSES]
-    rows.append(("sum", *(f"{100 * sum(f.values()) / dense:.1f} %" for f in found.values())))
+    percent = shares(found)
+    rows = [(p, *(f"{own.get(m, 0.0):.1f} %" for m in found)) for p, own in percent.items()]
     title = f"Operations of a training step, {name}, batch {size}: shares of the dense step's"
     reporting.print_table(title, ("for", *found), rows, f"{_STEPS.value} steps")
+    overhead.keep("profile", steps=_STEPS.value, percent=percent)
+
+
+def shares(found):
+    """Purpose -> model -> percent of the dense step's time, of models that have such operations."""
+    dense = sum(found["dense"].values())
+    largest = sorted(PURPOSES, key=lambda p: -found["dense"][p])
+    times = {p: {m: own[p] for m, own in found.items()} for p in largest}
+    times["sum"] = {m: sum(own.values()) for m, own in found.items()}
+    return {
+        p: {m: round(100 * t / dense, 1) for m, t in own.items() if t} for p, own in times.items()
+    }
 
 
 if __name__ == "__main__":

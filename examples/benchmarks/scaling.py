@@ -83,22 +83,20 @@ def measure(build: Callable) -> dict:
     import tensorflow
 
     import keras_polar
-    from keras_polar.coupling.coupling import couple
-    from keras_polar.rules import trace_model
 
     sys.setrecursionlimit(100_000)  # Keras walks a model recursively, one frame per layer in a row
     keras_polar.apply(keras.Sequential([keras.Input((2,)), *dense(3)]), 0.1)  # first use is slow
     model, built = timed(build)
     own = peak_memory()
-    coupling, couple_s = timed(lambda: couple(trace_model(model)))
+    cost, couple_s = timed(lambda: keras_polar.cost(model))
     row = {
-        "calls": len(coupling.graph.calls),
-        "units": len(coupling.roots),
-        "groups": len(coupling.groups),
+        "calls": len(cost.rows),
+        "units": sum(r.units for r in keras_polar.inspect(model).rows),
         "build_s": built,
         "couple_s": couple_s,
     }
     gated, row["apply_s"] = timed(lambda: keras_polar.apply(model, 0.01, measure="units"))
+    row["groups"] = len(gated.groups)
     for group in gated.groups:
         group.set_mask(np.arange(group.units) < group.units // 2)
     small, row["convert_s"] = timed(partial(keras_polar.convert, gated))
@@ -146,8 +144,8 @@ INTRODUCTION = """# Scaling
 
 Written by `make scaling` with keras {keras} and tensorflow {tensorflow}: seconds of processor time
 with one TensorFlow thread, on 2 cores with other work running. *clone* is
-`keras.models.clone_model` of the same model, the yardstick; *analysis* is what `inspect` does
-(trace and couple). Dynamic gates; half of every group is closed. *Peak* is the most memory the
+`keras.models.clone_model` of the same model, the yardstick; *analysis* is what `cost` does (trace
+and couple, mostly). Dynamic gates; half of every group is closed. *Peak* is the most memory the
 process held with the model, the gated model and the small model alive; *model* what it held after
 building the model alone. keras.applications at 64 x 64 pixels, ResNet50 at 224 x 224.
 

@@ -11,7 +11,7 @@ channels of conv1 form a group of their own.
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,13 @@ def analyze(model: Any) -> Coupling:
 def ignoring(coupling: Coupling, ignore: Iterable[str]) -> Coupling:
     """The same units, with those of layers by these names (glob patterns) kept; see `couple`."""
     return _solved(coupling.graph, coupling.sites, coupling.flowed, ignore)
+
+
+def only(coupling: Coupling, groups: Iterable[Group]) -> Coupling:
+    """The same units, of which those of `groups` alone can go."""
+    kept = tuple(groups)
+    group_of, index_of = _places(kept, coupling.roots)
+    return replace(coupling, groups=kept, group_of=group_of, index_of=index_of)
 
 
 def _solved(

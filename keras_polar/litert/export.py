@@ -11,6 +11,7 @@ from keras_polar.litert.compare import compare, difference_of, signature
 from keras_polar.litert.converter import not_exportable, write
 from keras_polar.litert.float32_twin import is_float32, twin
 from keras_polar.litert.modes import QuantizationMode
+from keras_polar.litert.operations import float_operations
 from keras_polar.litert.qat import is_legacy, legacy_core, write_quantized
 from keras_polar.litert.report import ExportReport
 from keras_polar.litert.samples import Samples, random_samples, read_samples
@@ -59,8 +60,10 @@ def export_tflite(
         quantize: None computes as the model does; "float16" stores weights in half the bytes and
             computes in float32; "dynamic" stores weights as int8 and decides the ranges of
             activations while it runs; "int8" is full integer: weights, activations, inputs and
-            outputs (token ids and the like stay as they are). Or a
-            `keras_polar.litert.QuantizationMode` of your own.
+            outputs (token ids and the like stay as they are). What has no integer kernel (ELU,
+            cosine, floor, ...) stays float32 within such a file:
+            `ExportReport.float_operations` names it. Or a `keras_polar.litert.QuantizationMode`
+            of your own.
         representative_data: real samples; "int8" takes the ranges of activations from them
             (but for `quantize_aware` models, which have learnt their ranges). As
             `model.fit` takes data: an array of shape `(samples, ...)`; a list, tuple or dict of
@@ -137,6 +140,7 @@ def _finished(
         quantize=mode.name,
         inputs=inputs,
         outputs=outputs,
+        float_operations=float_operations(path) if mode.is_integer else (),
     )
 
 

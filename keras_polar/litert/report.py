@@ -83,6 +83,9 @@ class ExportReport(Comparison):
         precision_difference: of a model that does not compute in float32: how far it is from its
             float32 copy, measured as `relative_difference`. The file is made of the copy and
             compared with it: what the other attributes call Keras is the copy. Else None.
+        float_operations: of an integer file, the kinds of LiteRT operations that compute in float32
+            all the same, such as "ELU", since there is no integer kernel for them. A device without
+            floats cannot run them.
     """
 
     path: Path
@@ -92,6 +95,7 @@ class ExportReport(Comparison):
     outputs: tuple[TensorInfo, ...]
     notes: tuple[str, ...] = ()
     precision_difference: float | None = None
+    float_operations: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -101,6 +105,9 @@ class ExportReport(Comparison):
             *(f"  output {tensor}" for tensor in self.outputs),
             *(f"  note: {note}" for note in self.notes),
         ]
+        if self.float_operations:
+            names = ", ".join(self.float_operations)
+            lines.append(f"  note: {names} compute in float32, without an integer kernel")
         if self.precision_difference is not None:
             lines.append(
                 "  note: Keras is a float32 copy; the model itself differs from it by "

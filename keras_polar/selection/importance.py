@@ -209,6 +209,8 @@ class Importance:
             `gated.consensus.criterion = <the object>`.
         is_free: whether units of different groups are compared with one another; otherwise every
             group gives the same share, the units with its lowest scores.
+        is_per_cost: whether they are compared by their scores over what one unit of the group
+            saves, in the measure that `apply` was given.
 
     Example:
 
@@ -221,6 +223,7 @@ class Importance:
 
     name = "importance"
     is_free = False
+    is_per_cost = False
 
     def scores(self, coupling: Coupling) -> list[np.ndarray]:
         """How much each unit matters.

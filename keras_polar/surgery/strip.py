@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_polar.coupling.branches import shorten
-from keras_polar.coupling.coupling import Coupling, couple
+from keras_polar.coupling.coupling import Coupling, couple, only
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.mask import Mask
@@ -80,7 +80,7 @@ def scores_of(gated: Any, importance: Importance) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it gives arrays of other shapes.
     """
-    coupling = coupled_without_gates(trace_model(gated))
+    coupling = _with_gates(gated, coupled_without_gates(trace_model(gated)))
     scores = [np.asarray(s, float) for s in importance.scores(coupling)]
     shapes = [(group.units,) for group in coupling.groups]
     if [s.shape for s in scores] != shapes:
@@ -95,6 +95,14 @@ def scores_of(gated: Any, importance: Importance) -> dict[str, np.ndarray]:
     for group, roots, places in units_of(gated, coupling):
         by_group.setdefault(group.name, np.zeros(group.units))[places] = by_id[roots]
     return by_group
+
+
+def _with_gates(gated: Any, coupling: Coupling) -> Coupling:
+    """The same units, those of groups without gates kept: of ignored layers nothing is asked."""
+    decided = np.zeros(len(coupling.roots), bool)
+    for _, roots, _ in units_of(gated, coupling):
+        decided[roots] = True
+    return only(coupling, [g for g in coupling.groups if decided[g.roots].any()])
 
 
 def units_of(gated: Any, coupling: Coupling) -> Iterator[tuple[GateGroup, np.ndarray, np.ndarray]]:

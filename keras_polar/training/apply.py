@@ -81,7 +81,8 @@ def apply(
             out of it. "logits": the gates' own logits alone, every group gives the same share.
             "l1_norm", "batch_norm_scale", "group_norm" (units of all groups compared), "at_random"
             or a `keras_polar.Importance` of your own: weights as they are when the gates settle,
-            whatever the gates say; these are controls.
+            whatever the gates say; these are controls. `keras_polar.importances` has some that
+            judge a trained network by data.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.

@@ -17,7 +17,7 @@ from keras_polar.gates.objective import BY_GATES, PruningObjective
 from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
-from keras_polar.selection.importance import Importance
+from keras_polar.selection.importance import Importance, per_cost
 from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
 from keras_polar.surgery.strip import scores_of
@@ -130,9 +130,9 @@ class GatedModel(keras.Model):
         known = scores_of(self, criterion)
         groups = self.groups
         scores = [known.get(g.name, g.open_rates + to_numpy(g._gate.scores)) for g in groups]
-        if criterion.is_free and not any(g.is_block for g in groups):
-            return scores
-        return rank_units(scores, [np.zeros(g.units, bool) for g in groups], self.budget)
+        if not criterion.is_free or any(g.is_block for g in groups):
+            return rank_units(scores, [np.zeros(g.units, bool) for g in groups], self.budget)
+        return per_cost(scores, self.budget) if criterion.is_per_cost else scores
 
     def _have_heard(self) -> bool:
         """Whether the loss has said anything of each group, and the gates were told."""

@@ -80,6 +80,37 @@ def test_float_ends_stay_if_asked_for(tmp_path, exported):
     assert abs(report.bytes - exported[1].bytes) < 1000  # as small inside
 
 
+def with_activation(function):
+    x = inputs = keras.Input((8, 8, 3), name="image")
+    x = layers.GlobalAveragePooling2D()(function(layers.Conv2D(8, 3)(x)))
+    return keras.Model(inputs, layers.Dense(CLASSES)(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (layers.ELU(), {"ELU"}),
+        (lambda x: keras.ops.cos(layers.ELU()(keras.ops.floor(x))), {"COS", "ELU", "FLOOR"}),
+        (layers.ReLU(), set()),
+        (layers.Activation("sigmoid"), set()),
+    ],
+)
+@pytest.mark.parametrize("io", [None, "float32"])
+def test_what_stays_float_in_an_integer_file_is_named(tmp_path, function, names, io):
+    options = {"representative_data": X, "io": io}
+    report = export_tflite(with_activation(function), tmp_path / "net.tflite", "int8", **options)
+    assert set(report.float_operations) == names
+    assert len(report.float_operations) == len(names)
+    assert ("in float32" in str(report)) == bool(names)
+    assert all(name in str(report) for name in names)
+
+
+def test_what_is_float_on_purpose_is_not_named(tmp_path):
+    for quantize in (None, "dynamic"):
+        report = export_tflite(with_activation(layers.ELU()), tmp_path / "net.tflite", quantize)
+        assert report.float_operations == ()
+
+
 def test_scale_and_zero_point_say_what_the_integers_mean(exported):
     _, report, _ = exported
     (tensor,) = report.inputs

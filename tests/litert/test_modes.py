@@ -73,6 +73,7 @@ def test_object_is_as_good_as_a_name(tmp_path):
     )
     assert report.quantize == "int16x8"
     assert dtypes(report) == ["float32", "float32"]
+    assert report.float_operations == ()
     assert report.relative_difference < 0.02
 
 

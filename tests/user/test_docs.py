@@ -260,12 +260,20 @@ def check_make(targets):
     assert {t for t in targets if "=" not in t} <= {*known}
 
 
+def with_siblings(script):
+    """A script and those beside it that it imports: their flags are its own."""
+    tree = ast.parse(script.read_text())
+    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    paths = [path for name in names if (path := script.with_name(f"{name}.py")).exists()]
+    return [tree, *(ast.parse(path.read_text()) for path in paths)]
+
+
 def check_python(arguments):
     script, *flags = arguments
     if script == "-m":
         return check_module(*flags)
-    calls = [n for n in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(n, ast.Call)]
-    firsts = [n.args[0] for n in calls if n.args]
+    nodes = [n for tree in with_siblings(ROOT / script) for n in ast.walk(tree)]
+    firsts = [n.args[0] for n in nodes if isinstance(n, ast.Call) and n.args]
     # Flags are defined by calls of DEFINE_ functions and their partials: name, default, help.
     known = {a.value for a in firsts if isinstance(a, ast.Constant)}
     for flag in flags:

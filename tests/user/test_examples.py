@@ -57,12 +57,36 @@ def test_cifar10_smoke(options, tmp_path):
 
 @pytest.mark.slow
 def test_overhead_benchmark(tmp_path):
-    path = tmp_path / "overhead.json"
+    path = tmp_path / "cost.jsonl"
+    path.write_text('{"name": "overhead", "ratios": {}}\n{"name": "profile"}\n')
     run("benchmarks/overhead.py", "--batch_size=8", "--rounds=2", f"--output={path}")
     gates, measures = ("static", "dynamic"), ("weights", "macs")
     names = {*gates} | {f"{kind}, {m}" for kind in ("compacted", "three stages") for m in measures}
     names |= {f"whole run, {gate}, {m}" for gate in gates for m in measures}
-    assert set(json.loads(path.read_text())) == names
+    own, other = map(json.loads, path.read_text().splitlines())
+    assert other == {"name": "profile"}
+    committed = json_rows("training_cost.jsonl")["overhead"]
+    assert own.keys() == committed.keys()
+    assert own["ratios"].keys() == committed["ratios"].keys() == names
+    assert all(lower <= median <= upper for lower, median, upper in own["ratios"].values())
+
+
+@pytest.mark.slow
+def test_profile_of_a_step(tmp_path):
+    path = tmp_path / "cost.jsonl"
+    arguments = "--model=resnet8", "--batch_size=8", "--steps=1", f"--output={path}"
+    run("benchmarks/profile_step.py", *arguments)
+    own, committed = json.loads(path.read_text()), json_rows("training_cost.jsonl")["profile"]
+    assert own.keys() == committed.keys()
+    assert own["percent"].keys() == committed["percent"].keys()
+    assert own["percent"]["sum"]["dense"] == 100
+    assert own["percent"]["masks on activations"].keys() == {"dynamic"}
+
+
+def json_rows(name):
+    """Row name -> row of a committed file of results."""
+    lines = (EXAMPLES.parent / "docs" / "benchmarks" / name).read_text().splitlines()
+    return {row["name"]: row for row in map(json.loads, lines)}
 
 
 # Runs a script where packages (with commas between) are missing.

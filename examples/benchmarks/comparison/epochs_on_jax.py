@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from keras_polar.backends import full_precision
+from keras_polar import full_precision
 
 HOST, DEVICE = jax.local_devices(backend="cpu")[0], jax.local_devices()[0]
 # Whatever is not a whole epoch stays on the host: a GPU takes longer to compile than to compute it.

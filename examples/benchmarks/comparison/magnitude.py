@@ -4,11 +4,11 @@ tfmot takes Keras 2 models only, so that the network is translated to tf_keras, 
 there, and its weights are brought back.
 """
 
-import cifar10
-import numpy as np
+import inspect
 
-from keras_polar.backends import to_numpy
-from keras_polar.litert.tf_keras_twin import translated
+import cifar10
+import keras
+import numpy as np
 
 
 def train(model, data, *, sparsity, ramp, steps, learning_rate, weight_decay):
@@ -40,6 +40,39 @@ def train(model, data, *, sparsity, ramp, steps, learning_rate, weight_decay):
     return model
 
 
+def translated(model):
+    """The same network in tf_keras, with the weights: of one whose layers are called once each.
+
+    Settings that tf_keras does not know, and initializers and regularizers, are left behind.
+    """
+    import tf_keras
+
+    twins = {}
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.InputLayer):
+            twin = tf_keras.Input(batch_shape=layer.batch_shape, name=layer.name)
+            twins[layer.output.name] = twin
+            continue
+        twin = _twin(layer, getattr(tf_keras.layers, type(layer).__name__))
+        inputs = keras.tree.map_structure(lambda x: twins[x.name], layer.input)
+        twins[layer.output.name] = twin(inputs)
+        twin.set_weights(layer.get_weights())
+    ends = [[twins[x.name] for x in own] for own in (model.inputs, model.outputs)]
+    twin = tf_keras.Model(*ends, name=model.name)
+    images = np.random.default_rng(0).normal(size=(4, *model.input_shape[1:])).astype("float32")
+    outputs = [np.asarray(m(images, training=False)) for m in (model, twin)]
+    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-4 * np.abs(outputs[0]).max())
+    return twin
+
+
+def _twin(layer, cls):
+    own = inspect.signature(cls.__init__).parameters
+    left_behind = ("_initializer", "_regularizer", "_constraint")
+    config = layer.get_config().items()
+    known = {k: v for k, v in config if k in own and not k.endswith(left_behind)}
+    return cls(**known, name=layer.name)
+
+
 def _with_decay(twin, weight_decay):
     """A copy whose kernels are regularized: a layer that is built looks at its own only once."""
     import tf_keras
@@ -67,5 +100,5 @@ def _compile(model, peak, steps):
 
 def nonzero(model):
     """Share of the weights that are not zero."""
-    weights = [to_numpy(v) for v in model.weights]
+    weights = model.get_weights()
     return float(sum(map(np.count_nonzero, weights)) / sum(w.size for w in weights))

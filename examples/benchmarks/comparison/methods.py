@@ -19,12 +19,7 @@ import numpy as np
 import protocol
 
 import keras_polar
-from keras_polar.costs.measures import MEASURES, cost_of
-from keras_polar.coupling.coupling import analyze
-from keras_polar.selection import importance
-from keras_polar.selection.budget import budget_of
-from keras_polar.selection.select import select_units
-from keras_polar.training.probes import gate_gradients
+from keras_polar import importances
 
 SLIMMING = 1e-4  # weight of the penalty on BatchNorm scales, as Liu et al. have it
 POLARIZATION_T = 1.2  # Zhuang et al. recommend 1.0 to 1.4
@@ -166,49 +161,49 @@ def _in_two_parts(run, model):
 # --- cuts ---------------------------------------------------------------------------------------
 
 
-def random(run, model, coupling):
+def random(run, coupling):
     """by lot"""
-    return importance.at_random(coupling, run.rng)
+    return importances.at_random(coupling, run.rng)
 
 
-def l1(run, model, coupling):
+def l1(run, coupling):
     """by the L1 norm of filters (Li et al., 2017)"""
-    return importance.l1_norm(coupling)
+    return importances.l1_norm(coupling)
 
 
-def group_norm(run, model, coupling):
+def group_norm(run, coupling):
     """by the norm of all that has to be zero for a unit to be zero (the criterion of OTO, ATO)"""
-    return importance.group_norm(coupling)
+    return importances.group_norm(coupling)
 
 
-def batch_norm(run, model, coupling):
+def batch_norm(run, coupling):
     """by the scale of BatchNorm (Liu et al., 2017)"""
-    return importance.batch_norm_scale(coupling)
+    return importances.batch_norm_scale(coupling)
 
 
-def density(run, model, coupling):
+def density(run, coupling):
     """by how often the activation is not zero (after Foldy-Porto et al., 2020)"""
-    return importance.density(coupling)
+    return importances.density(coupling)
 
 
-def taylor(run, model, coupling):
+def taylor(run, coupling):
     """by absolute gate gradients per sample (Molchanov et al., 2017)"""
-    return importance.taylor(_gradients(run, coupling, cross_entropy, PROBED))
+    return importances.Taylor(cross_entropy, *_samples(run, PROBED)).scores(coupling)
 
 
-def fisher(run, model, coupling):
+def fisher(run, coupling):
     """by squared gate gradients per sample (Liu et al., 2021)"""
-    return importance.fisher(_gradients(run, coupling, cross_entropy, PROBED))
+    return importances.Fisher(cross_entropy, *_samples(run, PROBED)).scores(coupling)
 
 
-def relevance(run, model, coupling):
+def relevance(run, coupling):
     """by the share in the logit of the true class (LRP-0; after Aketi et al., 2020)"""
-    return importance.taylor(_gradients(run, coupling, true_logit, protocol.SAMPLE))
+    return importances.Taylor(true_logit, *_samples(run, protocol.SAMPLE)).scores(coupling)
 
 
-def _gradients(run, coupling, loss, count):
+def _samples(run, count):
     images, labels = (x[:count] for x in run.data.train)
-    return gate_gradients(coupling, loss, np.asarray(cifar10.normalise(images)), labels)
+    return np.asarray(cifar10.normalise(images)), labels
 
 
 def cross_entropy(labels, logits):
@@ -234,7 +229,7 @@ def cut_once(run, *, scores, shares="even", penalty=None):
     """Trained until the cut, then the units with the lowest scores go for good.
 
     Args:
-        scores: (run, model, coupling) -> one array per group.
+        scores: (run, coupling) -> one array per group.
         shares: one of `SHARES`.
         penalty: on the scales of BatchNorm, until then.
     """
@@ -274,34 +269,40 @@ def cut_gradually(run, *, scores, shares="even"):
 
 
 def _cut(run, model, sparsity, scores, shares="even"):
-    coupling = analyze(model)
-    cost = cost_of(coupling, MEASURES[run.setting.measure])
-    options = {"min_units": 1, "max_sparsity": None, "round_to": 1}  # floors as `apply` has them
-    budget = budget_of(
-        coupling, (), cost, sparsity=sparsity, measure=run.setting.measure, **options
-    )
-    ranked = _shared(scores(run, model, coupling), shares, coupling, budget)
-    masks = select_units(ranked, budget)
-    goes = {
-        group.layers[0]: group.members[~mask]
-        for group, mask in zip(coupling.groups, masks, strict=True)
-        if not mask.all()
-    }
-    return keras_polar.remove(model, goes)
+    if sparsity <= 0:  # of a gradual cut, whose last round took more than its part
+        return model
+    own = Shared(functools.partial(scores, run), shares)
+    options = {"measure": run.setting.measure, "gate": "static", "round_to": 1}
+    gated = keras_polar.apply(model, sparsity, importance=own, **options)
+    gated.settle()
+    return keras_polar.convert(gated)
 
 
-def _shared(scores, shares, coupling, budget):
-    """Scores that `settle` turns into the wanted shares of groups."""
-    if shares.endswith("per_cost"):
-        scores = importance.per_cost(scores, budget)
-    elif shares != "free":
-        scores = [_places(s) for s in scores]
-    if shares.startswith("inside"):
-        scores = [
+class Shared(keras_polar.Importance):
+    """Scores by which groups give the wanted shares.
+
+    Args:
+        criterion: coupling -> one array per group.
+        shares: one of `SHARES`.
+    """
+
+    name = "shared"
+    is_free = True
+
+    def __init__(self, criterion, shares):
+        self.criterion, self.shares = criterion, shares
+        self.is_per_cost = shares.endswith("per_cost")
+
+    def scores(self, coupling):
+        scores = self.criterion(coupling)
+        if not self.is_per_cost and self.shares != "free":
+            scores = [_places(s) for s in scores]
+        if not self.shares.startswith("inside"):
+            return scores
+        return [
             np.full(len(s), np.inf) if _is_stream(group) else s
             for group, s in zip(coupling.groups, scores, strict=True)
         ]
-    return scores
 
 
 def _places(scores):
