@@ -337,10 +337,14 @@ def taught(model, teacher):
     return keras.distillation.Distiller(teacher, model, loss, student_loss_weight=OF_LABELS)
 
 
-def train_dense(setting, data, seed, path):
-    """Trains a dense network once and saves it, with its accuracies in a file beside it."""
+def train_dense(setting, data, seed, path, make=None):
+    """Trains a dense network once and saves it, with its accuracies in a file beside it.
+
+    Args:
+        make: of the `Run`; None for its class.
+    """
     scratch = dataclasses.replace(setting, regime="scratch", steps=None, fit_rate=None)
-    run, began = Run(scratch, data, seed), time.perf_counter()
+    run, began = (make or Run)(scratch, data, seed), time.perf_counter()
     model = run.train(scratch.build())
     found = {"seed": seed, **dataclasses.asdict(scratch), **accuracies(model, data)}
     found |= {"seconds": round(time.perf_counter() - began)}

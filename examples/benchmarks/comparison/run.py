@@ -100,7 +100,7 @@ def run_all(setting, data, options):
     known = {results.identity(r): r for r in results.load(options.results_dir)}
     for seed in map(int, options.seeds):
         for method, extras in wanted:
-            own = _description(setting, method, extras, seed)
+            own = described(setting, method, extras, seed)
             kept = options.models_dir and _kept_path(options.models_dir, own)
             before = known.get(results.identity(own))
             if before is None:
@@ -114,7 +114,7 @@ def run_all(setting, data, options):
             keras.backend.clear_session()
 
 
-def _description(setting, method, extras, seed):
+def described(setting, method, extras, seed):
     row, name = methods.METHODS[method], "+".join((method, *extras))
     return results.described(setting, name, seed, ours=row.ours, removes=row.removes)
 
@@ -132,10 +132,19 @@ def _ran(setting, data, method, extras, seed, kept, options):
     model = methods.METHODS[method].ship(run)
     if kept:
         model.save(kept)
-    full, cost = keras_polar.cost(setting.build()), keras_polar.cost(model)
+    return {
+        **outcome(run, model, protocol.accuracies(model, data)),
+        "seconds": round(time.perf_counter() - began, 1),
+        **(as_file(setting, model) if options.tflite and not protocol.ON_JAX else {}),
+    }
+
+
+def outcome(run, model, accuracies):
+    """What a run has come to: the fields of a result."""
+    full, cost = keras_polar.cost(run.setting.build()), keras_polar.cost(model)
     return {
         "backend": keras.backend.backend(),
-        **protocol.accuracies(model, data),
+        **accuracies,
         **run.notes,
         "weights": cost.weights,
         "macs": cost.macs,
@@ -143,8 +152,6 @@ def _ran(setting, data, method, extras, seed, kept, options):
         "kept_macs": cost.macs / full.macs,
         "nonzero": magnitude.nonzero(model),
         "training_macs": run.macs,
-        "seconds": round(time.perf_counter() - began, 1),
-        **(as_file(setting, model) if options.tflite and not protocol.ON_JAX else {}),
         "layers": {r.name: r.units for r in cost.rows if r.units},
     }
 
