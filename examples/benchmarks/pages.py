@@ -27,20 +27,29 @@ ROWS = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # Trainings: what all methods of a table have in common.
-SHORT = {"model": "resnet20", "image_size": 16, "train_images": 12800, "epochs": 12}
+SMALL = {"regime": "scratch", "backend": "tensorflow"}
+SHORT = {**SMALL, "model": "resnet20", "image_size": 16, "train_images": 12800, "epochs": 12}
 LONG = {**SHORT, "epochs": 48}
 FEW = {**SHORT, "train_images": 3200, "epochs": 96}
 FEW_SHORT = {**SHORT, "train_images": 3200}
 LARGE = {**SHORT, "image_size": 32}
-WHOLE = {"model": "resnet20", "image_size": 32, "train_images": 50000, "epochs": 50}
-DEEP = {"model": "resnet56", "image_size": 16, "train_images": 6400, "epochs": 12}
-WIDE = {"model": "vgg16", "image_size": 32, "train_images": 6400, "epochs": 12}
+WHOLE = {
+    "regime": "scratch",
+    "model": "resnet20",
+    "image_size": 32,
+    "train_images": 50000,
+    "epochs": 50,
+}
+DEEP = {**SMALL, "model": "resnet56", "image_size": 16, "train_images": 6400, "epochs": 12}
+WIDE = {**SMALL, "model": "vgg16", "image_size": 32, "train_images": 6400, "epochs": 12}
 
 NAMES = {
     "dense": "dense, nothing removed",
     "static": "**keras_polar**, static gates",
     "dynamic": "**keras_polar**, dynamic gates",
-    "both": "**keras_polar**, static gates on channels and on residual branches",
+    "static_logits": "static gates by logits alone, as in earlier versions",
+    "dynamic_logits": "dynamic gates by logits alone, as in earlier versions",
+    "both_logits": "static gates by logits alone, as in earlier versions, on channels and on residual branches",
     "narrow": "a uniformly narrower network, from scratch",
     "narrow_longer": "the narrower network, with as many operations of training as ours",
     "shallow": "a shallower network, from scratch",
@@ -194,9 +203,9 @@ def _filled(part):
 
 def start():
     """The table of the README, and what it says."""
-    methods = ("dense", "static", "l1_even", "narrow_longer")
+    methods = ("dense", "static_logits", "l1_even", "narrow_longer")
     dense, ours, l1, longer = (runs(m, LONG) for m in methods)
-    whole = [runs(m, WHOLE) for m in ("dense", "static", "narrow_longer")]
+    whole = [runs(m, WHOLE) for m in ("dense", "static_logits", "narrow_longer")]
     return f"""\
 ResNet-20 on CIFAR-10, half of the multiply-accumulates (MACs) removed: {images(LONG)}, the same
 data and optimiser for all, {seeds(ours)}; images had been encoded as JPEG once more. *Training*:
@@ -214,17 +223,17 @@ MACs spent on it; *.tflite time*: latency of the file; both over the dense netwo
 
 
 def short_macs():
-    methods = ("static", ("static", 1), "dynamic", "narrow", "narrow_longer")
+    methods = ("static_logits", ("static_logits", 1), "dynamic_logits", "narrow", "narrow_longer")
     methods += ("l1_even", "random_even")
-    dense, ours = runs("dense", SHORT), runs("static", SHORT)
-    exact, longer = runs("static", SHORT, round_to=1), runs("narrow_longer", SHORT)
-    l1, large = runs("l1_even", SHORT), [runs(m, LARGE) for m in ("dense", "static")]
+    dense, ours = runs("dense", SHORT), runs("static_logits", SHORT)
+    exact, longer = runs("static_logits", SHORT, round_to=1), runs("narrow_longer", SHORT)
+    l1, large = runs("l1_even", SHORT), [runs(m, LARGE) for m in ("dense", "static_logits")]
     return f"""\
 {images(SHORT)}; {seeds(ours)}.
 
 {table(COLUMNS, lines(("dense", *methods), SHORT))}
 - The loss against dense is {loss(ours, dense)} points (static) and
-  {loss(runs("dynamic", SHORT), dense)} (dynamic gates).
+  {loss(runs("dynamic_logits", SHORT), dense)} (dynamic gates).
 - The narrower network that is trained for as many operations, {epochs(longer)} epochs, is
   {points(longer, ours)} ours and {points(longer, dense)} the dense one: in so few epochs nothing
   here is trained to its end.
@@ -239,8 +248,16 @@ def short_macs():
 
 
 def short_weights():
-    methods = ("dense", "static", "dynamic", "narrow", "narrow_longer", "l1_even", "random_even")
-    ours = runs("static", SHORT, "weights")
+    methods = (
+        "dense",
+        "static_logits",
+        "dynamic_logits",
+        "narrow",
+        "narrow_longer",
+        "l1_even",
+        "random_even",
+    )
+    ours = runs("static_logits", SHORT, "weights")
     return f"""\
 {images(SHORT)}; {seeds(ours)}.
 
@@ -249,7 +266,7 @@ def short_weights():
 
 def shares():
     """Other shares of the multiply-accumulates, of one seed."""
-    methods = ("dynamic", "static", "narrow", "l1_even")
+    methods = ("dynamic_logits", "static_logits", "narrow", "l1_even")
     body = [[f"{s:.0%}", *(_beside(m, s) for m in methods)] for s in (0.3, 0.5, 0.7)]
     head = ("MACs removed", "dynamic gates", "static gates", "narrow, from scratch", "L1 cuts")
     return f"""\
@@ -268,10 +285,20 @@ def _beside(method, sparsity):
 
 def others():
     methods = (
-        *("static", ("static", 1), "l1_even", "slimming", "polarized_slimming", "group_norm_free"),
+        *(
+            "static_logits",
+            ("static_logits", 1),
+            "l1_even",
+            "slimming",
+            "polarized_slimming",
+            "group_norm_free",
+        ),
         *("three_stage", "relevance_even", "gradual", "density_even", "magnitude"),
     )
-    exact, polarized = runs("static", SHORT, round_to=1, seed=1), runs("polarized_slimming", SHORT)
+    exact, polarized = (
+        runs("static_logits", SHORT, round_to=1, seed=1),
+        runs("polarized_slimming", SHORT),
+    )
     stages, dense = runs("three_stage", SHORT), runs("dense", SHORT, seed=1)
     return f"""\
 {images(SHORT)}; seed 1.
@@ -285,10 +312,12 @@ smaller or faster.
 
 
 def longer():
-    methods = ("dense", "static", ("static", 1), "l1_even", "narrow", "narrow_longer")
-    dense, ours, l1, more = (runs(m, LONG) for m in ("dense", "static", "l1_even", "narrow_longer"))
-    exact = runs("static", LONG, round_to=1)
-    few = ("dense", "static", "l1_even", "narrow", "narrow_longer")
+    methods = ("dense", "static_logits", ("static_logits", 1), "l1_even", "narrow", "narrow_longer")
+    dense, ours, l1, more = (
+        runs(m, LONG) for m in ("dense", "static_logits", "l1_even", "narrow_longer")
+    )
+    exact = runs("static_logits", LONG, round_to=1)
+    few = ("dense", "static_logits", "l1_even", "narrow", "narrow_longer")
     return f"""\
 {images(LONG)}; {seeds(ours)}.
 
@@ -297,7 +326,7 @@ The loss is {loss(ours, dense)} points, {loss(exact, dense)} with `round_to=1`. 
 with equal training ({epochs(more)} epochs) is {points(more, ours)} ours, cuts by L1 norm are
 {points(l1, ours)} ours and {points(l1, exact)} the network with `round_to=1`.
 
-{images(FEW)}; {seeds(runs("static", FEW))}.
+{images(FEW)}; {seeds(runs("static_logits", FEW))}.
 
 {table(COLUMNS, lines(few, FEW))}
 Where images rather than capacity are short, every sane way of halving the network will do.
@@ -305,7 +334,7 @@ Where images rather than capacity are short, every sane way of halving the netwo
 
 
 def whole():
-    methods = ("dense", "static", "narrow_longer")
+    methods = ("dense", "static_logits", "narrow_longer")
     dense, ours, more = (runs(m, WHOLE) for m in methods)
     return f"""\
 {images(WHOLE)}; {seeds(ours)}; JAX on an H100.
@@ -318,10 +347,10 @@ weights. L1 cuts and widths without rounding were not run here.
 
 
 def networks():
-    deep = ("dense", "both", "static", "narrow", "shallow")
-    wide = ("dense", "static", "narrow", "l1_even")
-    dense, both, shallow = (runs(m, DEEP) for m in ("dense", "both", "shallow"))
-    ours, narrow = (runs(m, WIDE, "weights") for m in ("static", "narrow"))
+    deep = ("dense", "both_logits", "static_logits", "narrow", "shallow")
+    wide = ("dense", "static_logits", "narrow", "l1_even")
+    dense, both, shallow = (runs(m, DEEP) for m in ("dense", "both_logits", "shallow"))
+    ours, narrow = (runs(m, WIDE, "weights") for m in ("static_logits", "narrow"))
     return f"""\
 ResNet-56, half of the MACs: {images(DEEP)}; seed 1.
 
@@ -339,10 +368,10 @@ The narrower network from scratch is {points(narrow, ours)} ours.
 
 
 def compaction():
-    small, masked = (spread(runs(m, FEW_SHORT)) for m in ("static", "masked"))
+    small, masked = (spread(runs(m, FEW_SHORT)) for m in ("static_logits", "masked_logits"))
     return f"""\
 Accuracy with and without compaction: {small} and {masked} % in runs of {images(FEW_SHORT)},
-{seeds(runs("static", FEW_SHORT))}, with the recipe of an earlier version.
+{seeds(runs("static_logits", FEW_SHORT))}, with the recipe of an earlier version.
 """
 
 
@@ -385,7 +414,7 @@ def profile():
 def training():
     """What a run costs, in operations and in time."""
     ratios = rows("training_cost")["overhead"]["ratios"]
-    dense, ours = runs("dense", SHORT), runs("static", SHORT)
+    dense, ours = runs("dense", SHORT), runs("static_logits", SHORT)
     small, large = (ratios[f"compacted, {m}"][1] for m in ("macs", "weights"))
     run = ratios["whole run, static, macs"][1]
     return f"""\
@@ -425,8 +454,8 @@ def coverage():
 def gates():
     """What other gates and schedules do."""
 
-    def own(gate=None, schedule=""):
-        wanted = {**SHORT, "method": "static", "gate": gate, "schedule": schedule}
+    def own(gate=None, schedule="0.2,0.4,0.4"):
+        wanted = {**SHORT, "method": "static_logits", "gate": gate, "schedule": schedule}
         held_out = (r for r in load() if r["held_out"] is not None)
         (run,) = (r for r in held_out if all(r.get(k) == v for k, v in wanted.items()))
         return f"{100 * run['held_out']:.1f}"

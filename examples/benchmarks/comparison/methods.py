@@ -402,6 +402,26 @@ METHODS: dict[str, Method] = {
     "masked": _ours(
         "as static, but the whole network trains to the end", gate="static", compact=False
     ),
+    "dynamic_logits": _ours(
+        "as dynamic, but gates by their logits alone",
+        gate="dynamic",
+        importance="logits",
+    ),
+    "static_logits": _ours(
+        "as static, but gates by their logits alone", gate="static", importance="logits"
+    ),
+    "both_logits": _ours(
+        "as both, but gates by their logits alone",
+        gate="static",
+        granularity=("channels", "blocks"),
+        importance="logits",
+    ),
+    "masked_logits": _ours(
+        "as masked, but gates by their logits alone",
+        gate="static",
+        importance="logits",
+        compact=False,
+    ),
     **dict(_cuts()),
     "three_stage": Method(
         three_stage,

@@ -5,9 +5,11 @@
 Everything between the markers of the page is written anew; the text around them is written by hand.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import keras
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -101,7 +103,8 @@ def _mean(runs, key, form):
 
 def print_tables(runs, setting):
     """What has been run in a setting, as a table on the screen."""
-    same = {k: getattr(setting, k) for k in results.TRAINING}
+    known = {**dataclasses.asdict(setting), "backend": keras.backend.backend()}
+    same = {k: known[k] for k in results.TRAINING}
     own = [r for r in runs if all(r.get(k) == v for k, v in same.items())]
     target = {k: getattr(setting, k) for k in results.TARGET}
     columns, rows = table(results.of_target(own, target))
@@ -169,7 +172,8 @@ def _title(training):
         "trained": f"trained for {training['epochs']} epochs, then {training['steps']} steps",
         "scratch": f"{training['epochs']} epochs from scratch",
     }
-    return f"{training['model']}{width}, {images}, {ways[training['regime']]}"
+    on = ", on JAX" if training["backend"] == "jax" else ""
+    return f"{training['model']}{width}, {images}, {ways[training['regime']]}{on}"
 
 
 def _removed(target):
@@ -180,6 +184,8 @@ def _command(setting):
     given = {k: setting[k] for k in (*NAMED, *results.TARGET) if setting[k] is not None}
     flags_given = " ".join(f"--{k}={v}" for k, v in given.items())
     script = "python examples/benchmarks/comparison/run.py"
+    if setting["backend"] == "jax":
+        script = "KERAS_BACKEND=jax python examples/benchmarks/comparison/on_device.py"
     return f"{script} --regime={setting['regime']} --model={setting['model']} {flags_given}"
 
 
@@ -188,6 +194,7 @@ def _picture(training):
     words += [training["model"]] + ([f"w{training['width']}"] if training["width"] else [])
     words += [f"{training['image_size']}px", training["train_images"], f"e{training['epochs']}"]
     words += [f"steps{training['steps']}"] if training["steps"] else []
+    words += ["jax"] if training["backend"] == "jax" else []
     return f"images/{'_'.join(map(str, words))}.png"
 
 

@@ -23,7 +23,7 @@ OF_DENSE = (
     "weight_decay",
 )
 # What the network and its training are; what is removed; what only our methods depend on.
-TRAINING = ("regime", *OF_DENSE, "steps", "fit_rate")
+TRAINING = ("regime", *OF_DENSE, "steps", "fit_rate", "backend")
 TARGET = ("measure", "sparsity")
 OPTIONS = ("schedule", "round_to", "max_sparsity", "gate")
 IDENTITY = (*TRAINING, *TARGET, *OPTIONS, "method", "seed")
@@ -35,9 +35,9 @@ def identity(run):
     return tuple(run.get(key) for key in IDENTITY)
 
 
-def described(setting, method, seed, *, ours, removes):
+def described(setting, method, seed, backend, *, ours, removes):
     """The fields of a run that its identity is made of; None for what it does not depend on."""
-    run = {"method": method, "seed": seed, **dataclasses.asdict(setting)}
+    run = {"method": method, "seed": seed, "backend": backend, **dataclasses.asdict(setting)}
     free = (*(() if ours else OPTIONS), *(() if removes else TARGET))
     return run | {key: None for key in free if key in run}
 

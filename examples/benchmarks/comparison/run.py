@@ -116,7 +116,8 @@ def run_all(setting, data, options):
 
 def described(setting, method, extras, seed):
     row, name = methods.METHODS[method], "+".join((method, *extras))
-    return results.described(setting, name, seed, ours=row.ours, removes=row.removes)
+    backend = keras.backend.backend()
+    return results.described(setting, name, seed, backend, ours=row.ours, removes=row.removes)
 
 
 def _kept_path(folder, own):
@@ -143,7 +144,6 @@ def outcome(run, model, accuracies):
     """What a run has come to: the fields of a result."""
     full, cost = keras_polar.cost(run.setting.build()), keras_polar.cost(model)
     return {
-        "backend": keras.backend.backend(),
         **accuracies,
         **run.notes,
         "weights": cost.weights,
