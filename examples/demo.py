@@ -103,11 +103,12 @@ def measure(model, test, path):
     }
 
 
-def draw(dense, small, history, folder):
+def draw(dense, gated, small, history, folder):
     """Writes the pictures and returns their paths."""
     figures = {
         folder / "open_rates.png": keras_polar.plots.open_rates(history),
         folder / "polarization.png": keras_polar.plots.polarization(history),
+        folder / "shares.png": keras_polar.plots.shares(gated),
         folder / "widths.png": keras_polar.plots.widths(dense, small),
     }
     for path, figure in figures.items():
@@ -123,7 +124,7 @@ def run(options):
     with phases() as bars:
         dense, gated, rates = trained(data, options, bars)
         small, results = compared(dense, gated, data[1], folder, bars)
-    pictures = draw(dense, small, rates.history, folder)
+    pictures = draw(dense, gated, small, rates.history, folder)
     files = [folder / name for name in ("dense.tflite", "small.tflite", "small.keras")]
     certificate = reporting.certificate(gated, small, data[1][0])
     print_result(results, certificate, files, pictures)

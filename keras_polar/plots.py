@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.gates.groups import require_gated
 from keras_polar.inspection import cost
 
 GREY = "#c8ccd2"
@@ -221,6 +222,64 @@ def widths(before: keras.Model, after: keras.Model) -> Any:
         axis.annotate(text, place, (4, 0), textcoords="offset points", va="center", fontsize=9)
     _finish_widths(axis, max(full.values()))
     return figure
+
+
+def shares(gated: Any) -> Any:
+    """Of each group the share of its units that stays, beside the share that is uniform.
+
+    Args:
+        gated: the gated model; settled, or as its consensus is now.
+
+    Returns:
+        A `matplotlib.figure.Figure`. The dashed line is the share that would leave the same cost
+        if it were that of every group: a network made narrower all over.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: the model has no gates.
+
+    Example:
+
+        >>> keras_polar.plots.shares(gated).savefig("shares.png")
+    """
+    require_gated(gated, "plots.shares")
+    groups = gated.groups
+    figure = _figure(8.0, 1.6 + 0.3 * len(groups))
+    axis = figure.subplots()
+    rows, kept = np.arange(len(groups)), [g.mask.mean() for g in groups]
+    axis.barh(rows, np.ones(len(groups)), color=GREY, label="pruned")
+    axis.barh(rows, kept, color=BLUE, height=0.5, label="kept")
+    uniform = _uniform_share(gated)
+    axis.axvline(uniform, color="black", linestyle="--", label=f"uniform: {uniform:.0%}")
+    axis.set_yticks(rows, [g.name for g in groups])
+    for row, group in enumerate(groups):
+        text = f"{group.mask.sum():,} / {group.units:,}"
+        axis.annotate(text, (1, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    _finish_shares(axis)
+    return figure
+
+
+def _uniform_share(gated: Any) -> float:
+    """By bisection: cost grows with the share."""
+    units, goal = np.array(gated.budget.units), gated.sparsity
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        is_enough = gated.budget.achieved(middle * units) >= goal
+        low, high = (middle, high) if is_enough else (low, middle)
+    return low
+
+
+def _finish_shares(axis: Any) -> None:
+    axis.invert_yaxis()  # the first group on top, as the data flow
+    axis.set_xlim(0, 1.15)  # room for the numbers beside the bars
+    axis.margins(y=0.01)
+    axis.xaxis.set_major_formatter(_percent())
+    axis.set_title("Share of each group that stays")
+    axis.set_xlabel("units of the group")
+    axis.set_ylabel("group, after its first layer")
+    axis.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _open_frame(axis)
 
 
 def _units(model: keras.Model) -> dict[str, int]:

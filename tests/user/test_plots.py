@@ -81,6 +81,25 @@ def test_widths_are_those_of_the_layers():
     assert [t.get_text() for t in axis.texts][-2:] == ["8 / 16", "10 / 10"]
 
 
+def test_shares_of_groups_stand_beside_the_uniform_one():
+    gated = keras_polar.apply(small_resnet(), 0.5, gate="static", measure="units")
+    kept = [0.25, *[0.5] * (len(gated.groups) - 2), 0.75]
+    for group, share in zip(gated.groups, kept, strict=True):
+        group.set_mask(np.arange(group.units) < share * group.units)
+    axis = drawn(plots.shares(gated)).axes[0]
+    whole, stays = ([bar.get_width() for bar in bars] for bars in axis.containers)
+    assert stays == kept
+    assert set(whole) == {1}
+    first = gated.groups[0]
+    assert axis.texts[0].get_text() == f"{first.units // 4} / {first.units}"
+    units = np.array(gated.budget.units)
+    uniform = axis.lines[0].get_xdata()[0]
+    below, above = (gated.budget.achieved((uniform + d) * units) for d in (0, 1e-6))
+    assert below >= gated.sparsity > above  # widths are whole numbers
+    with pytest.raises(TypeError, match="plots.shares: expected a gated model"):
+        plots.shares(small_resnet())
+
+
 def test_trade_off_has_a_line_per_method_and_a_log_scale_for_a_wide_span():
     axis = drawn(plots.trade_off({"dense": [(2e5, 0.93)], "pruned": [(1e5, 0.9), (1e4, 0.8)]})).axes
     dense, pruned = axis[0].lines

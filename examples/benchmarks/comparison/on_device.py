@@ -21,6 +21,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -136,7 +137,7 @@ def rates_of(peak, total):
 class Run(protocol.Run):
     """A run whose networks are trained by a `Trainer`; those of the same shapes by the same one."""
 
-    trainers: dict = {}
+    trainers: ClassVar[dict] = {}
 
     def train(self, model, first=0, last=None, total=None, peak=None, restart=None):
         total = total or self.setting.total
