@@ -136,6 +136,11 @@ def global_mean(x: Any) -> Any:
     return context.all_reduce(tf.distribute.ReduceOp.MEAN, x)
 
 
+def global_sum(x: Any) -> Any:
+    """The sum of `x` over all replicas; see `global_mean`."""
+    return replicas() * global_mean(x)
+
+
 def replicas() -> int:
     """How many replicas share a batch: each sees the gradients of its part of their mean loss."""
     if BACKEND != "tensorflow":

@@ -86,7 +86,8 @@ class Gate(keras.layers.Layer):
         min_units: units that the consensus always leaves open.
         axis: the channel axis of the input (dynamic gates average over all others).
         listens: whether it keeps the squares of its gradients, and is led by what they say (see
-            `keras_polar.gates.listening`), instead of by its own logits alone.
+            `keras_polar.gates.listening`), instead of by its own logits alone: those of "samples",
+            for which it has a gate each, or of a "batch", or none.
         gain: how many times larger logits are than the variables behind them. Gates have far fewer
             steps than weights to go from open to closed; the larger, the sooner they do.
         initial_logit: logits begin here, above zero: open. The larger, the longer they stay so.
@@ -116,7 +117,7 @@ class Gate(keras.layers.Layer):
         members: dict | None = None,
         min_units: int = 1,
         axis: int = -1,
-        listens: bool = False,
+        listens: str | None = None,
         gain: float = GAIN,
         initial_logit: float = OPEN,
         **kwargs: Any,
@@ -147,7 +148,8 @@ class Gate(keras.layers.Layer):
         if self.listens:
             self.lead = self._state("lead", "zeros", (self.units,))
             options = {"overwrite_with_gradient": True, "aggregation": "mean"}
-            self.heard = self.add_weight((self.units,), "zeros", name="importance", **options)
+            rows = 1 if self.listens == "samples" else 2
+            self.heard = self.add_weight((rows, self.units), "zeros", name="importance", **options)
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         return super().add_weight(*args, **{**FLOAT32, **kwargs})
@@ -225,10 +227,10 @@ class Gate(keras.layers.Layer):
         if not self.listens:
             return gates
         samples = ops.shape(x)[0]
-        if self.per_sample:
+        if self.listens == "samples":
             gates = ops.broadcast_to(gates, (samples, self.units))
         rate = HEARD * (1 - ops.cast(self.settled, "float32"))
-        count = replicas() ** 2 * ops.cast(samples, "float32")
+        count = replicas() * ops.cast(samples, "float32")
         return listen(gates, ops.convert_to_tensor(self.heard), count, rate)
 
     def log_damage(self, stay: Any = 0.0) -> Any:
@@ -238,7 +240,7 @@ class Gate(keras.layers.Layer):
             stay: what open units are ahead of closed ones.
         """
         heard = ops.stop_gradient(ops.convert_to_tensor(self.heard))
-        logs = log_damage(heard) + stay * self.is_led_open()
+        logs = log_damage(heard[0]) + stay * self.is_led_open()
         return ops.where(most_open(logs, self.min_units) > 0, float("inf"), logs)
 
     def is_led_open(self) -> Any:
@@ -258,7 +260,8 @@ class Gate(keras.layers.Layer):
             state.assign(state + rate * (ops.stop_gradient(ops.mean(now, axis=0)) - state))
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0] if self.per_sample else 1, self.units)
+        is_each = self.per_sample or self.listens == "samples"
+        return (input_shape[0] if is_each else 1, self.units)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None
@@ -272,7 +275,7 @@ class Gate(keras.layers.Layer):
             "members": self.members,
             "min_units": self.min_units,
             "axis": self.axis,
-            **({"listens": True} if self.listens else {}),
+            **({"listens": self.listens} if self.listens else {}),
             **({"gain": self.gain} if self.gain != GAIN else {}),
             **({"initial_logit": self.initial_logit} if self.initial_logit != OPEN else {}),
         }

@@ -11,6 +11,8 @@ from typing import Any
 
 from keras import ops
 
+from keras_polar.backends import global_sum, replicas
+
 SMALL = 1e-30  # of importances, so that they have a logarithm
 STEPS = 24  # halvings of an interval of logarithms: float32 has no more
 
@@ -22,26 +24,44 @@ def listen(gates: Any, heard: Any, samples: Any, rate: Any) -> Any:
     gradient of its gate for a sample (Fisher pruning; Theis et al., arXiv 1801.05787).
 
     Args:
-        gates: of shape (batch, units), or (1, units) where all samples share them and their
-            gradients can only be seen summed: the mean over the batch is a small part of them then,
-            and its square, on average, as much as that of all samples over their number.
-        heard: moving averages of the squares, of shape (units,).
-        samples: how many the batch has; the loss is their mean. Where the batch is a share of a
-            larger one, times the square of the number of shares.
+        gates: of shape (batch, units), or (1, units) where all samples share them.
+        heard: moving averages of the squares, of shape (1, units); where samples share gates, of
+            shape (2, units): below is the gradient of the step before.
+        samples: how many the whole batch has; the loss is their mean.
         rate: of the moving averages.
     """
+    squares_in = of_samples if heard.shape[0] == 1 else of_batches
 
     @ops.custom_gradient
     def heard_by(gates: Any, heard: Any, samples: Any, rate: Any) -> Any:
         def gradient(*args: Any, upstream: Any = None) -> tuple:
             slope = args[0] if upstream is None else upstream
-            now = samples * ops.sum(ops.square(ops.cast(slope, "float32")), axis=0)
+            squares, *last = squares_in(ops.cast(slope, "float32"), heard, samples)
+            average = heard[0] + rate * (squares - heard[0])
             blank = ops.zeros_like
-            return slope, heard + rate * (now - heard), blank(samples), blank(rate)
+            return slope, ops.stack([average, *last]), blank(samples), blank(rate)
 
         return gates + 0, gradient
 
     return heard_by(gates, heard, samples, rate)
+
+
+def of_samples(slopes: Any, heard: Any, samples: Any) -> list:
+    """The mean square of what each sample says; its loss has a weight of one over `samples`.
+
+    Replicas have a part of the sum each, and the average of theirs is kept.
+    """
+    return [replicas() * samples * ops.sum(ops.square(slopes), axis=0)]
+
+
+def of_batches(slopes: Any, heard: Any, samples: Any) -> list:
+    """The same, where only the mean over the samples can be seen, and what it is.
+
+    Its variance is that of a sample over their number, and half the mean square of what it changes
+    by from step to step; the product of two steps is, on average, its mean squared.
+    """
+    now, before = global_sum(slopes[0]), heard[1]
+    return [samples * ops.square(now - before) / 2 + now * before, now]
 
 
 def log_damage(heard: Any) -> Any:

@@ -181,9 +181,18 @@ class GateInserter(MaskInserter):
             members=spec.members,
             min_units=spec.floor,
             axis=axis,
-            listens=self.problem.options.importance == "gradients",
+            listens=self._listens(spec),
         )
         return gate(value)
+
+    def _listens(self, spec: GateSpec) -> str | None:
+        """To each sample, where there is something to mask for each, also if all share the gate.
+
+        Masks on weights would be cheaper; the sum over a batch says much less of a unit.
+        """
+        if self.problem.options.importance != "gradients":
+            return None
+        return "samples" if spec.per_sample else "batch"
 
     def _last(self, index: int, values: Any) -> dict:
         budget, options = self.problem.budget, self.problem.options

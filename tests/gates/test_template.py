@@ -255,7 +255,7 @@ def test_gates_that_are_led_forget_where_they_began(pressure):
     gate.lead.assign(lead)
     gate.pressure = lambda: ops.convert_to_tensor(pressure)
     gates = to_numpy(gate(np.zeros((3, 6, 6, 2), "float32"), training=True))
-    np.testing.assert_array_equal(gates, [(lead > 0) | (pressure == 0)])
+    np.testing.assert_array_equal(gates, np.tile((lead > 0) | (pressure == 0), (3, 1)))
 
 
 # --- what is refused -------------------------------------------------------------------------
