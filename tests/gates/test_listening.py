@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import small_resnet
 from keras import layers
 
 import keras_polar
@@ -202,3 +203,59 @@ def test_what_was_heard_is_saved_and_training_goes_on_equally(trained, tmp_path)
     assert any((to_numpy(g._gate.lead) < 0).any() for g in gated.groups)
     for a, b in zip(gated.weights, loaded.weights, strict=True):
         np.testing.assert_allclose(to_numpy(b), to_numpy(a), 1e-4, 1e-6, err_msg=a.path)
+
+
+# --- what gates hear beside what closing a unit really does ------------------------------------
+
+
+def digits():
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    noise = np.random.default_rng(0).standard_normal((len(x), 8, 8, 1))
+    return (x.reshape(-1, 8, 8, 1) / 16 + 0.6 * noise).astype("float32"), y
+
+
+def losses_without(gated, x, y):
+    """For every group what closing each of its units alone adds to the loss."""
+    groups, added = gated.groups, []
+
+    def loss_of(group, mask):
+        group.set_mask(mask)
+        return float(LOSS(y, gated.predict_on_batch(x)))
+
+    whole = [loss_of(g, np.ones(g.units, bool)) for g in groups][-1]
+    for g in groups:
+        added.append(
+            np.array([loss_of(g, np.arange(g.units) != u) for u in range(g.units)]) - whole
+        )
+        g.set_mask(np.ones(g.units, bool))
+    return added
+
+
+def rank_correlation(a, b):
+    return np.corrcoef(*(np.argsort(np.argsort(v)) for v in (a, b)))[0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["dynamic", "static"])
+def test_what_is_heard_ranks_units_as_closing_each_does(gate):
+    keras.utils.set_random_seed(0)
+    model, (x, y) = small_resnet(classes=10), digits()
+    model.compile(keras.optimizers.Adam(5e-3), LOSS)
+    model.fit(x, y, batch_size=75, epochs=6, verbose=0)
+    schedule = keras_polar.Schedule(warmup=0.02, ramp=0.12, settle=1.0, steps=10_000)
+    options = {"measure": "macs", "round_to": 1, "schedule": schedule}
+    gated = keras_polar.apply(model, 0.5, gate=gate, **options)
+    gated.compile(keras.optimizers.SGD(1e-3), LOSS)
+    gated.fit(x, y, batch_size=75, epochs=4, verbose=0)
+    heard = [to_numpy(g._gate.heard)[0] for g in gated.groups]
+    added = losses_without(gated, x, y)
+    units = np.array(gated.budget.units)
+    saved = [gated.budget.achieved(units - one) for one in np.eye(len(units), dtype=int)]
+    inside = [rank_correlation(a, b) for a, b in zip(heard, added, strict=True)]
+    assert np.mean(inside) >= 0.7
+    overall = [
+        np.concatenate([a / c for a, c in zip(s, saved, strict=True)]) for s in (heard, added)
+    ]
+    assert rank_correlation(*overall) >= 0.8

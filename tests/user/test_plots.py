@@ -96,7 +96,7 @@ def test_shares_of_groups_stand_beside_the_uniform_one():
     uniform = axis.lines[0].get_xdata()[0]
     below, above = (gated.budget.achieved((uniform + d) * units) for d in (0, 1e-6))
     assert below >= gated.sparsity > above  # widths are whole numbers
-    with pytest.raises(TypeError, match="plots.shares: expected a gated model"):
+    with pytest.raises(TypeError, match=r"plots\.shares: expected a gated model"):
         plots.shares(small_resnet())
 
 
