@@ -225,10 +225,10 @@ def start():
         [runs(m, TRAINED | {"model": n}, round_to=1 if m == "dynamic" else None) for n in NETWORKS]
         for m in ("dense", "dynamic", "fisher_per_cost", "l1_even")
     )
-    rows_of = zip(("dense", "dynamic", "fisher_per_cost", "l1_even"), (dense, ours, fisher, l1))
+    methods = {"dense": dense, "dynamic": ours, "fisher_per_cost": fisher, "l1_even": l1}
     body = [
         (names[m], *(beside(*pair) for pair in zip(found, dense, strict=True)))
-        for m, found in rows_of
+        for m, found in methods.items()
     ]
     alone, whole, longer = (runs(m, ON_GPU) for m in ("static", "dense", "narrow_longer"))
     return f"""\
@@ -502,7 +502,8 @@ def gates():
 
     return f"""\
 By logits alone, as in earlier versions, neither that slope nor the initial logit of 2 matters much:
-ResNet-20, half of the MACs removed with static gates, {own()} %; with a constant slope {own("identity")} %, one that is zero beyond ±2
+ResNet-20, half of the MACs removed with static gates, {own()} %; with a constant slope
+{own("identity")} %, one that is zero beyond ±2
 {own("clipped")} %, an initial logit of 1 or 4 {own("open1")} % and {own("open4")} % (rows `gate=`
 of the [comparison](benchmarks/comparison.md); {images(SHORT)}, training images held out, one seed,
 with which half a point is chance). Nor does it matter when the gates settle, after 30 %

@@ -1,5 +1,6 @@
 """What training needs of Keras' trainer and optimizers that has no public name."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,3 +36,24 @@ def undecayed(optimizer: Any) -> tuple[Sequence[int], list[str] | None]:
     excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
     pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
     return excluded, [pattern.pattern] if pattern else None
+
+
+def average_what_is_overwritten(model: Any) -> None:
+    """Makes up for what Keras forgets in an optimizer with `use_ema`, which is built by it.
+
+    Of variables that are overwritten with their gradients (see `gates.listening`) Keras keeps no
+    average, and then assigns that to them all the same. Each is its own average here.
+    """
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if not getattr(optimizer, "use_ema", False):
+        return
+    strategy = getattr(model, "distribute_strategy", None)
+    with strategy.scope() if strategy is not None else contextlib.nullcontext():
+        if not optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+    averages = optimizer._model_variables_moving_average
+    for i, (average, variable) in enumerate(
+        zip(averages, optimizer._trainable_variables, strict=True)
+    ):
+        if average is None:  # past the list's own method, by which it would be the optimizer's
+            list.__setitem__(averages, i, variable)

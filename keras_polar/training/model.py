@@ -21,7 +21,11 @@ from keras_polar.selection.importance import Importance, per_cost
 from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
 from keras_polar.surgery.strip import scores_of
-from keras_polar.training.keras_hooks import is_called_by, losses_are_handed_over
+from keras_polar.training.keras_hooks import (
+    average_what_is_overwritten,
+    is_called_by,
+    losses_are_handed_over,
+)
 from keras_polar.training.loop import Run
 
 
@@ -46,6 +50,11 @@ class GatedModel(keras.Model):
             self.consensus.listeners = tuple(map(_listener, self.groups))
         if gates:
             mask_penalties(self)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """See `keras.Model.compile`."""
+        super().compile(*args, **kwargs)
+        average_what_is_overwritten(self)
 
     @property
     def groups(self) -> list[GateGroup]:

@@ -19,7 +19,8 @@ def test_apply_fit_convert(gate):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 8, 8, 1)).astype("float32")
     y = (x.mean(axis=(1, 2, 3)) > 0).astype("int64")
-    gated = keras_polar.apply(small_resnet(classes=2), 0.5, gate=gate)
+    late = keras_polar.Schedule(warmup=0.2, ramp=0.4, settle=0.4)
+    gated = keras_polar.apply(small_resnet(classes=2), 0.5, gate=gate, schedule=late)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     gated.compile("adam", loss, metrics=["accuracy"])
     history = gated.fit(x, y, epochs=6, batch_size=32, verbose=0).history
