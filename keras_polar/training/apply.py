@@ -12,6 +12,7 @@ from keras_polar.costs.measures import Measure
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.schedule import Schedule
+from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
@@ -37,6 +38,7 @@ def apply(
     compact: bool = True,
     latency_table: LatencyTable | str | os.PathLike | None = None,
     importance: str | Importance = "gradients",
+    teacher: Teacher | keras.Model | None = None,
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -82,6 +84,9 @@ def apply(
             "l1_norm", "batch_norm_scale", "group_norm" (units of all groups compared), "at_random"
             or a `keras_polar.Importance` of your own: weights as they are when the gates settle,
             whatever the gates say; these are controls.
+        teacher: a trained model, `model` itself in most cases, or a `keras_polar.Teacher` that
+            also says how: the gated model learns to give its outputs, besides the labels, before
+            and after the gates settle. A frozen copy teaches, with the values of this moment.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
@@ -124,10 +129,14 @@ def apply(
         compact=bool(compact),
         latency_table=latency_table,
         importance=importance,
+        teacher=teacher,
     )
     problem = pruning_problem(model, options)
     warn_of_ties(problem.coupling.graph, "apply")
-    gated = rebuild(problem.coupling.graph, GateInserter(problem).visit, GatedModel)
+    graph, visit = problem.coupling.graph, GateInserter(problem).visit
+    if problem.teaching is not None:
+        visit = problem.teaching.wrap(graph, visit)
+    gated = rebuild(graph, visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
     _warn_of_own_training(model)
     return gated
