@@ -1,6 +1,6 @@
 """The layer that asks the teacher, and adds to the losses how far its pupil is from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Lesson(keras.layers.Layer):
     Args:
         teacher: a functional model of the pupil's inputs, as a list, whose outputs are compared;
             its variables are frozen for good.
-        comparisons: configs of `Comparison`s, which take the pupil's tensors and the teacher's in
+        comparisons: these take the pupil's tensors and the teacher's in
             order.
         every: only in every so many steps.
         passes: the name of the output that is passed through.
@@ -97,12 +97,17 @@ class Lesson(keras.layers.Layer):
     clock: Callable | None = None
 
     def __init__(
-        self, teacher: Any, comparisons: list, every: int, passes: str, **kwargs: Any
+        self,
+        teacher: Any,
+        comparisons: Iterable[Comparison],
+        every: int,
+        passes: str,
+        **kwargs: Any,
     ) -> None:
         # What passes through keeps its type, and losses are computed in float32.
         super().__init__(autocast=False, **{**kwargs, "dtype": "float32", "trainable": False})
         self.teacher = frozen(teacher)
-        self.comparisons = [Comparison.from_config(c) for c in comparisons]
+        self.comparisons = tuple(comparisons)
         self.every = every
         self.passes = passes
         self.supports_masking = True
@@ -165,7 +170,8 @@ class Lesson(keras.layers.Layer):
     @classmethod
     def from_config(cls, config: dict) -> "Lesson":
         teacher = keras.saving.deserialize_keras_object(config["teacher"])
-        return cls(**{**config, "teacher": teacher})
+        comparisons = map(Comparison.from_config, config["comparisons"])
+        return cls(**{**config, "teacher": teacher, "comparisons": comparisons})
 
 
 def frozen(model: Any) -> Any:

@@ -66,7 +66,7 @@ class Teacher:
 
     def _check_weights(self) -> None:
         for weight in self.weights:
-            if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise TypeError(f"Teacher: expected weight as a number, received {weight!r}.")
             if not 0 <= weight < math.inf:
                 raise ValueError(

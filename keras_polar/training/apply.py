@@ -133,9 +133,9 @@ def apply(
     )
     problem = pruning_problem(model, options)
     warn_of_ties(problem.coupling.graph, "apply")
-    graph, visit = problem.coupling.graph, GateInserter(problem).visit
-    if problem.teaching is not None:
-        visit = problem.teaching.wrap(graph, visit)
+    graph, inserter = problem.coupling.graph, GateInserter(problem)
+    taught = problem.teaching
+    visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)
     gated = rebuild(graph, visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
     _warn_of_own_training(model)

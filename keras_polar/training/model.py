@@ -37,6 +37,7 @@ class GatedModel(keras.Model):
     """
 
     sub_network = None
+    output_names: list[str]  # Keras'
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

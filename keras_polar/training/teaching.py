@@ -46,10 +46,11 @@ class Teaching:
 
     def wrap(self, graph: Graph, visit: Visit) -> Visit:
         """Rebuilds the graph as `visit` does, with the lesson behind its last output."""
-        configs = [c.get_config() for c in self.comparisons]
         last = graph.calls[-1].name
         names = {c.name for c in graph.calls} | {i.name for i in graph.input_layers}
-        lesson = Lesson(self.teacher, configs, self.every, last, name=unused("teacher", names))
+        lesson = Lesson(
+            self.teacher, self.comparisons, self.every, last, name=unused("teacher", names)
+        )
         return with_lesson(graph, visit, lesson, self.pupil)
 
 
