@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import randomise, small_resnet
+from helpers import quick, randomise, small_resnet
 from keras import layers
 from keras.distillation import DistillationLoss, FeatureDistillation, LogitsDistillation
 
@@ -39,6 +39,10 @@ def two_headed(seed=0, as_dict=False):
     z = layers.Dense(16, activation="tanh", name="hidden")(x)
     a, b = layers.Dense(3, name="a")(z), layers.Dense(4, name="b")(z)
     return keras.Model(x, {"a": a, "b": b} if as_dict else [a, b])
+
+
+def number(x):
+    return float(to_numpy(x))
 
 
 def values(model):
@@ -88,7 +92,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", quick(("default", "features"), LOSSES))
 def test_the_loss_is_that_of_keras_before_and_after_the_switch(name):
     make, by_hand = LOSSES[name]
     x, y = data()
@@ -98,9 +102,9 @@ def test_the_loss_is_that_of_keras_before_and_after_the_switch(name):
 
     def wanted():
         own = CROSSENTROPY(from_logits=True)(y, gated(x))
-        added = float(0.5 * by_hand(gated, other, x))
+        added = 0.5 * number(by_hand(gated, other, x))
         assert added > 1e-3
-        return float(own) + added
+        return number(own) + added
 
     before = wanted()
     assert losses(gated, x, y) == pytest.approx([before], rel=1e-5)
@@ -111,7 +115,7 @@ def test_the_loss_is_that_of_keras_before_and_after_the_switch(name):
     found = gated.fit(x, y, len(x), verbose=0, callbacks=[inside]).history["loss"]
     assert inside.was_compacted == CAN_COMPACT
     assert found == pytest.approx([after], rel=1e-5)
-    own = float(CROSSENTROPY(from_logits=True)(y, gated(x)))
+    own = number(CROSSENTROPY(from_logits=True)(y, gated(x)))
     assert gated.evaluate(x, y, verbose=0) == pytest.approx(own, rel=1e-5)
 
 
@@ -125,7 +129,7 @@ def test_several_losses_with_weights():
         feature_of(other, x), feature_of(model, x)
     )
     own = CROSSENTROPY(from_logits=True)(y, model(x))
-    assert losses(compiled(gated), x, y) == pytest.approx([float(own + by_hand)], rel=1e-5)
+    assert losses(compiled(gated), x, y) == pytest.approx([number(own + by_hand)], rel=1e-5)
 
 
 def test_layers_that_are_compared_keep_all_their_units():
@@ -142,8 +146,8 @@ def test_only_every_third_step():
     model, other = network(), network(seed=1)
     gated = keras_polar.apply(model, 0.3, schedule=LONG, teacher=Teacher(other, every=3))
     compiled(gated)
-    own = float(CROSSENTROPY(from_logits=True)(y, model(x)))
-    added = 3 * float(LogitsDistillation(3.0, KL()).compute_loss(other(x), model(x)))
+    own = number(CROSSENTROPY(from_logits=True)(y, model(x)))
+    added = 3 * number(LogitsDistillation(3.0, KL()).compute_loss(other(x), model(x)))
     wanted = [own, own, own + added] * 2
     assert losses(gated, x, y, 6) == pytest.approx(wanted, rel=1e-5)
     gated.settle()
@@ -184,8 +188,18 @@ def test_probabilities_of_a_softmax_are_compared_as_logits():
     assert runs == pytest.approx([runs[0]] * 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("loss", [None, {"a": "kl_divergence", "b": None}])
+FIRST_ALONE = {"a": "kl_divergence", "b": None}
+
+
+@pytest.mark.parametrize(
+    ("as_dict", "loss"),
+    [
+        (True, None),
+        (False, FIRST_ALONE),
+        pytest.param(False, None, marks=pytest.mark.slow),
+        pytest.param(True, FIRST_ALONE, marks=pytest.mark.slow),
+    ],
+)
 def test_two_outputs_keep_their_names(as_dict, loss, tmp_path):
     x, y = data()
     model, other = two_headed(0, as_dict), two_headed(1, as_dict)
@@ -203,7 +217,7 @@ def test_two_outputs_keep_their_names(as_dict, loss, tmp_path):
     by_hand = LogitsDistillation(3.0, KL())
     theirs, ours = (keras.tree.flatten(m(x)) for m in (other, model))
     added = sum(
-        float(by_hand.compute_loss(a, b))
+        number(by_hand.compute_loss(a, b))
         for a, b in list(zip(theirs, ours, strict=True))[: 1 if loss else 2]
     )
     assert losses(gated, x, labels) == pytest.approx([report["loss"] + added], rel=1e-5)
@@ -222,14 +236,16 @@ def images(n=64, seed=0):
     return rng.standard_normal((n, 8, 8, 1)).astype("float32"), rng.integers(0, 10, n)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.fixture(params=quick(("float32",), ("float32", "mixed_float16", "mixed_bfloat16")))
+def policy(request):
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy("float32")
+
+
 def test_the_teacher_stays_what_it_was(policy, tmp_path):
     """The very model that is pruned teaches, BatchNorm and all, in a whole run."""
-    keras.config.set_dtype_policy(policy)
-    try:
-        model = randomise(small_resnet())
-    finally:
-        keras.config.set_dtype_policy("float32")
+    model = randomise(small_resnet())
     before, trainable = values(model), len(model.trainable_variables)
     x, y = images()
     gated = keras_polar.apply(model, 0.4, teacher=model)
@@ -244,7 +260,7 @@ def test_the_teacher_stays_what_it_was(policy, tmp_path):
     gated.trainable = True  # and for all layers, as loops do
     for layer in gated.layers:
         layer.trainable = True
-    gated.fit(x, y, batch_size=16, epochs=5, verbose=0, validation_data=(x, y))
+    gated.fit(x, y, batch_size=16, epochs=3, verbose=0, validation_data=(x, y))
     assert gated.settled
     for taught_values in (gated.lesson.variables, model.variables):
         for a, b in zip(before, taught_values, strict=True):
@@ -312,7 +328,7 @@ def test_penalties_and_metrics_of_the_teacher_are_its_own():
     own = CROSSENTROPY(from_logits=True)(y, model(x))
     added = LogitsDistillation(3.0, KL()).compute_loss(noisy(x, training=False), model(x))
     for _ in range(2):
-        assert losses(gated, x, y) == pytest.approx([float(own + added)], rel=1e-5)
+        assert losses(gated, x, y) == pytest.approx([number(own + added)], rel=1e-5)
         gated.settle()
         own = CROSSENTROPY(from_logits=True)(y, gated(x))
         added = LogitsDistillation(3.0, KL()).compute_loss(noisy(x, training=False), gated(x))
@@ -334,7 +350,7 @@ def test_inputs_and_outputs_are_told_by_their_names():
     (x, _), (z, _) = data(), data(seed=1)
     gated = keras_polar.apply(model, 0.3, schedule=LONG, teacher=other)
     compiled(gated, None)
-    np.testing.assert_allclose(float(gated.lesson.loss_of(model([x, z]), [x, z])), 0, atol=1e-6)
+    np.testing.assert_allclose(number(gated.lesson.loss_of(model([x, z]), [x, z])), 0, atol=1e-6)
 
 
 class Own(DistillationLoss):
@@ -347,7 +363,7 @@ def test_a_loss_of_ones_own():
     model, other = network(), network(seed=1)
     gated = keras_polar.apply(model, 0.3, schedule=LONG, teacher=Teacher(other, Own()))
     wanted = CROSSENTROPY(from_logits=True)(y, model(x)) + Own().compute_loss(other(x), model(x))
-    assert losses(compiled(gated), x, y) == pytest.approx([float(wanted)], rel=1e-5)
+    assert losses(compiled(gated), x, y) == pytest.approx([number(wanted)], rel=1e-5)
 
 
 REFUSED = [
