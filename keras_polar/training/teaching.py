@@ -1,5 +1,6 @@
 """From a teacher to a lesson: which tensors are compared, and a frozen copy that makes them."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -309,6 +310,7 @@ def _compared(loss: Any, ours: _Side, theirs: _Side) -> tuple[Any, list[tuple], 
         pair = ours.feature(names[0], "model"), theirs.feature(names[1], "teacher")
         if type(loss) in _STOCK:
             _refuse_other_shape(ours, theirs, pair)
+            loss = _flat(loss, [loss.loss])
         return loss, [pair], ((False,), (False,))
     order = _fitting_outputs(ours, theirs)
     if type(loss) in _STOCK:
@@ -345,13 +347,28 @@ def _parts(loss: Any, ours: _Side) -> list:
 
 def _flat(loss: Any, parts: list) -> Any:
     """The same loss, of lists."""
-    if type(loss) is FeatureDistillation:
-        return FeatureDistillation(parts[0] if len(parts) == 1 else parts)
-    # Keras takes the name "kl_divergence", its default, for the function, and makes probabilities
-    # of logits only for the class: https://github.com/keras-team/keras (distillation_loss.py).
-    own = keras.losses.kl_divergence
-    parts = [keras.losses.KLDivergence() if p is own else p for p in parts]
-    return LogitsDistillation(loss.temperature, parts[0] if len(parts) == 1 else parts)
+    if type(loss) is LogitsDistillation:
+        # Keras takes the name "kl_divergence", its default, for the function, but makes
+        # probabilities of logits for the class alone: the function would be given logits.
+        own = keras.losses.kl_divergence
+        parts = [keras.losses.KLDivergence() if p is own else p for p in parts]
+    parts = [_per_sample(p) for p in parts]
+    inner = parts[0] if len(parts) == 1 else parts
+    if type(loss) is LogitsDistillation:
+        return LogitsDistillation(loss.temperature, inner)
+    return FeatureDistillation(inner, loss.teacher_layer_name, loss.student_layer_name)
+
+
+def _per_sample(loss: Any) -> Any:
+    """The same loss without a mean, which is taken of it anyway.
+
+    Keras' own mean is divided by the number of replicas, and so is whatever a layer adds.
+    """
+    if getattr(loss, "reduction", None) not in ("mean", "sum_over_batch_size"):
+        return loss
+    loss = copy.copy(loss)
+    loss.reduction = "none"
+    return loss
 
 
 def _check(loss: Any, ours: _Side, theirs: _Side, places: tuple, pair: tuple) -> None:
