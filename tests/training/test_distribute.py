@@ -43,16 +43,17 @@ def strategies():
     return one, tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-def trained(strategy, gate, synchronised, **options):
+def trained(strategy, gate, synchronised, taught=None, **options):
     schedule = keras_polar.Schedule(warmup=0.1, ramp=0.3, settle=0.7)
+    options = {"schedule": schedule, **options}
     rng = np.random.default_rng(0)
     x = rng.standard_normal((STEPS * BATCH, 8, 8, 1)).astype("float32")
     y = rng.integers(0, 10, STEPS * BATCH)
     with strategy.scope():
         model = network(synchronised)
-        if "every" in options:
-            options = {"teacher": keras_polar.Teacher(randomise(network(False)), **options)}
-        gated = keras_polar.apply(model, 0.5, gate=gate, schedule=schedule, **options)
+        if taught:
+            options["teacher"] = keras_polar.Teacher(randomise(network(False)), **taught)
+        gated = keras_polar.apply(model, 0.5, gate=gate, **options)
         divide(gated)
         gated.compile(keras.optimizers.SGD(0.05, momentum=0.9), LOSS, jit_compile=BACKEND == "jax")
         losses = PerStep(gated)
@@ -104,13 +105,17 @@ def test_two_devices_train_as_one(gate, synchronised, strategies):
 
 @pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_devices_learn_from_a_teacher_as_one(every, strategies):
+    teacher = {"every": every, "weight": 3.0}
+    # Static gates of a group move together, at a step that round-off decides: here they do not.
+    schedule = keras_polar.Schedule(warmup=0.7, ramp=0.7, settle=0.7)
+    options = {"schedule": schedule, "importance": "l1_norm"}
     taught, logs = [], []
     for strategy in strategies:
-        gated, by_step = trained(strategy, "static", True, every=every, weight=3.0)
+        gated, by_step = trained(strategy, "static", True, teacher, **options)
         taught.append(gated)
         logs.append(by_step)
     np.testing.assert_allclose(logs[1], logs[0], atol=1e-5)
-    _, alone = trained(strategies[0], "static", True)
+    _, alone = trained(strategies[0], "static", True, **options)
     assert abs(np.array(alone) - logs[0]).max() > 1e-2  # and it is heard
     for a, b in zip(*(gated.weights for gated in taught), strict=True):
         np.testing.assert_allclose(to_numpy(b), to_numpy(a), atol=1e-5, err_msg=a.path)
