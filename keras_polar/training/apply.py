@@ -97,7 +97,8 @@ def apply(
         ValueError: an argument is out of range or not known, the model has gates already, nothing
             in it can be pruned, `sparsity` cannot be reached (says what can), nobody can count the
             multiply-accumulates of a layer with weights (`measure="macs"`), or the table of
-            latencies lacks a layer.
+            latencies lacks a layer, or a teacher has gates, shares variables with other layers, or
+            has inputs or outputs that do not fit.
 
     Warns:
         UserWarning: `sparsity` is only reached with less in a group than usually stays there, or

@@ -107,8 +107,13 @@ def lesson_of_twin(gated: Any) -> Callable[[Graph, Visit], Visit]:
     def wrap(graph: Graph, visit: Visit) -> Visit:
         if gated.lesson is None:
             return visit
-        call = next(c for c in trace_model(gated).calls if c.op is gated.lesson)
-        pupil = refs_in(call.args[1])  # stripped of its gates, a graph keeps its tensors' numbers
+        whole = trace_model(gated)
+        call = next(c for c in whole.calls if c.op is gated.lesson)
+        # Stripped of its gates, a graph keeps its tensors' numbers, but for sums with one summand.
+        passed = {call.outputs[0]: call.inputs[0]}
+        outputs = [passed.get(i, i) for i in refs_in(whole.outputs)]
+        moved = dict(zip(outputs, refs_in(graph.outputs), strict=True))
+        pupil = [moved.get(i, i) for i in refs_in(call.args[1])]
         left = {t for c in graph.calls for t in c.outputs}
         if not left.issuperset(pupil):
             raise ValueError("what is compared with the teacher is in a branch that is closed")

@@ -366,6 +366,38 @@ def test_a_loss_of_ones_own():
     assert losses(compiled(gated), x, y) == pytest.approx([number(wanted)], rel=1e-5)
 
 
+def test_a_branch_that_closes_at_the_output():
+    """The sum that is the output goes, and what it was the sum of is compared in its place."""
+    x, y = data()
+    inputs = keras.Input((6,))
+    z = layers.Dense(16, activation="tanh", name="stem")(inputs)
+    z = layers.Dense(3, name="short")(z)
+    branch = layers.Dense(8, activation="tanh", name="a")(z)
+    model = keras.Model(inputs, layers.Add()([z, layers.Dense(3, name="b")(branch)]))
+    options = {"granularity": "blocks", "schedule": LONG, "max_sparsity": 1.0}
+    gated = compiled(keras_polar.apply(model, 0.2, teacher=model, **options))
+    gated.groups[0].set_mask([False])
+    inside = Inside()
+    found = gated.fit(x, y, len(x), verbose=0, callbacks=[inside]).history["loss"]
+    assert inside.was_compacted == CAN_COMPACT
+    wanted = CROSSENTROPY(from_logits=True)(y, gated(x))
+    wanted = wanted + LogitsDistillation(3.0, KL()).compute_loss(model(x), gated(x))
+    assert found == pytest.approx([number(wanted)], rel=1e-5)
+
+
+def test_costs_and_files_do_not_know_the_teacher(tmp_path):
+    model = network()
+    gated = keras_polar.apply(model, 0.3, teacher=model)
+    assert keras_polar.cost(gated) == keras_polar.cost(model)
+    assert keras_polar.inspect(gated).rows
+    if BACKEND == "tensorflow":
+        gated.settle()
+        keras_polar.export_tflite(gated, tmp_path / "taught.tflite")
+        keras_polar.export_tflite(keras_polar.convert(gated), tmp_path / "small.tflite")
+        sizes = {p.stem: p.stat().st_size for p in tmp_path.glob("*.tflite")}
+        assert sizes["taught"] == sizes["small"]
+
+
 REFUSED = [
     (lambda: "big", TypeError, "keras.Model, a keras_polar.Teacher or None, received 'big'"),
     (lambda: keras_polar.apply(network(), 0.3), ValueError, "has some.*keras_polar.convert"),
