@@ -15,9 +15,11 @@ class Teacher:
     """A network whose answers the gated model learns to give, besides those of the labels.
 
     `apply(model, teacher=model)` stands for `teacher=Teacher(model)`. What teaches is a frozen copy
-    of the model as it is at the time of `apply`, in inference mode. Each training step then
-    computes it forwards as well, about a third of what the step costs without it, before and after
-    the gates have settled. It is no part of what `evaluate` says, nor of the converted model.
+    of the model as it is at the time of `apply`, in inference mode, before and after the gates have
+    settled. Each training step then computes it forwards as well: about a third of the
+    multiply-accumulates of a step without it, as long as the whole network trains. It is no part of
+    what `evaluate` says, nor of the converted model. Weights of samples and classes do not weigh
+    what it says.
 
     Args:
         model: a functional or built Sequential model without gates, with the inputs of the model
