@@ -66,7 +66,7 @@ def teaching_of(teacher: Any, graph: Graph) -> Teaching | None:
         return None
     given = teacher if isinstance(teacher, Teacher) else _teacher(teacher)
     sides = _Side(graph), _Side(_traced(given.model), trace_model(given.model))
-    losses = given.losses or [_default(*sides)]
+    losses = given.losses or [LogitsDistillation()]
     found = [_compared(loss, *sides) for loss in losses]
     comparisons = [
         Comparison(loss, float(weight), *flags)
@@ -302,10 +302,6 @@ def _refuse_other_shape(ours: _Side, theirs: _Side, pair: tuple[int, int]) -> No
 
 
 # --- losses ----------------------------------------------------------------------------------
-
-
-def _default(ours: _Side, theirs: _Side) -> Any:
-    return LogitsDistillation(loss=keras.losses.KLDivergence())
 
 
 def _compared(loss: Any, ours: _Side, theirs: _Side) -> tuple[Any, list[tuple], tuple]:
