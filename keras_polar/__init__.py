@@ -13,6 +13,7 @@ from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.measures import Measure
 from keras_polar.gates.gate import DynamicGate, Gate
 from keras_polar.gates.schedule import Schedule
+from keras_polar.gates.teacher import Teacher
 from keras_polar.inspection import cost, inspect
 from keras_polar.litert import (
     benchmark_tflite,
@@ -38,6 +39,7 @@ __all__ = [
     "Measure",
     "Rule",
     "Schedule",
+    "Teacher",
     "__version__",
     "apply",
     "benchmark_tflite",

@@ -120,6 +120,14 @@ def only(coupling: Coupling, groups: Iterable[Group]) -> Coupling:
     return replace(coupling, groups=kept, group_of=group_of, index_of=index_of)
 
 
+def keeping(coupling: Coupling, layers: Iterable[str], why: str) -> Coupling:
+    """The same units, with those in the outputs of layers by these names kept for a reason."""
+    names, flowed = set(layers), coupling.flowed.copy()
+    for ids in (ids for s in coupling.sites if s.name in names for ids in s.outputs):
+        flowed.pin(ids, why)
+    return _solved(coupling.graph, coupling.sites, flowed, ())
+
+
 def _solved(
     graph: Graph, sites: tuple[CallSite, ...], flowed: Units, ignore: Iterable[str]
 ) -> Coupling:

@@ -47,6 +47,7 @@ __all__ = [
     "own_variables",
     "takes_training",
     "to_snake_case",
+    "without_metrics",
 ]
 
 OP_MODULES = (keras_numpy, nn, core, math, image, linalg, einops, activations)
@@ -134,6 +135,12 @@ def forget_losses(layer: Any) -> None:
     for part in layers_of(layer):
         part._losses.clear()
         part._loss_ids.clear()
+
+
+def without_metrics(layer: Any) -> None:
+    """The metrics that a layer and its parts own are no longer told to the models they are in."""
+    for part in layers_of(layer):
+        part._metrics.clear()
 
 
 def takes_training(layer: Any) -> bool:

@@ -1,6 +1,7 @@
 """From a plan of what stays to a physically smaller model: gated -> small, and direct surgery."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -8,6 +9,7 @@ import numpy as np
 
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.groups import require_gated
+from keras_polar.graph.ir import Graph
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.surgery.certificate import check_certificate
@@ -59,11 +61,17 @@ def _warn_of_early_conversion(gated: Any) -> None:
         )
 
 
-def small_twin(gated: Any) -> tuple[keras.Model, "Cutter"]:
-    """The sub-network of a gated model, and the cutter that made it."""
+def small_twin(
+    gated: Any, wrap: Callable[[Graph, Callable], Callable] = lambda _, visit: visit
+) -> tuple[keras.Model, "Cutter"]:
+    """The sub-network of a gated model, and the cutter that made it.
+
+    Args:
+        wrap: what to rebuild a graph with instead of the cutter's `visit`.
+    """
     coupling = couple(stripped(gated))
     cutter = Cutter(coupling, _flags(gated, coupling))
-    return rebuild(coupling.graph, cutter.visit, keras.Model), cutter
+    return rebuild(coupling.graph, wrap(coupling.graph, cutter.visit), keras.Model), cutter
 
 
 def _flags(gated: Any, coupling: Coupling) -> np.ndarray:

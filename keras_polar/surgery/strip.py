@@ -10,12 +10,15 @@ from keras_polar.coupling.branches import shorten
 from keras_polar.coupling.coupling import Coupling, couple, only
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import GateGroup
+from keras_polar.gates.lesson import Lesson
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
 from keras_polar.gates.weight_mask import WeightMask, unpack
 from keras_polar.graph.ir import Call, Graph, alive, bypass, refs_in
 from keras_polar.rules import trace_model
 from keras_polar.selection.importance import Importance
+
+_PASSING = (Mask, PruningObjective, Lesson)  # the first input takes the place of the output
 
 
 def stripped(gated: Any) -> Graph:
@@ -36,7 +39,7 @@ def strip(graph: Graph, closed: set[int]) -> Graph:
             return -1
         left = [t for t in call.inputs if t not in closed]
         is_alone = len(left) == 1 < len(call.inputs)
-        return left[0] if is_alone or isinstance(call.op, (Mask, PruningObjective)) else None
+        return left[0] if is_alone or isinstance(call.op, _PASSING) else None
 
     calls = (shorten(_without_inner_mask(c), closed) for c in graph.calls)
     return alive(bypass(replace(graph, calls=tuple(calls)), stands_for))

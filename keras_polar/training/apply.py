@@ -12,6 +12,7 @@ from keras_polar.costs.measures import Measure
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.schedule import Schedule
+from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
@@ -37,6 +38,7 @@ def apply(
     compact: bool = True,
     latency_table: LatencyTable | str | os.PathLike | None = None,
     importance: str | Importance = "gradients",
+    teacher: Teacher | keras.Model | None = None,
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -83,6 +85,9 @@ def apply(
             or a `keras_polar.Importance` of your own: weights as they are when the gates settle,
             whatever the gates say; these are controls. `keras_polar.importances` has some that
             judge a trained network by data.
+        teacher: a trained model, `model` itself in most cases, or a `keras_polar.Teacher` that
+            also says how: the gated model learns to give its outputs, besides the labels, before
+            and after the gates settle. A frozen copy teaches, with the values of this moment.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
@@ -93,7 +98,8 @@ def apply(
         ValueError: an argument is out of range or not known, the model has gates already, nothing
             in it can be pruned, `sparsity` cannot be reached (says what can), nobody can count the
             multiply-accumulates of a layer with weights (`measure="macs"`), or the table of
-            latencies lacks a layer.
+            latencies lacks a layer, or a teacher has gates, shares variables with other layers, or
+            has inputs or outputs that do not fit.
 
     Warns:
         UserWarning: `sparsity` is only reached with less in a group than usually stays there, or
@@ -125,10 +131,14 @@ def apply(
         compact=bool(compact),
         latency_table=latency_table,
         importance=importance,
+        teacher=teacher,
     )
     problem = pruning_problem(model, options)
     warn_of_ties(problem.coupling.graph, "apply")
-    gated = rebuild(problem.coupling.graph, GateInserter(problem).visit, GatedModel)
+    graph, inserter = problem.coupling.graph, GateInserter(problem)
+    taught = problem.teaching
+    visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)
+    gated = rebuild(graph, visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
     _warn_of_own_training(model)
     return gated

@@ -19,6 +19,7 @@ from keras_polar.processes import assign
 from keras_polar.surgery.convert import small_twin
 from keras_polar.surgery.cut import Piece
 from keras_polar.training.keras_hooks import learning_rate, share_clock, undecayed
+from keras_polar.training.teaching import lesson_of_twin
 
 # What JAX makes a training step of. It would take one method of one model for one function,
 # whatever network trains, and go on with the constants of an earlier one. It comes by `call`, not
@@ -52,7 +53,7 @@ class Compaction:
         _refuse_sharded()
         with _scope(gated):
             try:
-                self.model, cutter = small_twin(gated)
+                self.model, cutter = small_twin(gated, lesson_of_twin(gated))
             except (TypeError, ValueError) as error:
                 raise CannotCompact(f"its smaller one cannot be made: {error}") from error
             _refuse_scaled(cutter.pieces)

@@ -51,9 +51,7 @@ def average_what_is_overwritten(model: Any) -> None:
     with strategy.scope() if strategy is not None else contextlib.nullcontext():
         if not optimizer.built:
             model.optimizer.build(model.trainable_variables)
-    averages = optimizer._model_variables_moving_average
-    for i, (average, variable) in enumerate(
-        zip(averages, optimizer._trainable_variables, strict=True)
-    ):
-        if average is None:  # past the list's own method, by which it would be the optimizer's
-            list.__setitem__(averages, i, variable)
+    averages, variables = optimizer._model_variables_moving_average, optimizer._trainable_variables
+    kept = [v if a is None else a for a, v in zip(averages, variables, strict=True)]
+    # Past `__setattr__`, by which variables of the model would become the optimizer's, too.
+    vars(optimizer)["_model_variables_moving_average"] = kept

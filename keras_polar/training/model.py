@@ -13,6 +13,7 @@ from keras import ops
 from keras_polar.backends import require_supported, to_numpy
 from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
+from keras_polar.gates.lesson import Lesson
 from keras_polar.gates.objective import BY_GATES, PruningObjective
 from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
@@ -40,6 +41,7 @@ class GatedModel(keras.Model):
     """
 
     sub_network = None
+    output_names: list[str]  # Keras'
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,6 +52,8 @@ class GatedModel(keras.Model):
             self.consensus.listeners = tuple(map(_listener, self.groups))
         if gates:
             mask_penalties(self)
+        if self.lesson is not None:
+            self._attend(self.lesson)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """See `keras.Model.compile`."""
@@ -77,6 +81,17 @@ class GatedModel(keras.Model):
             f"GatedModel {self.name!r} has no gates. Expected one that keras_polar.apply made; "
             "it is not meant to be built by hand."
         )
+
+    @property
+    def lesson(self) -> Lesson | None:
+        """The layer that asks the teacher, if there is one."""
+        return next((layer for layer in self.layers if isinstance(layer, Lesson)), None)
+
+    def _attend(self, lesson: Lesson) -> None:
+        step = self.consensus.step
+        lesson.clock = lambda: ops.convert_to_tensor(step)
+        # By the names of outputs `compile` is given losses and metrics: they are their layers'.
+        self.output_names = [lesson.passes if n == lesson.name else n for n in self.output_names]
 
     @property
     def budget(self) -> Budget:

@@ -12,7 +12,7 @@ from keras_polar.costs.count import sizes_known, unknown_macs
 from keras_polar.costs.latency import LatencyTable
 from keras_polar.costs.measures import MEASURES, Measure, cost_of
 from keras_polar.coupling.branches import Branch
-from keras_polar.coupling.coupling import Coupling, analyze, ignoring, why_fixed
+from keras_polar.coupling.coupling import Coupling, analyze, ignoring, keeping, why_fixed
 from keras_polar.gates.gate import Gate
 from keras_polar.gates.objective import BY_GATES
 from keras_polar.gates.schedule import Schedule
@@ -23,6 +23,7 @@ from keras_polar.selection.budget import Budget, budget_of, usual_floors
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
+from keras_polar.training.teaching import Teaching, teaching_of
 
 GRANULARITIES = ("channels", "blocks")
 IMPORTANCES = (*BY_GATES, *CRITERIA)
@@ -45,6 +46,7 @@ class Options:
     compact: bool
     latency_table: LatencyTable | str | os.PathLike | None
     importance: str | Importance
+    teacher: Any = None
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -69,6 +71,7 @@ class PruningProblem:
         budget: what the settled network may cost.
         specs: one per gate, in the order of the budget's variables.
         gate: the gates are made like it.
+        teaching: what the network learns from a teacher, if there is one.
     """
 
     options: Options
@@ -78,6 +81,7 @@ class PruningProblem:
     budget: Budget
     specs: tuple[GateSpec, ...]
     gate: Gate
+    teaching: Teaching | None
 
 
 def pruning_problem(model: Any, options: Options) -> PruningProblem:
@@ -88,8 +92,13 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     """
     gate = template_of(options.gate)
     whole = analyze(model)
-    coupling = ignoring(whole, options.ignore if "channels" in options.granularity else "*")
+    teaching = teaching_of(options.teacher, whole.graph)
+    features = () if teaching is None else teaching.features
+    comparable = keeping(whole, features, "is compared with the teacher")
+    coupling = ignoring(comparable, options.ignore if "channels" in options.granularity else "*")
     branches = branches_of(coupling, options.ignore) if "blocks" in options.granularity else ()
+    names = [site.name for site in coupling.sites]
+    branches = tuple(b for b in branches if not {names[i] for i in b.calls}.intersection(features))
     if not coupling.groups and not branches:
         raise ValueError(
             f"apply: nothing in model {model.name!r} can be pruned. "
@@ -109,7 +118,9 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     )
     _warn_of_low_groups(coupling, budget, measure.name, options)
     specs = gate_specs(coupling, branches, budget.floors)
-    return PruningProblem(options, coupling, branches, measure, budget, tuple(specs), gate)
+    return PruningProblem(
+        options, coupling, branches, measure, budget, tuple(specs), gate, teaching
+    )
 
 
 # --- the options -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import randomise
 from keras import layers
 
 import keras_polar
@@ -42,13 +43,17 @@ def strategies():
     return one, tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-def trained(strategy, gate, synchronised):
+def trained(strategy, gate, synchronised, taught=None, **options):
     schedule = keras_polar.Schedule(warmup=0.1, ramp=0.3, settle=0.7)
+    options = {"schedule": schedule, **options}
     rng = np.random.default_rng(0)
     x = rng.standard_normal((STEPS * BATCH, 8, 8, 1)).astype("float32")
     y = rng.integers(0, 10, STEPS * BATCH)
     with strategy.scope():
-        gated = keras_polar.apply(network(synchronised), 0.5, gate=gate, schedule=schedule)
+        model = network(synchronised)
+        if taught:
+            options["teacher"] = keras_polar.Teacher(randomise(network(False)), **taught)
+        gated = keras_polar.apply(model, 0.5, gate=gate, **options)
         divide(gated)
         gated.compile(keras.optimizers.SGD(0.05, momentum=0.9), LOSS, jit_compile=BACKEND == "jax")
         losses = PerStep(gated)
@@ -96,6 +101,24 @@ def test_two_devices_train_as_one(gate, synchronised, strategies):
         np.testing.assert_allclose(to_numpy(b), to_numpy(a), atol=1e-5, err_msg=a.path)
     for a, b in zip(one.groups, two.groups, strict=True):
         np.testing.assert_array_equal(b.mask, a.mask)
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_devices_learn_from_a_teacher_as_one(every, strategies):
+    teacher = {"every": every, "weight": 3.0}
+    # Static gates of a group move together, at a step that round-off decides: here they do not.
+    schedule = keras_polar.Schedule(warmup=0.7, ramp=0.7, settle=0.7)
+    options = {"schedule": schedule, "importance": "l1_norm"}
+    taught, logs = [], []
+    for strategy in strategies:
+        gated, by_step = trained(strategy, "static", True, teacher, **options)
+        taught.append(gated)
+        logs.append(by_step)
+    np.testing.assert_allclose(logs[1], logs[0], atol=1e-5)
+    _, alone = trained(strategies[0], "static", True, **options)
+    assert abs(np.array(alone) - logs[0]).max() > 1e-2  # and it is heard
+    for a, b in zip(*(gated.weights for gated in taught), strict=True):
+        np.testing.assert_allclose(to_numpy(b), to_numpy(a), atol=1e-5, err_msg=a.path)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras shards models on JAX")
