@@ -221,10 +221,7 @@ def start():
         "fisher_per_cost": "cut at once by Fisher information over cost",
         "l1_even": "cut at once by L1 norm, the same share of every layer",
     }
-    dense, ours, fisher, l1 = (
-        [runs(m, TRAINED | {"model": n}, round_to=1 if m == "dynamic" else None) for n in NETWORKS]
-        for m in ("dense", "dynamic", "fisher_per_cost", "l1_even")
-    )
+    dense, ours, fisher, l1 = zip(*map(on_trained, NETWORKS), strict=True)
     methods = {"dense": dense, "dynamic": ours, "fisher_per_cost": fisher, "l1_even": l1}
     body = [
         (names[m], *(beside(*pair) for pair in zip(found, dense, strict=True)))
@@ -234,15 +231,24 @@ def start():
     return f"""\
 CIFAR-10, trained networks, half of their multiply-accumulates removed in one `fit` of 200 steps, a
 seventh of the training before: accuracy in %, in brackets against the dense network; means of
-{len(ours[0])} seeds, the same data and optimiser for all, images encoded as JPEG once more.
+{listed(str(len(own)) for own in ours)} seeds, the same data and optimiser for all, images encoded as JPEG once more.
 
 {table(("", *NETWORKS.values()), body)}
 - **The loss against dense is {listed(loss(*p) for p in zip(ours, dense, strict=True))} points.**
 - Ahead of L1 by {listed(ahead(*p) for p in zip(ours, l1, strict=True))}, of Fisher by
   {listed(ahead(*p) for p in zip(ours, fisher, strict=True))} points (95 % intervals).
-- From scratch (ResNet-20, {ON_GPU["epochs"]} epochs, an H100) ours is {ahead(alone, longer)} points
+- From scratch (ResNet-20, {ON_GPU["epochs"]} epochs, {len(alone)} seeds, an H100) ours is {ahead(alone, longer)} points
   ahead of a narrow network with as many operations of training, **{ahead(alone, whole)} of dense**.
 """
+
+
+def on_trained(network):
+    """The runs of the README's methods on a network, of those seeds that all of them have."""
+    methods = {"dense": None, "dynamic": 1, "fisher_per_cost": None, "l1_even": None}
+    training = TRAINED | {"model": network}
+    found = [runs(m, training, round_to=round_to) for m, round_to in methods.items()]
+    seeds = set.intersection(*({r["seed"] for r in own} for own in found))
+    return [[r for r in own if r["seed"] in seeds] for own in found]
 
 
 def beside(found, dense):

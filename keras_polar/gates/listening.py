@@ -14,6 +14,7 @@ from keras import ops
 from keras_polar.backends import global_sum, replicas
 
 SMALL = 1e-30  # of importances, so that they have a logarithm
+ROUND_OFF = 1e-5  # of a cost: the whole one is not always quite 1
 STEPS = 24  # halvings of an interval of logarithms: float32 has no more
 
 
@@ -83,7 +84,7 @@ def balance(wanted: Any, cost_of: Any, target: Any) -> Any:
     high = most
     for _ in range(STEPS):
         middle = (low + high) / 2
-        is_met = cost_of(ops.cast(wanted > middle, "float32")) <= target
+        is_met = cost_of(ops.cast(wanted > middle, "float32")) <= target + ROUND_OFF
         low, high = ops.where(is_met, low, middle), ops.where(is_met, middle, high)
     # Halfway to the next unit on either side: round-off decides about none.
     stays = wanted > high
