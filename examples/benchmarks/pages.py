@@ -231,13 +231,15 @@ def start():
     return f"""\
 CIFAR-10, trained networks, half of their multiply-accumulates removed in one `fit` of 200 steps, a
 seventh of the training before: accuracy in %, in brackets against the dense network; means of
-{listed(str(len(own)) for own in ours)} seeds, the same data and optimiser for all, images encoded as JPEG once more.
+{listed(str(len(own)) for own in ours)} seeds, the same data and optimiser for all, images encoded
+as JPEG once more.
 
 {table(("", *NETWORKS.values()), body)}
 - **The loss against dense is {listed(loss(*p) for p in zip(ours, dense, strict=True))} points.**
 - Ahead of L1 by {listed(ahead(*p) for p in zip(ours, l1, strict=True))}, of Fisher by
   {listed(ahead(*p) for p in zip(ours, fisher, strict=True))} points (95 % intervals).
-- From scratch (ResNet-20, {ON_GPU["epochs"]} epochs, {len(alone)} seeds, an H100) ours is {ahead(alone, longer)} points
+- From scratch (ResNet-20, {ON_GPU["epochs"]} epochs, {len(alone)} seeds, an H100) ours is
+  {ahead(alone, longer)} points
   ahead of a narrow network with as many operations of training, **{ahead(alone, whole)} of dense**.
 """
 

@@ -44,13 +44,14 @@ def average_what_is_overwritten(model: Any) -> None:
     Of variables that are overwritten with their gradients (see `gates.listening`) Keras keeps no
     average, and then assigns that to them all the same. Each is its own average here.
     """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    whole = getattr(model, "optimizer", None)
+    optimizer = getattr(whole, "inner_optimizer", whole)
     if not getattr(optimizer, "use_ema", False):
         return
     strategy = getattr(model, "distribute_strategy", None)
     with strategy.scope() if strategy is not None else contextlib.nullcontext():
         if not optimizer.built:
-            model.optimizer.build(model.trainable_variables)
+            whole.build(model.trainable_variables)
     averages, variables = optimizer._model_variables_moving_average, optimizer._trainable_variables
     kept = [v if a is None else a for a, v in zip(averages, variables, strict=True)]
     # Past `__setattr__`, by which variables of the model would become the optimizer's, too.

@@ -55,11 +55,6 @@ class GatedModel(keras.Model):
         if self.lesson is not None:
             self._attend(self.lesson)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """See `keras.Model.compile`."""
-        super().compile(*args, **kwargs)
-        average_what_is_overwritten(self)
-
     @property
     def groups(self) -> list[GateGroup]:
         """The groups of units with gates, in the order of the model."""
@@ -197,6 +192,7 @@ class GatedModel(keras.Model):
             )
         if to_numpy(steps) >= schedule.settle_step(schedule.steps):
             self.settle()
+        average_what_is_overwritten(self)
         return super().train_on_batch(*args, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +205,7 @@ class GatedModel(keras.Model):
         """
         require_supported(self)
         _warn_of_frozen_gates(self)
+        average_what_is_overwritten(self)
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
         watch = watch_processes(self, bound.arguments)
         with Run(self, bound.arguments.get("callbacks"), watch) as run:
