@@ -44,8 +44,8 @@ def average_what_is_overwritten(model: Any) -> None:
     Of variables that are overwritten with their gradients (see `gates.listening`) Keras keeps no
     average, and then assigns that to them all the same. Each is its own average here.
     """
-    whole = getattr(model, "optimizer", None)
-    optimizer = getattr(whole, "inner_optimizer", whole)
+    whole: Any = getattr(model, "optimizer", None)
+    optimizer: Any = getattr(whole, "inner_optimizer", whole)
     if not getattr(optimizer, "use_ema", False):
         return
     strategy = getattr(model, "distribute_strategy", None)
