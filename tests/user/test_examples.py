@@ -306,13 +306,39 @@ def test_comparison_on_jax_without_tensorflow(tmp_path):
     for method in ("static", "l1_even"):
         kept = trained[method]["kept_macs"]
         assert kept == pytest.approx(0.5, abs=0.02)
-        assert trained[method]["training_macs"] == pytest.approx((0.4 + 0.6 * kept) * full)
+        assert trained[method]["training_macs"] == pytest.approx((0.2 + 0.8 * kept) * full)
     assert all("tflite_bytes" not in r for r in trained.values())
     run(COMPARISON, *arguments, "--tflite")  # measures the files, trains nothing
     for method, result in compared(tmp_path / "results").items():
         sizes = result.pop("tflite_bytes"), result.pop("tflite_latency_ratio")
         assert min(sizes) > 0
         assert result == trained[method]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("jax"), reason="trains on JAX")
+def test_runs_that_share_a_compiled_program(tmp_path):
+    packed(tmp_path / "data.npz", train=128, test=50)
+    script = (EXAMPLES / COMPARISON).parent / "on_device.py"
+    arguments = (
+        *("--regime=trained", "--model=resnet8", "--width=8", "--image_size=8", "--epochs=2"),
+        *("--steps=10", "--batch_size=64", "--train_images=128", "--evaluation_images=50"),
+        *("--seeds=0", "--methods=dense,static,l1_even", f"--packed={tmp_path}/data.npz"),
+        *(f"--results_dir={tmp_path}/results", f"--dense_dir={tmp_path}/dense"),
+    )
+    command = [sys.executable, "-c", ALONE, "tensorflow", script, *arguments]
+    path = [str(script.parent), os.environ.get("PYTHONPATH", "")]
+    on_jax = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.pathsep.join(path)}
+    subprocess.run(command, check=True, capture_output=True, env=on_jax)
+    trained = compared(tmp_path / "results")
+    assert set(trained) == {"dense", "static", "l1_even"}
+    full = trained["dense"]["training_macs"] / 14  # steps, of the dense network's training as well
+    for method, cuts_at in (("static", 2), ("l1_even", 0)):
+        kept = trained[method]["kept_macs"]
+        assert kept == pytest.approx(0.5, abs=0.02)
+        steps = 4 + cuts_at + (10 - cuts_at) * kept
+        assert trained[method]["training_macs"] == pytest.approx(steps * full)
+    assert {*trained["static"]} >= {"decided", "changed"}
 
 
 @pytest.mark.slow

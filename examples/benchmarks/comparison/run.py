@@ -102,7 +102,7 @@ def run_all(setting, data, options):
         for method, extras in wanted:
             own = described(setting, method, extras, seed)
             kept = options.models_dir and _kept_path(options.models_dir, own)
-            before = known.get(results.identity(own))
+            before = _before(known, own, options.tflite)
             if before is None:
                 print(f"{results.name(own)}, seed {seed}: running", flush=True)
                 own |= _ran(setting, data, method, extras, seed, kept, options)
@@ -112,6 +112,13 @@ def run_all(setting, data, options):
                 model = keras.saving.load_model(kept, compile=False)
                 results.add(options.results_dir, before | as_file(setting, model))
             keras.backend.clear_session()
+
+
+def _before(known, own, of_any_backend):
+    """A result of the same run; files are written on TensorFlow, also of networks of others."""
+    backends = (own["backend"], *(("tensorflow", "jax", "torch") if of_any_backend else ()))
+    identities = (results.identity(own | {"backend": b}) for b in backends)
+    return next((known[i] for i in identities if i in known), None)
 
 
 def described(setting, method, extras, seed):
