@@ -156,7 +156,8 @@ class Count(keras.callbacks.Callback):
 
 def test_one_fit_without_a_seam(tmp_path):
     x, y = images(256)
-    gated = gated_model(optimizers.Adam(1e-2), small_resnet)
+    late = keras_polar.Schedule(warmup=0.2, ramp=0.4, settle=0.4)
+    gated = gated_model(optimizers.Adam(1e-2), small_resnet, schedule=late)
     watch = Watch(gated, x[:16])
     callbacks = [
         Count(),
