@@ -11,6 +11,7 @@ from keras_polar.backends import to_numpy
 from keras_polar.training.loop import sees_batches
 
 BACKEND = keras.backend.backend()
+LATE = keras_polar.Schedule(warmup=0.2, ramp=0.4, settle=0.4)  # not in the first epoch
 JIT = BACKEND == "jax"  # there it is quicker, and what people have
 HOOKS = {
     "epoch begins": ["on_epoch_begin"],
@@ -45,7 +46,9 @@ def network(*steps, width=32):
 
 def gated_of(build, compact=True, **options):
     keras.utils.set_random_seed(0)
-    gated = keras_polar.apply(build(), 0.5, compact=compact, gate="static", **options)
+    gated = keras_polar.apply(
+        build(), 0.5, compact=compact, gate="static", schedule=LATE, **options
+    )
     gated.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=JIT)
     return gated
 
@@ -214,7 +217,7 @@ class Adds(layers.Layer):
 def test_no_loss_is_taken_away_by_a_layer_that_remembers_its_id():
     """Traces follow one another, and so the ids of their losses may be the same."""
     keras.utils.set_random_seed(0)
-    gated = keras_polar.apply(network(Adds(name="early"), Adds(name="late")), 0.5)
+    gated = keras_polar.apply(network(Adds(name="early"), Adds(name="late")), 0.5, schedule=LATE)
     early, late = (gated.get_layer(name) for name in ("early", "late"))
     one, two, three = (ops.convert_to_tensor(float(i)) for i in (1, 2, 3))
     variables = [[v.value for v in gated.trainable_variables]]
@@ -225,7 +228,7 @@ def test_no_loss_is_taken_away_by_a_layer_that_remembers_its_id():
 
 
 def test_a_step_of_ones_own_that_leaves_the_losses_out_is_told():
-    gated = keras_polar.apply(network(), 0.5)
+    gated = keras_polar.apply(network(), 0.5, schedule=LATE)
     variables = [[v.value for v in gated.trainable_variables]]
     variables += [[v.value for v in gated.non_trainable_variables]]
     with pytest.warns(UserWarning, match="expected return_losses=True"):
@@ -287,7 +290,7 @@ def test_penalties_count_what_is_open(build, gate, tmp_path):
     x, y = data()
     options = {"granularity": ("channels", "blocks")} if "branches" in build.__name__ else {}
     keras.utils.set_random_seed(0)
-    gated = keras_polar.apply(build(), 0.5, gate=gate, **options)
+    gated = keras_polar.apply(build(), 0.5, gate=gate, schedule=LATE, **options)
     gated.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=JIT)
 
     def losses(model):
@@ -346,7 +349,7 @@ def test_penalties_and_constraints_train_the_network_that_is_open(options):
 
 
 def accuracy_model():
-    gated = keras_polar.apply(network(), 0.5)
+    gated = keras_polar.apply(network(), 0.5, schedule=LATE)
     gated.compile("adam", "mse", metrics=["mae"], jit_compile=JIT)
     return gated
 
@@ -483,7 +486,9 @@ def test_branches_and_averages_of_weights():
     losses = []
     for compact in (True, False):
         keras.utils.set_random_seed(0)
-        gated = keras_polar.apply(small_resnet(), 0.4, gate="static", compact=compact)
+        gated = keras_polar.apply(
+            small_resnet(), 0.4, gate="static", compact=compact, schedule=LATE
+        )
         optimizer = keras.optimizers.SGD(0.01, use_ema=swap is not None, ema_momentum=0.8)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         gated.compile(optimizer, loss, jit_compile=JIT)
@@ -509,8 +514,8 @@ def distilled(student):
 
 def test_a_distiller_is_refused_with_the_reason_and_the_small_model_can_be_its_student():
     with pytest.raises(NotImplementedError, match="leaves out the losses of its student"):
-        distilled(keras_polar.apply(network(), 0.5))
-    gated = keras_polar.apply(network(), 0.5)
+        distilled(keras_polar.apply(network(), 0.5, schedule=LATE))
+    gated = keras_polar.apply(network(), 0.5, schedule=LATE)
     gated.compile("adam", "mse", jit_compile=JIT)
     gated.fit(*data(), epochs=3, verbose=0)
     small = keras_polar.convert(gated)

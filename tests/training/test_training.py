@@ -10,6 +10,8 @@ from sklearn.model_selection import train_test_split
 import keras_polar
 from keras_polar.surgery.certificate import difference
 
+LATE = keras_polar.Schedule(warmup=0.2, ramp=0.4, settle=0.4)  # not in the first epoch
+
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -30,7 +32,7 @@ def fit(model, digits, epochs, seed=0, **kwargs):
 
 @pytest.mark.parametrize("gate", ["dynamic", "static"])
 def test_fit_meets_the_target_polarizes_and_ships_what_it_validates(gate, digits):
-    gated = keras_polar.apply(small_resnet(widths=(16, 32)), 0.5, gate=gate)
+    gated = keras_polar.apply(small_resnet(widths=(16, 32)), 0.5, gate=gate, schedule=LATE)
     history = fit(gated, digits, epochs=12)
     assert abs(gated.sparsity - 0.5) <= 0.01
     if gate == "dynamic":  # static gates agree by themselves
@@ -47,7 +49,7 @@ def test_fit_meets_the_target_polarizes_and_ships_what_it_validates(gate, digits
 
 @pytest.mark.parametrize("gate", ["dynamic", "static"])
 def test_saved_gated_model_goes_on(gate, digits, tmp_path):
-    gated = keras_polar.apply(small_resnet(), 0.4, gate=gate)
+    gated = keras_polar.apply(small_resnet(), 0.4, gate=gate, schedule=LATE)
     fit(gated, digits, epochs=2)
     gated.save(tmp_path / "gated.keras")
     loaded = keras.models.load_model(tmp_path / "gated.keras")
@@ -62,7 +64,7 @@ def test_callers_model_is_left_alone(digits):
     model.get_layer("stem").trainable = False
     model.compile("adam", LOSS)
     before = model.get_config(), model.get_weights(), [v.trainable for v in model.weights]
-    gated = keras_polar.apply(model, 0.4, gate="static")
+    gated = keras_polar.apply(model, 0.4, gate="static", schedule=LATE)
     fit(gated, digits, epochs=1)
     assert not gated.get_layer("stem").trainable
     assert model.get_config() == before[0]
@@ -74,7 +76,7 @@ def test_callers_model_is_left_alone(digits):
 
 def test_gates_that_stay_open_change_nothing(digits):
     model = small_resnet()
-    gated = keras_polar.apply(model, 0.4)
+    gated = keras_polar.apply(model, 0.4, schedule=LATE)
     assert difference(model, gated, digits[1][:32]) == 0
     assert gated.sparsity == 0
 
@@ -92,14 +94,14 @@ def test_fit_of_unknown_length_settles(digits):
 
     spec = (tf.TensorSpec((None, 8, 8, 1)), tf.TensorSpec((None,), "int64"))
     data = tf.data.Dataset.from_generator(batches, output_signature=spec)
-    gated = keras_polar.apply(small_resnet(), 0.5)
+    gated = keras_polar.apply(small_resnet(), 0.5, schedule=LATE)
     gated.compile("adam", LOSS, jit_compile=False)
     gated.fit(data, epochs=4, verbose=0, shuffle=False)
     assert abs(gated.sparsity - 0.5) <= 0.01
 
 
 def test_fit_that_stops_early_says_so(digits):
-    gated = keras_polar.apply(small_resnet(), 0.5)
+    gated = keras_polar.apply(small_resnet(), 0.5, schedule=LATE)
     stop = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: setattr(gated, "stop_training", True)
     )
