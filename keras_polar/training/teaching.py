@@ -75,10 +75,14 @@ def teaching_of(teacher: Any, graph: Graph) -> Teaching | None:
     pairs = [pair for _, tensors, _ in found for pair in tensors]
     model = _copied(_made(sides[1].graph, graph, [theirs for _, theirs in pairs]))
     _refuse_shared(model, given.model)
-    names = (getattr(loss, "student_layer_name", None) for loss in losses)
-    features = tuple(n for n in names if n is not None)
     pupil = tuple(ours for ours, _ in pairs)
-    return Teaching(model, tuple(comparisons), pupil, features, int(given.every))
+    return Teaching(model, tuple(comparisons), pupil, _features(losses), int(given.every))
+
+
+def _features(losses: Sequence) -> tuple[str, ...]:
+    """The layers of the pupil that losses name."""
+    names = (getattr(loss, "student_layer_name", None) for loss in losses)
+    return tuple(n for n in names if n is not None)
 
 
 def with_lesson(graph: Graph, visit: Visit, lesson: Lesson, pupil: Sequence[int]) -> Visit:
@@ -248,20 +252,26 @@ def _order(theirs: list[str], ours: list[str]) -> list[int]:
 
 
 def _fitting_inputs(theirs: Graph, ours: Graph) -> list[int]:
-    names = [[layer.name for layer in g.input_layers] for g in (theirs, ours)]
-    specs = [[g.specs[i] for i in refs_in(g.inputs)] for g in (theirs, ours)]
-    order = _order(*names) if len(names[0]) == len(names[1]) else []
-    pairs = [(specs[0][i], specs[1][k]) for k, i in enumerate(order)]
+    (their_names, their_specs), (our_names, our_specs) = map(_inputs, (theirs, ours))
+    order = _order(their_names, our_names) if len(their_names) == len(our_names) else []
+    pairs = [(their_specs[i], spec) for i, spec in zip(order, our_specs, strict=False)]
     if not pairs or not all(_alike(a.shape, b.shape) and _same_kind(a, b) for a, b in pairs):
-        texts = [
-            ", ".join(f"{n} {s.shape} {s.dtype}" for n, s in zip(*x, strict=True))
-            for x in zip(names, specs, strict=True)
-        ]
+        texts = [_described_inputs(theirs), _described_inputs(ours)]
         raise ValueError(
             f"apply: expected a teacher with the inputs of model {ours.name!r} ({texts[1]}); "
             f"{theirs.name!r} has {texts[0]}. Build it on inputs of the same shapes and types."
         )
     return order
+
+
+def _inputs(graph: Graph) -> tuple[list, list]:
+    """Names and specs of a graph's inputs."""
+    specs = [graph.specs[i] for i in refs_in(graph.inputs)]
+    return [layer.name for layer in graph.input_layers], specs
+
+
+def _described_inputs(graph: Graph) -> str:
+    return ", ".join(f"{n} {s.shape} {s.dtype}" for n, s in zip(*_inputs(graph), strict=True))
 
 
 def _same_kind(a: Any, b: Any) -> bool:
@@ -308,18 +318,9 @@ def _compared(loss: Any, ours: _Side, theirs: _Side) -> tuple[Any, list[tuple], 
     """A loss of flat lists, the pairs of tensors for it, and which are to be made logits."""
     names = [getattr(loss, f"{side}_layer_name", None) for side in ("student", "teacher")]
     if names != [None, None]:
-        pair = ours.feature(names[0], "model"), theirs.feature(names[1], "teacher")
-        if type(loss) in _STOCK:
-            _refuse_other_shape(ours, theirs, pair)
-            loss = _flat(loss, [loss.loss])
-        return loss, [pair], ((False,), (False,))
+        return _compared_features(loss, ours, theirs, names)
     order = _fitting_outputs(ours, theirs)
-    if type(loss) in _STOCK:
-        parts = _parts(loss, ours)
-        used = [i for i, part in enumerate(parts) if part is not None]
-        loss = _flat(loss, [parts[i] for i in used])
-    else:
-        used = list(range(len(order)))
+    loss, used = _used_outputs(loss, ours)
     pairs = [(ours.outputs[i], theirs.outputs[order[i]]) for i in used]
     for i, pair in zip(used, pairs, strict=True):
         _check(loss, ours, theirs, (i, order[i]), pair)
@@ -329,6 +330,23 @@ def _compared(loss: Any, ours: _Side, theirs: _Side) -> tuple[Any, list[tuple], 
         for side, where in ((ours, used), (theirs, [order[i] for i in used]))
     ]
     return loss, pairs, (flags[0], flags[1])
+
+
+def _used_outputs(loss: Any, ours: _Side) -> tuple[Any, list[int]]:
+    """A loss of those outputs that it has a part for, and which they are."""
+    if type(loss) not in _STOCK:
+        return loss, list(range(len(ours.outputs)))
+    parts = _parts(loss, ours)
+    used = [i for i, part in enumerate(parts) if part is not None]
+    return _flat(loss, [parts[i] for i in used]), used
+
+
+def _compared_features(loss: Any, ours: _Side, theirs: _Side, names: list) -> tuple:
+    pair = ours.feature(names[0], "model"), theirs.feature(names[1], "teacher")
+    if type(loss) in _STOCK:
+        _refuse_other_shape(ours, theirs, pair)
+        loss = _flat(loss, [loss.loss])
+    return loss, [pair], ((False,), (False,))
 
 
 def _parts(loss: Any, ours: _Side) -> list:
