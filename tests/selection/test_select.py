@@ -157,12 +157,17 @@ def test_a_group_that_all_want_to_close_keeps_its_floor():
 
 
 @pytest.mark.parametrize("gate", ["static", "dynamic"])
-def test_a_group_does_not_collapse_while_it_trains(gate):
-    gated = keras_polar.apply(two_layers(), 0.5, gate=gate, max_sparsity=0.8)
+@pytest.mark.parametrize("importance", ["logits", "gradients"])
+def test_a_group_does_not_collapse_while_it_trains(importance, gate):
+    options = {"max_sparsity": 0.8, "importance": importance}
+    gated = keras_polar.apply(two_layers(), 0.5, gate=gate, **options)
     x = np.random.default_rng(0).random((6, 8)).astype("float32")
     layer = gated.groups[0]._gate
     layer.scores.assign(np.linspace(0, 1, 20))
     layer.bias.assign(np.full(20, -1.0))  # closed, all of them
+    if importance == "gradients":
+        layer.lead.assign(np.linspace(-1, -0.1, 20))
+        layer.pressure = None
     found = keras.ops.convert_to_numpy(layer(x, training=True))
     np.testing.assert_array_equal(found, np.tile(np.arange(20) >= 16, (len(found), 1)))
 
