@@ -37,6 +37,11 @@ def fit(model, examples, first, last):
     variables = (*_variables(model), model.optimizer.variables)
     with jax.default_device(DEVICE):
         state = _trained(model, _values(variables), examples, range(first, last))
+    assign(variables, state)
+
+
+def assign(variables, state):
+    """Puts what was computed on the device into the variables, which are the host's."""
     flat = itertools.chain.from_iterable
     for variable, value in zip(flat(variables), flat(state), strict=True):
         variable.assign(np.asarray(value))
@@ -61,19 +66,21 @@ def _trained(model, state, examples, epochs):
     return state
 
 
+def predicted(model, state, images):
+    """The class of each image, by a model of logits in inference mode."""
+    logits, _ = model.stateless_call(*state, _normalised(images), training=False)
+    return jnp.argmax(logits, axis=-1)
+
+
 @full_precision()
 def accuracy(model, images, labels, batch_size=500):
     """Share of images that get their label, by a model of logits in inference mode."""
     state = _values(_variables(model))
 
-    @jax.jit
-    def predicted(state, images):
-        logits, _ = model.stateless_call(*state, _normalised(images), training=False)
-        return jnp.argmax(logits, axis=-1)
-
+    predict = jax.jit(functools.partial(predicted, model))
     with jax.default_device(DEVICE):
         batches = range(0, len(images), batch_size)
-        found = [predicted(state, images[i : i + batch_size]) for i in batches]
+        found = [predict(state, images[i : i + batch_size]) for i in batches]
     return float(np.mean(np.concatenate(found) == labels))
 
 

@@ -34,7 +34,7 @@ import protocol
 import results
 import run as one_by_one
 from absl import app, flags
-from epochs_on_jax import DEVICE, _augmented, _normalised, _step
+from epochs_on_jax import DEVICE, _augmented, _step, assign, predicted
 from jax import numpy as jnp
 
 import keras_polar
@@ -60,7 +60,7 @@ class Trainer:
             self.images = jnp.asarray(data.train[0])
             self.labels = jnp.asarray(data.train[1], "int32")
         self._run = jax.jit(functools.partial(_steps, model), donate_argnums=0)
-        self._predict = jax.jit(functools.partial(_predicted, model))
+        self._predict = jax.jit(functools.partial(predicted, model))
 
     def start(self, model):
         """All as it was, but for weights, which are those of `model`."""
@@ -75,15 +75,16 @@ class Trainer:
     def train(self, seed, rates, first, last):
         """Trains from step `first` to before `last`; `rates` has a learning rate for each step."""
         with jax.default_device(DEVICE):
-            state = [[jnp.asarray(np.asarray(v.value)) for v in vs] for vs in self.variables]
+            state = self._on_device(self.variables)
             rows = self._rows(seed)
             padded = jnp.asarray(np.resize(rates, self.capacity), "float32")
             key = jax.random.fold_in(jax.random.key(seed), 1)
             state, loss = self._run(state, self.images, self.labels, rows, padded, key, first, last)
-        for vs, values in zip(self.variables, state, strict=True):
-            for variable, value in zip(vs, values, strict=True):
-                variable.assign(np.asarray(value))
+        assign(self.variables, state)
         return float(loss)
+
+    def _on_device(self, variables):
+        return [[jnp.asarray(np.asarray(v.value)) for v in vs] for vs in variables]
 
     @functools.lru_cache(2)  # noqa: B019
     def _rows(self, seed):
@@ -102,7 +103,7 @@ class Trainer:
 
     def _accuracy(self, images, labels, size=1000):
         with jax.default_device(DEVICE), jax.default_matmul_precision("highest"):
-            state = [[jnp.asarray(np.asarray(v.value)) for v in vs] for vs in self.variables[:2]]
+            state = self._on_device(self.variables[:2])
             pieces = [
                 self._predict(state, jnp.asarray(images[i : i + size]))
                 for i in range(0, len(images), size)
@@ -122,11 +123,6 @@ def _steps(model, state, images, labels, rows, rates, key, first, last):
         return state, loss
 
     return jax.lax.fori_loop(first, last, step, (state, jnp.zeros((), "float32")))
-
-
-def _predicted(model, state, images):
-    logits, _ = model.stateless_call(*state, _normalised(images), training=False)
-    return jnp.argmax(logits, axis=-1)
 
 
 def rates_of(peak, total):
