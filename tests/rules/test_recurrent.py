@@ -197,7 +197,8 @@ def test_gated_reader_trains_saves_and_loads(gate, tmp_path):
         layers.Bidirectional(layers.LSTM(6, return_sequences=True, dropout=0.1)),
         layers.GRU(6, recurrent_dropout=0.1, kernel_regularizer="l2"),
     )
-    gated = keras_polar.apply(model, 0.3, gate=gate)
+    schedule = keras_polar.Schedule(0.1, 0.4, 0.8)  # of 12 steps, some in which gates learn
+    gated = keras_polar.apply(model, 0.3, gate=gate, schedule=schedule)
     tokens, labels = padded(64), np.arange(64) % 2
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     gated.compile("adam", loss, jit_compile=False)
