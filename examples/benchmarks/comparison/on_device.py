@@ -34,7 +34,7 @@ import protocol
 import results
 import run as one_by_one
 from absl import app, flags
-from epochs_on_jax import DEVICE, _augmented, _step, assign, predicted
+from epochs_on_jax import DEVICE, assign, augmented, predicted, step
 from jax import numpy as jnp
 
 import keras_polar
@@ -118,8 +118,8 @@ def _steps(model, state, images, labels, rows, rates, key, first, last):
     def step(number, carried):
         trained, other, slots = carried[0]
         slots = [rates[number] if i == place else v for i, v in enumerate(slots)]
-        x = _augmented(images[rows[number]], jax.random.fold_in(key, number))
-        state, (loss, _) = _step(model, [trained, other, slots], x, labels[rows[number]])
+        x = augmented(images[rows[number]], jax.random.fold_in(key, number))
+        state, (loss, _) = step(model, [trained, other, slots], x, labels[rows[number]])
         return state, loss
 
     return jax.lax.fori_loop(first, last, step, (state, jnp.zeros((), "float32")))

@@ -194,7 +194,7 @@ def _command(setting):
 def _picture(training):
     begun = [training["regime"]] if training["regime"] != "scratch" else []
     words = ["compare", *begun, training["model"]]
-    words += ([f"w{training['width']}"] if training["width"] else [])
+    words += [f"w{training['width']}"] if training["width"] else []
     words += [f"{training['image_size']}px", training["train_images"], f"e{training['epochs']}"]
     words += [f"steps{training['steps']}"] if training["steps"] else []
     words += ["jax"] if training["backend"] == "jax" else []

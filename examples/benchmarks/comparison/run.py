@@ -43,7 +43,9 @@ import keras_polar
 
 
 def define_flags():
-    flags.DEFINE_enum("regime", "trained", ("trained", "pretrained", "scratch"), "What a run begins with.")
+    flags.DEFINE_enum(
+        "regime", "trained", ("trained", "pretrained", "scratch"), "What a run begins with."
+    )
     flags.DEFINE_enum("model", "resnet20", tuple(models.BUILDERS), "Architecture.")
     flags.DEFINE_list("methods", "dense,l1_even,static,dynamic", "What to run.")
     flags.DEFINE_list("seeds", "0,1,2", "Seeds; runs of a seed are pairs.")
