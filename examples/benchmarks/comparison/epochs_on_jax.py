@@ -93,13 +93,13 @@ def _epoch(model, batch_size, state, images, labels, key):
 
     def step(state, drawn):
         rows, key = drawn
-        return step(model, state, augmented(images[rows], key), labels[rows])
+        return train_step(model, state, augmented(images[rows], key), labels[rows])
 
     state, logs = jax.lax.scan(step, state, (rows, keys))
     return state, [jnp.mean(x) for x in logs]
 
 
-def step(model, state, x, y):
+def train_step(model, state, x, y):
     """One step of training: (trained, other, optimizer's variables) and what `fit` would log."""
 
     def loss_of(trained, other):

@@ -34,7 +34,7 @@ import protocol
 import results
 import run as one_by_one
 from absl import app, flags
-from epochs_on_jax import DEVICE, assign, augmented, predicted, step
+from epochs_on_jax import DEVICE, assign, augmented, predicted, train_step
 from jax import numpy as jnp
 
 import keras_polar
@@ -119,7 +119,7 @@ def _steps(model, state, images, labels, rows, rates, key, first, last):
         trained, other, slots = carried[0]
         slots = [rates[number] if i == place else v for i, v in enumerate(slots)]
         x = augmented(images[rows[number]], jax.random.fold_in(key, number))
-        state, (loss, _) = step(model, [trained, other, slots], x, labels[rows[number]])
+        state, (loss, _) = train_step(model, [trained, other, slots], x, labels[rows[number]])
         return state, loss
 
     return jax.lax.fori_loop(first, last, step, (state, jnp.zeros((), "float32")))
@@ -186,7 +186,7 @@ class Gated:
         self._train(run, cuts_at, setting.total)
         small = keras_polar.convert(self.model)
         for model, steps in ((network, cuts_at), (small, setting.total - cuts_at)):
-            run.macs += run._of_training(model, steps)
+            run.macs += run.of_training(model, steps)
         return small, self.trainer.accuracies()
 
     def _train(self, run, first, last, opened=False):

@@ -296,7 +296,7 @@ class Run:
         _check_recipe(self.setting, path)
         network = keras.saving.load_model(path, compile=False)
         if not self.macs:
-            self.macs = self._of_training(network, self.setting.dense_steps)
+            self.macs = self.of_training(network, self.setting.dense_steps)
         return network
 
     def train(self, model, first=0, last=None, total=None, peak=None, restart=None):
@@ -306,7 +306,7 @@ class Run:
         restart = self.restart if restart is None else restart
         rate = Rate(peak or self.setting.peak, total, first, restart)
         # Counted first: once branches are closed, the cost of a gated model is without them.
-        self.macs += self._of_training(model, last - first)
+        self.macs += self.of_training(model, last - first)
         if last > first:
             (self._on_jax if ON_JAX else self._fit)(model, rate, first, last)
         return model
@@ -337,7 +337,7 @@ class Run:
         for images, _ in self.batches.take(ESTIMATED_ON):
             model(images, training=True)
 
-    def _of_training(self, model, steps):
+    def of_training(self, model, steps):
         """A backward pass costs about two forward ones; a teacher has forward ones only."""
         macs = 3 * keras_polar.cost(model).macs
         if self.teacher:
