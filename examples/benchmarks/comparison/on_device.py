@@ -138,7 +138,7 @@ class Run(protocol.Run):
     def train(self, model, first=0, last=None, total=None, peak=None, restart=None):
         total = total or self.setting.total
         last = total if last is None else last
-        self.macs += self._of_training(model, last - first)
+        self.macs += self.of_training(model, last - first)
         key = (total, *(tuple(w.shape) for w in model.weights))
         if key not in self.trainers:
             self.trainers[key] = Trainer(model, self.data, self.setting.batch_size, total)
