@@ -106,7 +106,7 @@ def layers_of(op: Any) -> list:
 
 
 def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:
-    """Gives symbolic outputs the masks that Keras would give them in a call of the layer."""
+    """Gives outputs the masks that Keras would give them in a call of the layer."""
     if layer.supports_masking:
         first = [*args, *kwargs.values()][0]
         mask = kwargs.get("mask")

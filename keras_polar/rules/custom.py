@@ -220,7 +220,7 @@ def _variable_ids(site: CallSite, name: str, shape: tuple, vectors: dict[str, Id
 def _inner_outputs(site: CallSite, inner: CallSite) -> list[Ids]:
     """What the rule of a call inside says; its units stay where it computes with them."""
     outputs = inner.rule.flow(inner)
-    if inner.reads or inner.produces or not _adapts(inner.rule):
+    if inner.reads or inner.averaged or inner.produces or not _adapts(inner.rule):
         for ids in inner.inputs:
             site.pin(ids, f"computes with its units ({type(inner.op).__name__})")
     return outputs

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
@@ -103,11 +104,76 @@ class AlongRule(Rule):
         return [np.broadcast_to(one, shape) for shape in site.output_shapes]
 
 
-class LayerNormRule(AlongRule):
-    """Mean and variance run over the units of its axes: they stay. Other axes are free."""
+class LayerNormRule(Rule):
+    """Mean and variance run over the units of its axes: those that are open, in the gated model.
 
-    def __init__(self) -> None:
-        super().__init__("normalises over the units", lambda op, ndim: op.axis)
+    Of units on its axes and on others those are free that leave more to choose from.
+    """
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        (ids,) = site.inputs
+        axes = {axis % ids.ndim: axis for axis in site.op.axis}
+        if 0 in axes:
+            return site.pin_all("normalises over the batch")
+        axis = _freest(ids, set(axes))
+        if axis is None:
+            return [np.broadcast_to(site.tie_along(ids, axes), ids.shape)]
+        return [broadcast_along(site.average(str(axes[axis]), axis), axis, ids.shape)]
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return dict.fromkeys(("gamma", "beta"), tuple(map(str, op.axis)))
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        x, mean = _in_float32(*args, *kwargs.values()), _mean_of_open(gates, op.axis)
+        centred = x - mean(x)
+        scale = ops.rsqrt(mean(ops.square(centred)) + op.epsilon)
+        y = (x if op.rms_scaling else centred) * scale
+        y = y if op.gamma is None else y * _along_axes(op.gamma, op.axis, x)
+        y = y if op.beta is None else y + _along_axes(op.beta, op.axis, x)
+        return ops.cast(y, op.compute_dtype)
+
+
+class RMSNormRule(LayerNormRule):
+    """The same with the mean square."""
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"scale": tuple(map(str, op.axis))}
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        x, mean = _in_float32(*args, *kwargs.values()), _mean_of_open(gates, op.axis)
+        y = x * ops.rsqrt(mean(ops.square(x)) + op.epsilon)
+        return ops.cast(y * _along_axes(op.scale, op.axis, x), op.compute_dtype)
+
+
+def _freest(ids: Ids, axes: set) -> int | None:
+    """Of these axes the one with most units, None if there are more on one of the others."""
+    axis, other = widest(ids, axes), widest(ids, {*range(ids.ndim)} - axes)
+    if axis is None or other is None:
+        return axis
+    return axis if ids.shape[axis] > ids.shape[other] else None
+
+
+def _in_float32(x: Any) -> Any:
+    """Statistics are taken in float32 at least, as Keras does."""
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+
+
+def _mean_of_open(gates: Any, axes: Any) -> Callable[[Any], Any]:
+    """The mean over these axes, weighted by the gates; exactly the mean if all are open."""
+
+    def mean(x: Any) -> Any:
+        share = ops.cast(gates, x.dtype)
+        over = {"axis": tuple(axes), "keepdims": True}
+        return ops.mean(x * share, **over) / ops.mean(share, **over)
+
+    return mean
+
+
+def _along_axes(variable: Any, axes: Any, x: Any) -> Any:
+    """A variable with one size for each of these axes, to be broadcast against a tensor."""
+    places = {axis % len(x.shape) for axis in axes}
+    shape = [n if i in places else 1 for i, n in enumerate(x.shape)]
+    return ops.cast(ops.reshape(ops.convert_to_tensor(variable), shape), x.dtype)
 
 
 class UnitNormRule(Rule):
@@ -216,10 +282,10 @@ add(
 )
 add(BatchNormRule(), layers.BatchNormalization)
 add(GroupNormRule(), layers.GroupNormalization)
+add(LayerNormRule(), layers.LayerNormalization)
+add(RMSNormRule(), layers.RMSNormalization)
 add(
-    LayerNormRule(),
-    layers.LayerNormalization,
-    layers.RMSNormalization,
+    AlongRule("normalises over the units", lambda op, ndim: op.axis),
     op_class("LayerNorm"),
     op_class("RMSNorm"),
 )

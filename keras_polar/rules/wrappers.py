@@ -32,6 +32,9 @@ class TimeDistributedRule(Rule):
             return site.pin_all("has several outputs in TimeDistributed")
         (out,) = step.rule.flow(step)
         site.refused = step.refused
+        if step.averaged and any(axis >= 0 for axis in site.op.layer.axis):
+            return site.pin_all("normalises over an axis counted from the batch")
+        site.averaged += [(0, axis + 1) for _, axis in step.averaged]
         site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
         site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
         return [np.broadcast_to(np.expand_dims(out, 1), site.output_shapes[0])]
@@ -58,6 +61,9 @@ class TimeDistributedRule(Rule):
         step = self._step(site)
         inner = step.rule.factors(step, kept)
         return {f"layer.{path}": factor for path, factor in inner.items()}
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        return rule_for(op.layer).over_open(op.layer, gates, *args, **kwargs)
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         serialised = copy.deepcopy(site.op.get_config()["layer"])

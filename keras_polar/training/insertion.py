@@ -2,7 +2,7 @@
 
 import re
 from collections import ChainMap, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import numpy as np
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
+from keras_polar.gates.over_open import OverOpen
+from keras_polar.gates.stand_in import StandIn, pack
 from keras_polar.gates.template import for_all_samples, made_like
-from keras_polar.gates.weight_mask import WeightMask, pack
+from keras_polar.gates.weight_mask import WeightMask
 from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.rules import CallSite
@@ -34,7 +36,7 @@ class MaskInserter:
             self.decided_at[spec.site].append(i)
         self.branches = {t.adds: i for i, t in enumerate(self.specs) if t.adds >= 0}
         self.clones: dict[int, Any] = {}
-        self.inner_masks: dict[int, WeightMask] = {}
+        self.stand_ins: dict[int, StandIn] = {}
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
         graph = coupling.graph
@@ -62,21 +64,25 @@ class MaskInserter:
         outputs = op(*args, **kwargs)
         if is_new:
             copy_weights(call.op, op, lambda _, value: value)
+        groups, make = self._stand_in(site, op)
+        if not groups:
+            return outputs
+        if id(op) not in self.stand_ins:
+            self.stand_ins[id(op)] = make()
+        return self.stand_ins[id(op)]([self.gates[i] for i in groups], *args, **pack(kwargs))
+
+    def _stand_in(self, site: CallSite, op: Any) -> tuple[list[int], Callable[[], StandIn]]:
+        """The groups whose gates an operation has to know, and what stands for it then."""
+        if site.averaged:
+            ((tensor, axis),) = site.averaged
+            vector = ids_along(site.inputs[tensor], axis)
+            groups = self._gated([vector])
+            return groups, lambda: OverOpen(op, axis, self._places(vector, groups))
         reads = [*site.inner_reads, *self._masked_weights(site).values()]
         vectors = [inner_vector(site, *read) for read in reads]
         groups = self._gated(vectors)
-        if not groups:
-            return outputs
-        masks = [[*r, self._arranged(v, groups)] for r, v in zip(reads, vectors, strict=True)]
-        return self._masked_inside(op, masks, groups, args, kwargs)
-
-    def _masked_inside(
-        self, op: Any, masks: list, groups: list[int], args: tuple, kwargs: dict
-    ) -> Any:
-        if id(op) not in self.inner_masks:
-            self.inner_masks[id(op)] = WeightMask(op, masks)
-        inner_mask = self.inner_masks[id(op)]
-        return inner_mask([self.gates[i] for i in groups], *args, **pack(kwargs))
+        pairs = zip(reads, vectors, strict=True)
+        return groups, lambda: WeightMask(op, [[*r, self._arranged(v, groups)] for r, v in pairs])
 
     def _masked_weights(self, site: CallSite) -> dict[int, tuple]:
         """Input position -> (variable, axis) to be masked instead, where all samples agree.
@@ -119,9 +125,8 @@ class MaskInserter:
         groups = self._gated([vector])
         if not groups:
             return value
-        index = self._arranged(vector, groups)
-        fits = index == list(range(self.coupling.groups[groups[0]].units))
-        mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
+        index = self._places(vector, groups)
+        mask = Mask(axis, index, name=self._name(f"{site.name}_mask"))
         return mask(value, [self.gates[i] for i in groups])
 
     def _gated(self, vectors: list) -> list[int]:
@@ -132,6 +137,11 @@ class MaskInserter:
 
     def _group_of(self, vector: Any) -> np.ndarray:
         return np.where(vector >= 0, self.coupling.group_of[vector], -1)
+
+    def _places(self, vector: Any, groups: list[int]) -> list[int] | None:
+        """The same, None where the one gate fits as it is."""
+        index = self._arranged(vector, groups)
+        return None if index == [*range(self.coupling.groups[groups[0]].units)] else index
 
     def _arranged(self, vector: Any, groups: list[int]) -> list[int]:
         """Where the gate of each element is among those of these groups side by side.

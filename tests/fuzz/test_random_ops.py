@@ -22,9 +22,7 @@ LAST_ONLY = {layers.RandomCrop: "Keras 3.15 leaves channels-first images uncropp
 # Steps that keep the units in front of them even where they work along positions.
 STAY = {
     "ArraySplit": "parts of a fixed size",
-    "layer_norm": "mean and variance of the units",
     "Masking": "masks by the values of all units",
-    "RMSNormalization": "mean square of the units",
     "softmax": "sum of the units",
     "SpectralNormalization": "its weights are normalised over all units",
     "TakeAlongAxis": "takes units from computed places",
