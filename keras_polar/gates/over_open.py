@@ -36,12 +36,12 @@ class OverOpen(StandIn):
         self.along, self.places = along, places
 
     def call(self, gates: list, *args: Any, options: dict | None = None, **tensors: Any) -> Any:
-        given = args, {**tensors, **(options or {})}
-        args, kwargs = _cast_for(self.layer, given)
+        kwargs = {**tensors, **(options or {})}
         first, *_ = [*args, *kwargs.values()]
         share = gates_along(gates, self.places, self.along, len(first.shape))
-        outputs = rule_for(self.layer).over_open(self.layer, share, *args, **kwargs)
-        hand_on_masks(self.layer, *given, outputs)
+        cast = _cast_for(self.layer, (args, kwargs))
+        outputs = rule_for(self.layer).over_open(self.layer, share, *cast[0], **cast[1])
+        hand_on_masks(self.layer, args, kwargs, outputs)
         return outputs
 
     @property
@@ -64,7 +64,7 @@ class OverOpen(StandIn):
 add(PinRule("computes by gates", counts=False), OverOpen)
 
 
-def _cast_for(layer: Any, arguments: Any) -> Any:
+def _cast_for(layer: Any, arguments: tuple[tuple, dict]) -> tuple[tuple, dict]:
     """The arguments of a call in the types in which Keras would hand them to the layer."""
 
     def cast(x: Any) -> Any:

@@ -117,7 +117,8 @@ class LayerNormRule(Rule):
             return site.pin_all("normalises over the batch")
         axis = _freest(ids, set(axes))
         if axis is None:
-            return [np.broadcast_to(site.tie_along(ids, axes), ids.shape)]
+            one = site.tie_along(ids, axes)
+            return [ids if one is None else np.broadcast_to(one, ids.shape)]
         return [broadcast_along(site.average(str(axes[axis]), axis), axis, ids.shape)]
 
     def weights(self, op: Any) -> dict[str, tuple]:

@@ -131,9 +131,9 @@ class Rule:
             args, kwargs: of the call.
         """
         raise NotImplementedError(
-            f"{type(op).__name__} {op.name!r}: {type(self).__name__} has no `over_open`, which says "
-            "what the operation computes over open units. A rule given to keras_polar.register "
-            "that calls `site.average` needs it; register the layer before a model is loaded."
+            f"{type(op).__name__} {op.name!r}: the rule {type(self).__name__} has no `over_open`, "
+            "which says what it computes over open units. A rule that calls `site.average` needs "
+            "it; give it to keras_polar.register before the model is loaded."
         )
 
     def macs(self, site: CallSite) -> list[CostTerm] | None:

@@ -80,7 +80,8 @@ class Cutter:
             call = site.call
             masked = {**full, **_masked(site, self.kept, full)}
             with Substituted(_masked_inside(site, self.kept)):
-                wanted = _full(site, self.kept)(*fill(call.args, masked), **fill(call.kwargs, masked))
+                args, kwargs = fill((call.args, call.kwargs), masked)
+                wanted = _full(site, self.kept)(*args, **kwargs)
             found = self.visit(call, small)
             full.update(zip(call.outputs, tree.flatten(wanted), strict=True))
             small.update(zip(call.outputs, tree.flatten(found), strict=True))

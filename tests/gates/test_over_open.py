@@ -192,7 +192,7 @@ def test_a_gated_stream_is_saved_and_loads(gate, tmp_path):
 
 def test_regularisers_see_open_units_alone():
     penalty = keras.regularizers.L2(0.1)
-    options = {n: penalty for n in ("gamma_regularizer", "beta_regularizer")}
+    options = dict.fromkeys(("gamma_regularizer", "beta_regularizer"), penalty)
     gated = gated_stream(activity_regularizer=penalty, **options)
     small = keras_polar.convert(gated)
     x = random_inputs(gated)
