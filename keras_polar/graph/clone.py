@@ -32,7 +32,7 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         with contextlib.suppress(TypeError):
             return duplicate(op, name)
     try:
-        config = _config_of(op)
+        config = _config_of(op, changes)
         arrays = _without_arrays(op, config) if changes else {}
         new = _from_config(op, {**config, **arrays, "name": name, **changes})
         hand_on(op, new)
@@ -48,14 +48,18 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         ) from error
 
 
-def _config_of(op: Any) -> dict:
-    """The config of a layer; a TypeError where one made from it would lose what it is."""
+def _config_of(op: Any, changes: dict) -> dict:
+    """The config of a layer; a TypeError where one made from it would lose what it is.
+
+    Args:
+        changes: what is given instead of, or besides, what the config says.
+    """
     if hasattr(op, "load_assets"):
         raise TypeError("its vocabulary is not part of it")
     with warnings.catch_warnings():  # what Keras says of lambdas is for those who save
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
         config = op.get_config()
-    config |= _left_out(op, config)
+    config |= _left_out(op, config | changes)
     # A config holds values at most: what is assigned to variables later would not arrive.
     return config | {k: x for k, x in _live(op, config).items() if holds_variables(x)}
 
@@ -142,7 +146,8 @@ def _from_config(op: Any, config: dict) -> Any:
         base = {"name", "trainable", "dtype"}
         known = {k: v for k, v in config.items() if k in parameters or k in base}
         new = type(op).from_config(known)
-        if known.keys() == config.keys() or new.get_config() != config:
+        left_out, again = config.keys() - known.keys(), new.get_config()
+        if not left_out or left_out - again.keys() or config | again != config:
             raise
         return new
 
