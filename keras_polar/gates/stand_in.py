@@ -1,4 +1,4 @@
-"""What stands in the place of a layer in a gated model: computes what it does, by the gates."""
+"""What stands in the place of a layer or operation in a gated model: the same by the gates."""
 
 import contextlib
 from typing import Any
@@ -17,22 +17,24 @@ class StandIn(keras.layers.Wrapper):
     and set through it.
 
     Args:
-        layer: the layer, built.
+        layer: the layer, built; or an operation of `keras.ops`.
     """
 
     def __init__(self, layer: Any, **kwargs: Any) -> None:
-        options = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
-        super().__init__(layer, **options)
+        options = {"name": layer.name, "dtype": getattr(layer, "dtype_policy", None), **kwargs}
+        keras.layers.Layer.__init__(self, **options)  # that of a Wrapper takes layers alone
+        self.layer = layer
         self.supports_masking = True
 
     @property
     def trainable(self) -> bool:
         """That of the layer: the wrapper has no variables, and no say in the matter, of its own."""
-        return self.layer.trainable
+        return getattr(inside_of(self), "trainable", True)
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        self.layer.trainable = value
+        if isinstance(inside_of(self), keras.layers.Layer):
+            self.layer.trainable = value
 
     def __getattr__(self, name: str) -> Any:
         with contextlib.suppress(AttributeError):  # PyTorch's modules find their parts by it

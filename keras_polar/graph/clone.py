@@ -66,7 +66,9 @@ def _config_of(op: Any, changes: dict) -> dict:
 
 def _left_out(op: Any, config: dict) -> dict:
     """Arguments of a user's layer that its config lacks, as far as they are variables."""
-    missing = [name for name in _parameters(type(op).__init__) if name not in config]
+    defaults = _parameters(type(op).__init__)
+    # What is as by default, a layer made from the config has as well.
+    missing = [n for n, x in defaults.items() if n not in config and vars(op).get(n) is not x]
     handed = {place[0]: v for place, v in handed_places(op).items() if len(place) == 1}
     lost = [n for n in missing if n in vars(op) and n not in handed]
     if lost:
@@ -74,12 +76,13 @@ def _left_out(op: Any, config: dict) -> dict:
     return {n: handed[n] for n in missing if n in handed}
 
 
-def _parameters(init: Any) -> list[str]:
-    """Names of what a layer is made from; stock layers know what they leave out."""
+def _parameters(init: Any) -> dict[str, Any]:
+    """What a layer is made from, with the defaults; stock layers know what they leave out."""
     if init.__module__.partition(".")[0] == "keras":
-        return []
+        return {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in inspect.signature(init).parameters.values() if p.kind in named]
+    parameters = inspect.signature(init).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind in named}
 
 
 def _without_arrays(op: Any, config: dict) -> dict:

@@ -121,7 +121,7 @@ class CallSite:
     def average(self, name: str, axis: int, tensor: int = 0) -> Ids:
         """The operation averages over the units along `axis`; its rule has `over_open`."""
         vector = self.follow(name, axis, tensor)
-        self.averaged.append((tensor, axis % self.inputs[tensor].ndim))
+        self.averaged.append((tensor, axis))  # as it is spelled: calls of a shared layer are alike
         return vector
 
     def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:

@@ -34,7 +34,7 @@ class TimeDistributedRule(Rule):
         site.refused = step.refused
         if step.averaged and any(axis >= 0 for axis in site.op.layer.axis):
             return site.pin_all("normalises over an axis counted from the batch")
-        site.averaged += [(0, axis + 1) for _, axis in step.averaged]
+        site.averaged += step.averaged
         site.reads += [(0, axis + 1 if axis else 0) for _, axis in step.reads]
         site.inner_reads += [(f"layer.{path}", axis) for path, axis in step.inner_reads]
         return [np.broadcast_to(np.expand_dims(out, 1), site.output_shapes[0])]

@@ -2,7 +2,7 @@
 
 import re
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class MaskInserter:
             self.decided_at[spec.site].append(i)
         self.branches = {t.adds: i for i, t in enumerate(self.specs) if t.adds >= 0}
         self.clones: dict[int, Any] = {}
-        self.stand_ins: dict[int, StandIn] = {}
+        self.stand_ins: dict[tuple, StandIn] = {}
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
         graph = coupling.graph
@@ -64,25 +64,28 @@ class MaskInserter:
         outputs = op(*args, **kwargs)
         if is_new:
             copy_weights(call.op, op, lambda _, value: value)
-        groups, make = self._stand_in(site, op)
+        averaged = [ids_along(site.inputs[tensor], axis) for tensor, axis in site.averaged]
+        reads = [*site.inner_reads, *self._masked_weights(site).values()]
+        vectors = averaged or [inner_vector(site, *read) for read in reads]
+        groups = self._gated(vectors)
         if not groups:
             return outputs
-        if id(op) not in self.stand_ins:
-            self.stand_ins[id(op)] = make()
-        return self.stand_ins[id(op)]([self.gates[i] for i in groups], *args, **pack(kwargs))
+        if averaged:
+            stand_in = self._over_open(op, site.averaged[0][1], self._places(averaged[0], groups))
+        else:
+            masks = [[*r, self._arranged(v, groups)] for r, v in zip(reads, vectors, strict=True)]
+            stand_in = self.stand_ins.get((id(op),)) or WeightMask(op, masks)
+            self.stand_ins[(id(op),)] = stand_in
+        return stand_in([self.gates[i] for i in groups], *args, **pack(kwargs))
 
-    def _stand_in(self, site: CallSite, op: Any) -> tuple[list[int], Callable[[], StandIn]]:
-        """The groups whose gates an operation has to know, and what stands for it then."""
-        if site.averaged:
-            ((tensor, axis),) = site.averaged
-            vector = ids_along(site.inputs[tensor], axis)
-            groups = self._gated([vector])
-            return groups, lambda: OverOpen(op, axis, self._places(vector, groups))
-        reads = [*site.inner_reads, *self._masked_weights(site).values()]
-        vectors = [inner_vector(site, *read) for read in reads]
-        groups = self._gated(vectors)
-        pairs = zip(reads, vectors, strict=True)
-        return groups, lambda: WeightMask(op, [[*r, self._arranged(v, groups)] for r, v in pairs])
+    def _over_open(self, op: Any, axis: int, places: list | None) -> StandIn:
+        # A shared layer without weights may be called on units of several groups.
+        key = (id(op), axis, str(places))
+        if key not in self.stand_ins:
+            is_first = all(known[0] != id(op) for known in self.stand_ins)
+            name = op.name if is_first else self._name(op.name)
+            self.stand_ins[key] = OverOpen(op, axis, places, name=name)
+        return self.stand_ins[key]
 
     def _masked_weights(self, site: CallSite) -> dict[int, tuple]:
         """Input position -> (variable, axis) to be masked instead, where all samples agree.
