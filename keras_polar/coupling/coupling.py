@@ -165,7 +165,7 @@ def _followed(site: CallSite) -> list[Ids]:
     try:
         return site.rule.flow(site)
     except (IndexError, TypeError, ValueError) as error:
-        site.reads, site.produces = [], []
+        site.reads, site.averaged, site.produces = [], [], []
         why = f"units cannot be followed through it: {error}"
         for vector in site.axes.values():
             site.pin(vector, why)

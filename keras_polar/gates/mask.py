@@ -8,6 +8,26 @@ from keras import ops
 from keras_polar.gates.gate import PACKAGE
 
 
+def gates_along(gates: list, index: list | None, axis: int | None, ndim: int) -> Any:
+    """The gates of a tensor of `ndim` axes, to be broadcast against it; see `Mask`."""
+    gate = gates[0] if index is None else _arranged(gates, index)
+    shape = [1] * ndim
+    shape[0] = -1
+    if axis is not None:
+        shape[axis] = gate.shape[1]
+    return ops.reshape(gate, shape)
+
+
+def _arranged(gates: list, index: list) -> Any:
+    one = ops.ones_like(gates[0][:, :1])
+    # Gates of one model have a batch axis or not all alike, but for those without an input.
+    rows = max((g for g in [*gates, one]), key=lambda g: g.shape[0] != 1)
+    wide = [ops.broadcast_to(g, (ops.shape(rows)[0], g.shape[1])) for g in [*gates, one]]
+    # With its type: on JAX, Keras makes floats of whole numbers where floatx is bfloat16.
+    places = ops.convert_to_tensor(index, "int32")
+    return ops.take(ops.concatenate(wide, axis=1), places, axis=1)
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class Mask(keras.layers.Layer):
     """Multiplies the units of a tensor by their gates: closed units arrive as zeros.
@@ -26,22 +46,8 @@ class Mask(keras.layers.Layer):
         self.supports_masking = True
 
     def call(self, x: Any, gates: list) -> Any:
-        gate = gates[0] if self.index is None else self._arranged(gates)
-        shape = [1] * len(x.shape)
-        shape[0] = -1
-        if self.axis is not None:
-            shape[self.axis] = x.shape[self.axis]
-        gate = ops.cast(ops.reshape(gate, shape), x.dtype)
+        gate = ops.cast(gates_along(gates, self.index, self.axis, len(x.shape)), x.dtype)
         return ops.logical_and(x, gate) if gate.dtype == "bool" else x * gate
-
-    def _arranged(self, gates: list) -> Any:
-        one = ops.ones_like(gates[0][:, :1])
-        # Gates of one model have a batch axis or not all alike, but for those without an input.
-        rows = max((g for g in [*gates, one]), key=lambda g: g.shape[0] != 1)
-        wide = [ops.broadcast_to(g, (ops.shape(rows)[0], g.shape[1])) for g in [*gates, one]]
-        # With its type: on JAX, Keras makes floats of whole numbers where floatx is bfloat16.
-        index = ops.convert_to_tensor(self.index, "int32")
-        return ops.take(ops.concatenate(wide, axis=1), index, axis=1)
 
     def compute_output_spec(self, x: Any, gates: list) -> Any:
         return keras.KerasTensor(x.shape, x.dtype)

@@ -32,7 +32,7 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         with contextlib.suppress(TypeError):
             return duplicate(op, name)
     try:
-        config = _config_of(op)
+        config = _config_of(op, changes)
         arrays = _without_arrays(op, config) if changes else {}
         new = _from_config(op, {**config, **arrays, "name": name, **changes})
         hand_on(op, new)
@@ -48,21 +48,27 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         ) from error
 
 
-def _config_of(op: Any) -> dict:
-    """The config of a layer; a TypeError where one made from it would lose what it is."""
+def _config_of(op: Any, changes: dict) -> dict:
+    """The config of a layer; a TypeError where one made from it would lose what it is.
+
+    Args:
+        changes: what is given instead of, or besides, what the config says.
+    """
     if hasattr(op, "load_assets"):
         raise TypeError("its vocabulary is not part of it")
     with warnings.catch_warnings():  # what Keras says of lambdas is for those who save
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
         config = op.get_config()
-    config |= _left_out(op, config)
+    config |= _left_out(op, config | changes)
     # A config holds values at most: what is assigned to variables later would not arrive.
     return config | {k: x for k, x in _live(op, config).items() if holds_variables(x)}
 
 
 def _left_out(op: Any, config: dict) -> dict:
     """Arguments of a user's layer that its config lacks, as far as they are variables."""
-    missing = [name for name in _parameters(type(op).__init__) if name not in config]
+    defaults = _parameters(type(op).__init__)
+    # What is as by default, a layer made from the config has as well.
+    missing = [n for n, x in defaults.items() if n not in config and vars(op).get(n) is not x]
     handed = {place[0]: v for place, v in handed_places(op).items() if len(place) == 1}
     lost = [n for n in missing if n in vars(op) and n not in handed]
     if lost:
@@ -70,12 +76,13 @@ def _left_out(op: Any, config: dict) -> dict:
     return {n: handed[n] for n in missing if n in handed}
 
 
-def _parameters(init: Any) -> list[str]:
-    """Names of what a layer is made from; stock layers know what they leave out."""
+def _parameters(init: Any) -> dict[str, Any]:
+    """What a layer is made from, with the defaults; stock layers know what they leave out."""
     if init.__module__.partition(".")[0] == "keras":
-        return []
+        return {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in inspect.signature(init).parameters.values() if p.kind in named]
+    parameters = inspect.signature(init).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind in named}
 
 
 def _without_arrays(op: Any, config: dict) -> dict:
@@ -142,7 +149,8 @@ def _from_config(op: Any, config: dict) -> Any:
         base = {"name", "trainable", "dtype"}
         known = {k: v for k, v in config.items() if k in parameters or k in base}
         new = type(op).from_config(known)
-        if known.keys() == config.keys() or new.get_config() != config:
+        left_out, again = config.keys() - known.keys(), new.get_config()
+        if not left_out or left_out - again.keys() or config | again != config:
             raise
         return new
 

@@ -106,8 +106,8 @@ def layers_of(op: Any) -> list:
 
 
 def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:
-    """Gives symbolic outputs the masks that Keras would give them in a call of the layer."""
-    if layer.supports_masking:
+    """Gives outputs the masks that Keras would give them in a call of the layer."""
+    if getattr(layer, "supports_masking", False):  # operations have no masks
         first = [*args, *kwargs.values()][0]
         mask = kwargs.get("mask")
         before = tree.map_structure(backend.get_keras_mask, first) if mask is None else mask

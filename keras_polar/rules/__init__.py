@@ -9,6 +9,7 @@ from keras_polar.rules import (  # noqa: F401
     einsum_dense,
     elementwise,
     embedding,
+    hub,
     matmul,
     movement,
     pooling_norm,

@@ -35,6 +35,8 @@ class CallSite:
         reads: (input position, axis) whose closed units must arrive as zeros.
         inner_reads: (variable, axis) of the layer's own weights, the variable named as in
             `Rule.weights`, whose slices for closed units must be zeros.
+        averaged: (input position, axis) over whose units the operation averages, at most one. In
+            the gated model it does so over the open ones (`Rule.over_open`).
         multiplied_by: which (variable, axis) all that is read at an input position is multiplied
             with, and nothing else: zeros may stand there instead.
         refused: why all that reaches the operation stays, and nothing it makes can go; else empty.
@@ -52,6 +54,7 @@ class CallSite:
     outputs: list[Ids] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     inner_reads: list[tuple[str, int]] = field(default_factory=list)
+    averaged: list[tuple[int, int]] = field(default_factory=list)
     multiplied_by: dict[int, tuple[str, int]] = field(default_factory=dict)
     produces: list[str] = field(default_factory=list)
     refused: str = ""
@@ -113,6 +116,12 @@ class CallSite:
         self.reads.append((tensor, axis % self.inputs[tensor].ndim))
         if by is not None:
             self.multiplied_by[tensor] = by
+        return vector
+
+    def average(self, name: str, axis: int, tensor: int = 0) -> Ids:
+        """The operation averages over the units along `axis`; its rule has `over_open`."""
+        vector = self.follow(name, axis, tensor)
+        self.averaged.append((tensor, axis))  # as it is spelled: calls of a shared layer are alike
         return vector
 
     def produce(self, name: str, n: int, axis: int, output: int = 0) -> Ids:

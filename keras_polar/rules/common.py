@@ -1,8 +1,10 @@
 """What several rule files ask of operations and ids."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_polar.rules.call_site import CallSite
 from keras_polar.rules.ids import Ids, broadcast_along, varies
@@ -30,6 +32,25 @@ def channel_axis(op: Any) -> int:
     """Axis of the channels, by the operation's `data_format` (None: Keras' global setting)."""
     found = getattr(op, "data_format", "channels_last") or keras.config.image_data_format()
     return 1 if found == "channels_first" else -1
+
+
+def in_float32(x: Any) -> Any:
+    """Statistics are taken in float32 at least, as Keras does in its layers."""
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+
+
+def mean_of_open(gates: Any, axes: Iterable[int]) -> Callable[[Any], Any]:
+    """The mean over these axes, kept, in which units count as much as their gates.
+
+    It is exactly the mean if all are open.
+    """
+
+    def mean(x: Any) -> Any:
+        share = ops.cast(gates, x.dtype)
+        over = {"axis": tuple(axes), "keepdims": True}
+        return ops.mean(x * share, **over) / ops.mean(share, **over)
+
+    return mean
 
 
 def spread(site: CallSite, vector: Ids, axis: int) -> Ids:

@@ -3,13 +3,18 @@
 The layer itself stays as it is in every model; the trace only says how units flow through it. That
 it will do the same on fewer units is not taken for granted: a twin, made from its config and built
 for fewer units, is traced too, and every operation, argument and constant must be the same.
+
+Where it sums or averages over its units, it stays as it is as well, but a gated model runs the
+operations of its call one by one, those that use the units by the gates.
 """
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
-from keras import KerasTensor
+from keras import KerasTensor, ops
 
 from keras_polar.graph.clone import smaller_twin
 from keras_polar.graph.ir import Call, Ref, Spec, fill, refs_in
@@ -20,6 +25,7 @@ from keras_polar.graph.symbolic.record import CannotTrace, tensors_in
 from keras_polar.rules.call_site import CallSite, fixed_term, ids_along, set_rows, sizes
 from keras_polar.rules.elementwise import MergeRule
 from keras_polar.rules.ids import Ids, Units, broadcast_along, no_unit, varies
+from keras_polar.rules.pooling_norm import NormOpRule
 from keras_polar.rules.registry import add, rule_for
 from keras_polar.rules.rule import CostTerm, KeptUnits, PinRule, Rule
 
@@ -43,20 +49,24 @@ class TracedRule(Rule):
         for is_far in (False, True):
             resized = _resized(site, is_far)
             runs, keys = _traces(site, resized)
-        vectors = self._variables(site, runs[0], resized)
+        vectors = self.own_variables(site, runs[0], resized)
         for key, size in keys.items():
             same = [v for v in vectors.values() if len(v) == size] or [_lines(site)[size]]
             for other in same[1:]:
                 site.units.tie(same[0], other, f"sized by {key!r} of {site.name!r}")
             site.set_axis(f"config {key}", same[0])
         first, *rest = [_through(site, run, vectors) for run in runs]
+        if any(_uses(site, part) for part in site.parts):
+            axis, spec = _unit_axis(site.inputs[0]), site.specs[site.call.inputs[0]]
+            _plan(site.op, *_arguments(site, [KerasTensor(spec.shape, spec.dtype)]), axis)
+            site.average("units", axis)
         site.parts = _dependent(runs[0], site.parts[: len(runs[0].steps)])  # in inference mode
         for outputs in rest:
             for a, b in zip(first, outputs, strict=True):
                 site.units.tie(a, b, f"mixed with fixed elements by {site.name!r} in training")
         return first
 
-    def _variables(self, site: CallSite, run: Expansion, resized: dict) -> dict[str, Ids]:
+    def own_variables(self, site: CallSite, run: Expansion, resized: dict) -> dict[str, Ids]:
         """Ids of the layer's own variables: those of its input, where they are sized by it."""
         lines = _lines(site)
         ids_of: dict[str, Ids] = {}
@@ -79,6 +89,10 @@ class TracedRule(Rule):
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         keys = [k for k in site.axes if k.startswith("config ")]
         return {k.removeprefix("config "): kept.count(site.axes[k]) for k in keys}
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        axis = next(i for i, n in enumerate(gates.shape) if i and n != 1)
+        return _plan(op, args, kwargs, axis).run(op, gates, *_tensors((args, kwargs)))
 
     def macs(self, site: CallSite) -> list[CostTerm] | None:
         return _sum_of(site.parts) if site.parts else traced_macs(site)
@@ -220,7 +234,8 @@ def _variable_ids(site: CallSite, name: str, shape: tuple, vectors: dict[str, Id
 def _inner_outputs(site: CallSite, inner: CallSite) -> list[Ids]:
     """What the rule of a call inside says; its units stay where it computes with them."""
     outputs = inner.rule.flow(inner)
-    if inner.reads or inner.produces or not _adapts(inner.rule):
+    used = [*inner.reads, *inner.averaged]
+    if inner.produces or not _adapts(inner.rule) or _uses(site, inner) != used:
         for ids in inner.inputs:
             site.pin(ids, f"computes with its units ({type(inner.op).__name__})")
     return outputs
@@ -230,7 +245,7 @@ def _adapts(rule: Rule) -> bool:
     """Whether an operation does the right thing on fewer units without any change."""
     kind = type(rule)
     is_plain = kind.config is Rule.config and kind.arguments is Rule.arguments
-    return is_plain or isinstance(rule, MergeRule)
+    return is_plain or isinstance(rule, (MergeRule, NormOpRule))
 
 
 def _site(site: CallSite, step: Any, table: dict) -> _Inner:
@@ -250,6 +265,125 @@ def _site(site: CallSite, step: Any, table: dict) -> _Inner:
     call = Call(step.op, step.op.name, site.call.path, args, kwargs, inputs, outputs)
     ids = [table[id(x)] for x in tensors]
     return _Inner(call, tuple(specs), site.units, ids, {}, rule_for(step.op))
+
+
+# --- by the gates ----------------------------------------------------------------------------
+
+LENGTHS = (997, 991)  # stand for sizes that are not known
+
+
+def _unit_axis(ids: Ids) -> int:
+    return next(axis for axis in range(1, ids.ndim) if varies(ids, axis))
+
+
+def _uses(site: CallSite, inner: CallSite) -> list[tuple[int, int]]:
+    """The (input position, axis) where a call inside sums or averages over the layer's units.
+
+    Only if they are all of them, for whose gates the layer can be asked, and in any mode.
+    """
+    is_simple = len(site.inputs) == len(site.call.outputs) == 1 and not takes_training(site.op)
+    if not is_simple or sum(varies(site.inputs[0], a) for a in range(site.inputs[0].ndim)) != 1:
+        return []
+    units = ids_along(site.inputs[0], _unit_axis(site.inputs[0]))
+    used = [*inner.reads, *inner.averaged]
+    return [(t, a) for t, a in used if np.array_equal(ids_along(inner.inputs[t], a), units)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The operations of a layer's call on its one tensor, and where they use its units.
+
+    Attributes:
+        steps: triples of a recorded call, the same as a rule sees it, and what `_uses` finds.
+    """
+
+    trace: Expansion
+    steps: list[tuple]
+
+    def run(self, op: Any, gates: Any, x: Any) -> Any:
+        own = {id(s): getattr(op, name) for name, s in self.trace.variables.items()}
+        table = {k: ops.convert_to_tensor(v) for k, v in own.items()}
+        table[id(self.trace.inlets[0])] = x
+        for step, part, uses in self.steps:
+            outputs = keras.tree.flatten(_by_gates(step, part, uses, gates, table))
+            table.update(zip(map(id, step.outputs), outputs, strict=True))
+        return table[id(self.trace.outputs[0])]
+
+
+def _by_gates(step: Any, part: CallSite, uses: list, gates: Any, table: dict) -> Any:
+    values = {i: table[id(x)] for i, x in enumerate(tensors_in((step.args, step.kwargs)))}
+    for tensor, axis in (use for use in uses if use not in part.averaged):
+        x = values[part.call.inputs[tensor]]
+        values[part.call.inputs[tensor]] = x * ops.cast(_turned(gates, axis, x), x.dtype)
+    args, kwargs = fill((part.call.args, part.call.kwargs), values)
+    if not uses or not part.averaged:
+        return step.op(*args, **kwargs)
+    ((tensor, axis),) = part.averaged
+    share = _turned(gates, axis, values[part.call.inputs[tensor]])
+    return part.rule.over_open(step.op, share, *args, **kwargs)
+
+
+def _turned(gates: Any, axis: int, x: Any) -> Any:
+    """The gates, to be broadcast against a tensor with its units on this axis."""
+    shape = [1] * len(x.shape)
+    shape[axis] = max(gates.shape[1:])
+    return ops.reshape(gates, [-1, *shape[1:]])
+
+
+_PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _plan(op: Any, args: tuple, kwargs: dict, axis: int) -> _Plan:
+    """The plan of a layer for such arguments, made when it is first asked for.
+
+    In a gated model that is when it is built, not within a training step.
+
+    Raises:
+        CannotTrace: there is none, for lengths that are not known.
+    """
+    (x,) = _tensors((args, kwargs))
+    plans = _PLANS.setdefault(op, {})
+    kind = (len(x.shape), keras.backend.standardize_dtype(x.dtype), axis)
+    fitting = (p for (k, shape), p in plans.items() if k == kind and _fits(shape, x.shape))
+    found = next(fitting, None)
+    if found is None:
+        found = plans[kind, tuple(x.shape[1:])] = _planned(op, args, kwargs, axis)
+    return found
+
+
+def _tensors(arguments: Any) -> list:
+    return [x for x in keras.tree.flatten(arguments) if _is_tensor(x)]
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, KerasTensor) or ops.is_tensor(x)
+
+
+def _fits(known: tuple, shape: Any) -> bool:
+    return all(a in (None, b) for a, b in zip(known, shape[1:], strict=True))
+
+
+def _planned(op: Any, args: tuple, kwargs: dict, axis: int) -> _Plan:
+    leaf, twin = (Leaf(op, *_with_length(args, kwargs, length)) for length in LENGTHS)
+    trace = trace_leaf(leaf, twin, dict([LENGTHS]), None)
+    (x,), (y,) = _tensors((leaf.args, leaf.kwargs)), trace.outputs
+    specs = (Spec(tuple(x.shape), x.dtype), Spec((None, *y.shape[1:]), y.dtype))
+    call = Call(op, op.name, op.name, (Ref(0),), {}, (0,), (1,))
+    ids = broadcast_along(np.arange(x.shape[axis], dtype="int32"), axis, sizes(x.shape))
+    rule = TracedRule()
+    site = CallSite(call, specs, Units(), [ids], {}, rule)
+    _through(site, trace, rule.own_variables(site, trace, {x.shape[axis]: 0}))
+    pairs = zip(trace.steps, site.parts, strict=True)
+    return _Plan(trace, [(step, part, _uses(site, part)) for step, part in pairs])
+
+
+def _with_length(args: tuple, kwargs: dict, length: int) -> tuple[tuple, dict]:
+    def symbol(x: Any) -> Any:
+        if not _is_tensor(x):
+            return x
+        return KerasTensor([None, *(d or length for d in x.shape[1:])], x.dtype)
+
+    return keras.tree.map_structure(symbol, (args, kwargs))
 
 
 add(TracedRule(), keras.layers.Layer)

@@ -3,13 +3,14 @@
 from typing import Any
 
 import numpy as np
-from keras import layers, tree
+from keras import layers, ops, tree
 
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Call, Ref, refs_in
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.call_site import CallSite, ids_along
-from keras_polar.rules.ids import Ids, no_unit, varies
+from keras_polar.rules.common import axes_of, in_float32
+from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import KeptUnits, Rule
 
@@ -142,7 +143,13 @@ class SumLayerRule(MergeLayerRule, SumRule):
 
 
 class SoftmaxRule(Rule):
-    """Mixes units along its axes, which stay or go together; on other axes it acts one by one."""
+    """Mixes units along its axes; on other axes it acts one by one.
+
+    In the gated model the sum of the units on its axis is that of the open ones.
+    """
+
+    def __init__(self, is_log: bool = False) -> None:
+        self.is_log = is_log
 
     def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis
@@ -155,9 +162,23 @@ class SoftmaxRule(Rule):
             return site.pin_all("has a constant mask")
         axes = [axis] if isinstance(axis, int) else axis or range(1, ids.ndim)
         one = site.tie_along(ids, [i % ids.ndim for i in axes])
-        if one is None:
+        if one is not None:
+            return [np.broadcast_to(one, ids.shape)]
+        if len(axes) > 1 or masks or given is not None or axes[0] % ids.ndim == 0:
             return site.pin_all("normalises over the units")
-        return [np.broadcast_to(one, ids.shape)]
+        return [broadcast_along(site.average("units", axes[0]), axes[0] % ids.ndim, ids.shape)]
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype, x = args[0].dtype, in_float32(args[0])
+        (axis,) = axes_of(op.axis, len(x.shape))
+        share = ops.cast(gates, x.dtype)
+        highest = ops.max(ops.where(share > 0, x, LOWEST), axis, keepdims=True)
+        x = ops.minimum(x - ops.stop_gradient(highest), HIGHEST)  # closed ones may be above
+        total = ops.sum(share * ops.exp(x), axis, keepdims=True)
+        return ops.cast(x - ops.log(total) if self.is_log else ops.exp(x) / total, dtype)
+
+
+LOWEST, HIGHEST = -1e30, 60.0  # of what has an exponential in float32
 
 
 class PReLURule(Rule):
@@ -223,5 +244,6 @@ add(
     layers.Maximum,
     layers.Minimum,
 )
-add(SoftmaxRule(), layers.Softmax, op_class("Softmax"), op_class("LogSoftmax"))
+add(SoftmaxRule(), layers.Softmax, op_class("Softmax"))
+add(SoftmaxRule(is_log=True), op_class("LogSoftmax"))
 add(PReLURule(), layers.PReLU)

@@ -3,14 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.common import axes_of, channel_axis, spread, widest
+from keras_polar.rules.common import (
+    axes_of,
+    channel_axis,
+    in_float32,
+    mean_of_open,
+    spread,
+    widest,
+)
 from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import KeptUnits, Rule
@@ -103,11 +111,107 @@ class AlongRule(Rule):
         return [np.broadcast_to(one, shape) for shape in site.output_shapes]
 
 
-class LayerNormRule(AlongRule):
-    """Mean and variance run over the units of its axes: they stay. Other axes are free."""
+class LayerNormRule(Rule):
+    """Mean and variance run over the units of its axes: those that are open, in the gated model.
 
-    def __init__(self) -> None:
-        super().__init__("normalises over the units", lambda op, ndim: op.axis)
+    Of units on its axes and on others those are free that leave more to choose from.
+    """
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        (ids,) = site.inputs
+        axes = {axis % ids.ndim: axis for axis in site.op.axis}
+        if 0 in axes:
+            return site.pin_all("normalises over the batch")
+        axis = _freest(ids, set(axes))
+        if axis is None:
+            one = site.tie_along(ids, axes)
+            return [ids if one is None else np.broadcast_to(one, ids.shape)]
+        return [broadcast_along(site.average(str(axes[axis]), axes[axis]), axis, ids.shape)]
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return dict.fromkeys(("gamma", "beta"), tuple(map(str, op.axis)))
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        y = _layer_norm(op, mean_of_open(gates, op.axis), x, op.gamma, op.beta)
+        return ops.cast(y, op.compute_dtype)
+
+
+class RMSNormRule(LayerNormRule):
+    """The same with the mean square."""
+
+    def weights(self, op: Any) -> dict[str, tuple]:
+        return {"scale": tuple(map(str, op.axis))}
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        y = _rms_norm(op, mean_of_open(gates, op.axis), x, op.scale)
+        return ops.cast(y, x.dtype)
+
+
+class NormOpRule(Rule):
+    """`ops.layer_normalization` and its like: scale and offset are cut with the units."""
+
+    def __init__(self, normalised: Callable) -> None:
+        self.normalised = normalised
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        ids, *others = site.inputs
+        axes = axes_of(site.op.axis, ids.ndim)
+        axis = _freest(ids, axes)
+        if 0 in axes or (others and axis is None) or (axis is not None and len(axes) > 1):
+            return site.pin_all("normalises over the units and other axes, or over the batch")
+        if axis is None:
+            one = site.tie_along(ids, axes)
+            return [ids if one is None else np.broadcast_to(one, ids.shape)]
+        vector = site.average("units", axis)
+        for other in others:
+            site.units.tie(vector, other, f"scaled with fixed elements by {site.name!r}")
+        return [broadcast_along(vector, axis, ids.shape)]
+
+    def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
+        return _cut_vectors(site, "units", kept)
+
+    def over_open(self, op: Any, gates: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        mean = mean_of_open(gates, axes_of(op.axis, len(x.shape)))
+        return ops.cast(self.normalised(op, mean, x, *args, **kwargs), x.dtype)
+
+
+def _layer_norm(op: Any, mean: Callable, x: Any, gamma: Any = None, beta: Any = None) -> Any:
+    x = in_float32(x)
+    centred = x - mean(x)
+    y = (x if op.rms_scaling else centred) / _root(op, mean(ops.square(centred)))
+    return _scaled(op, y, gamma, beta)
+
+
+def _rms_norm(op: Any, mean: Callable, x: Any, scale: Any = None) -> Any:
+    x = in_float32(x)
+    return _scaled(op, x / _root(op, mean(ops.square(x))), scale, None)
+
+
+def _root(op: Any, square: Any) -> Any:
+    epsilon = keras.backend.epsilon() if op.epsilon is None else op.epsilon
+    return ops.sqrt(square + epsilon)
+
+
+def _scaled(op: Any, y: Any, scale: Any, offset: Any) -> Any:
+    """Times scale, plus offset, which have one size for each axis of the operation."""
+    places = axes_of(op.axis, len(y.shape))
+    shape = [n if i in places else 1 for i, n in enumerate(y.shape)]
+    scale, offset = (
+        x if x is None else ops.cast(ops.reshape(ops.convert_to_tensor(x), shape), y.dtype)
+        for x in (scale, offset)
+    )
+    y = y if scale is None else y * scale
+    return y if offset is None else y + offset
+
+
+def _freest(ids: Ids, axes: set) -> int | None:
+    """Of these axes the one with most units, None if there are more on one of the others."""
+    axis, other = widest(ids, axes), widest(ids, {*range(ids.ndim)} - axes)
+    if axis is None or other is None:
+        return axis
+    return axis if ids.shape[axis] > ids.shape[other] else None
 
 
 class UnitNormRule(Rule):
@@ -137,15 +241,18 @@ class BatchNormOpRule(Rule):
 
     def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Statistics, scale and offset of the channels that stay."""
-        if "channels" not in site.axes:
-            return super().arguments(site, kept)
+        return _cut_vectors(site, "channels", kept)
 
-        def cut(value: Any) -> Any:
-            is_fixed = value is None or isinstance(value, Ref)
-            return value if is_fixed else to_numpy(value)[kept.where(site.axes["channels"])]
 
-        args = tuple(map(cut, site.call.args))
-        return args, {k: cut(v) for k, v in site.call.kwargs.items()}
+def _cut_vectors(site: CallSite, axis: str, kept: KeptUnits) -> tuple[tuple, dict]:
+    """The call's arguments, constant vectors among them cut along with a named axis."""
+
+    def cut(value: Any) -> Any:
+        is_fixed = axis not in site.axes or value is None or isinstance(value, Ref)
+        return value if is_fixed else to_numpy(value)[kept.where(site.axes[axis])]
+
+    args = tuple(map(cut, site.call.args))
+    return args, {k: cut(v) for k, v in site.call.kwargs.items()}
 
 
 class BlockRule(Rule):
@@ -216,13 +323,10 @@ add(
 )
 add(BatchNormRule(), layers.BatchNormalization)
 add(GroupNormRule(), layers.GroupNormalization)
-add(
-    LayerNormRule(),
-    layers.LayerNormalization,
-    layers.RMSNormalization,
-    op_class("LayerNorm"),
-    op_class("RMSNorm"),
-)
+add(LayerNormRule(), layers.LayerNormalization)
+add(RMSNormRule(), layers.RMSNormalization)
+add(NormOpRule(_layer_norm), op_class("LayerNorm"))
+add(NormOpRule(_rms_norm), op_class("RMSNorm"))
 add(UnitNormRule(), layers.UnitNormalization, op_class("Normalize"))
 add(BatchNormOpRule(), op_class("BatchNorm"))
 add(

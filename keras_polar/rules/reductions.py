@@ -1,14 +1,17 @@
 """Sums, means, maxima and norms over axes of a tensor."""
 
+from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
+from keras import ops, tree
 
 from keras_polar.backends import to_numpy
 from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.common import axes_of, units_on
+from keras_polar.rules.common import axes_of, in_float32, mean_of_open, units_on
 from keras_polar.rules.ids import Ids, no_unit
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import Rule
@@ -17,9 +20,9 @@ from keras_polar.rules.rule import Rule
 class ReduceRule(Rule):
     """`ops.mean` and the like: over axes without units they act channel by channel.
 
-    A sum over the units reads them (a closed one adds zero); a mean or maximum over them would
-    change when one is cut, so that they stay. Of units on several axes those go together that
-    are reduced to one element.
+    A sum over the units reads them (a closed one adds zero), a mean is taken over open ones;
+    a maximum would change when one is cut, so that they stay. Of units on several axes those go
+    together that are reduced to one element.
     """
 
     def flow(self, site: CallSite) -> list[Ids]:
@@ -66,6 +69,31 @@ class ReduceSumRule(ReduceRule):
         site.read("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
 
 
+class StatisticsRule(ReduceSumRule):
+    """A mean or variance over the units: in the gated model over those that are open."""
+
+    def __init__(self, statistics: Callable[[Any, Any], Any]) -> None:
+        self.statistics = statistics
+
+    def _over_units(self, site: CallSite, axes: set) -> None:
+        site.average("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        axes = tuple(sorted(axes_of(_given_axes(op), len(x.shape))))
+        found = self.statistics(mean_of_open(gates, axes), in_float32(x))
+
+        def finished(y: Any) -> Any:
+            y = y if op.keepdims else ops.squeeze(y, axes)
+            return ops.cast(y, keras.backend.result_type(x.dtype, float))
+
+        return tree.map_structure(finished, found)
+
+
+def _variance(mean: Callable, x: Any) -> Any:
+    return mean(ops.square(x - mean(x)))
+
+
 class NormRule(ReduceSumRule):
     """`ops.norm`: as a sum if zeros add nothing to that norm."""
 
@@ -101,13 +129,17 @@ def _given_axes(op: Any) -> Any:
     return op.axes if hasattr(op, "axes") else op.axis
 
 
+add(StatisticsRule(lambda mean, x: mean(x)), op_class("Mean"))
+add(StatisticsRule(_variance), op_class("Var"))
+add(StatisticsRule(lambda mean, x: ops.sqrt(_variance(mean, x))), op_class("Std"))
+add(StatisticsRule(lambda mean, x: (mean(x), _variance(mean, x))), op_class("Moments"))
 add(
     ReduceRule(),
     *map(
         op_class,
-        "Mean Max Min Var Std Prod Amax Amin All Ptp Argmax Argmin Logsumexp Median Percentile "
+        "Max Min Prod Amax Amin All Ptp Argmax Argmin Logsumexp Median Percentile "
         "Quantile Nanmax Nanmean Nanmedian Nanmin Nanpercentile Nanprod Nanquantile Nanstd Nanvar "
-        "Nanargmax Nanargmin Moments".split(),
+        "Nanargmax Nanargmin".split(),
     ),
 )
 add(AverageRule(), op_class("Average"))

@@ -63,6 +63,7 @@ def _known(like: type) -> Rule:
 
 
 _REGISTRY: dict[type, Rule] = {}
+_BY_NAME: dict[str, Rule] = {}  # of classes whose package may not be there
 
 
 class UnknownRule(Rule):
@@ -74,7 +75,7 @@ class UnknownRule(Rule):
 
     def macs(self, site: CallSite) -> list[CostTerm] | None:
         """With other weights a layer computes what its class does, and what adapters add."""
-        rule = _REGISTRY.get(type(site.op))
+        rule = find(type(site.op))
         own = None if rule is None else alone(site, rule)
         added = _adapter_macs(site, rule)
         return None if own is None or added is None else [*own, CostTerm((), macs=added)]
@@ -97,11 +98,16 @@ def add(rule: Rule, *classes: type) -> None:
     _REGISTRY.update((c, rule) for c in classes)
 
 
+def add_by_name(rule: Rule, *names: str) -> None:
+    """Registers `rule` for classes by their full names, "package.module.Class"."""
+    _BY_NAME.update(dict.fromkeys(names, rule))
+
+
 def rule_for(op: Any) -> Rule:
     """The rule of an operation; the one that pins everything if there is none."""
     is_leaf = isinstance(op, keras.layers.Layer) and not has_parts(op)
     otherwise = _REGISTRY[keras.layers.Layer] if is_leaf else UNKNOWN  # see custom.py
-    rule = _REGISTRY.get(type(op), otherwise)
+    rule = find(type(op)) or otherwise
     if rule is UNKNOWN:
         return rule
     return rule if rule.applies(op) and not why_altered(op) else UNKNOWN
@@ -133,4 +139,5 @@ def trace_model(model: Any) -> Graph:
 
 def find(layer_class: type) -> Rule | None:
     """The registered rule of a class, or None."""
-    return _REGISTRY.get(layer_class)
+    name = f"{layer_class.__module__}.{layer_class.__qualname__}"
+    return _REGISTRY.get(layer_class) or _BY_NAME.get(name)

@@ -11,6 +11,9 @@ Units that are both made and read within one layer (attention heads, the hidden 
 cannot be masked in front of a consumer. Their rule declares *inner reads*, axes of weights that
 are multiplied by the mask instead: `(x * m) @ W == x @ (m[:, None] * W)`.
 
+Nor is masking enough for who *averages* over units (LayerNormalization): zeros count as well. Its
+rule says how it computes with the mask (`over_open`).
+
 Example: the whole rule of a Dense layer::
 
     class DenseRule(Rule):
@@ -115,6 +118,23 @@ class Rule:
     def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """The call's arguments when only `kept` units remain."""
         return site.call.args, site.call.kwargs
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        """What an operation that averages over units computes if closed ones do not count.
+
+        Asked where `flow` has said `site.average`, for there a closed unit must not arrive as zero,
+        which would count like any other value. Outputs of closed units may be anything: who reads
+        them has them masked.
+
+        Args:
+            gates: how much each unit counts, 0 or 1, in a shape that broadcasts against the tensor.
+            args, kwargs: of the call.
+        """
+        raise NotImplementedError(
+            f"{type(op).__name__} {op.name!r}: the rule {type(self).__name__} has no `over_open`, "
+            "which says what it computes over open units. A rule that calls `site.average` needs "
+            "it; give it to keras_polar.register before the model is loaded."
+        )
 
     def macs(self, site: CallSite) -> list[CostTerm] | None:
         """Multiply-accumulates of this call, as products of open units.

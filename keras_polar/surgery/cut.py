@@ -1,6 +1,8 @@
 """From ids that stay to a physically smaller model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -78,7 +80,8 @@ class Cutter:
             call = site.call
             masked = {**full, **_masked(site, self.kept, full)}
             with Substituted(_masked_inside(site, self.kept)):
-                wanted = call.op(*fill(call.args, masked), **fill(call.kwargs, masked))
+                args, kwargs = fill((call.args, call.kwargs), masked)
+                wanted = _full(site, self.kept)(*args, **kwargs)
             found = self.visit(call, small)
             full.update(zip(call.outputs, tree.flatten(wanted), strict=True))
             small.update(zip(call.outputs, tree.flatten(found), strict=True))
@@ -90,16 +93,28 @@ class Cutter:
         return "No single layer differs"
 
 
+def _full(site: CallSite, kept: KeptUnits) -> Callable:
+    """What a call computes on all units, by those that stay."""
+    if not site.averaged:
+        return site.op
+    ((tensor, axis),) = site.averaged
+    return partial(site.rule.over_open, site.op, _mask(site.inputs[tensor], axis, kept))
+
+
 def _masked(site: CallSite, kept: KeptUnits, values: dict) -> dict:
     masked = {}
     for tensor, axis in site.reads:
         index, ids = site.call.inputs[tensor], site.inputs[tensor]
         x = keras.ops.convert_to_tensor(values[index])
-        shape = [1] * len(x.shape)
-        shape[axis] = ids.shape[axis]
-        mask = np.isin(np.arange(shape[axis]), kept.where(ids, axis)).reshape(shape)
-        masked[index] = x * keras.ops.cast(mask, x.dtype)
+        masked[index] = x * keras.ops.cast(_mask(ids, axis, kept), x.dtype)
     return masked
+
+
+def _mask(ids: np.ndarray, axis: int, kept: KeptUnits) -> np.ndarray:
+    """Which units along an axis stay, to be broadcast against the tensor."""
+    shape = [1] * ids.ndim
+    shape[axis] = ids.shape[axis]
+    return np.isin(np.arange(shape[axis]), kept.where(ids, axis)).reshape(shape)
 
 
 def _masked_inside(site: CallSite, kept: KeptUnits) -> list[tuple]:

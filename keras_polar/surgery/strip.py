@@ -13,7 +13,7 @@ from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.lesson import Lesson
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
-from keras_polar.gates.weight_mask import WeightMask, unpack
+from keras_polar.gates.stand_in import StandIn, unpack
 from keras_polar.graph.ir import Call, Graph, alive, bypass, refs_in
 from keras_polar.rules import trace_model
 from keras_polar.selection.importance import Importance
@@ -41,7 +41,7 @@ def strip(graph: Graph, closed: set[int]) -> Graph:
         is_alone = len(left) == 1 < len(call.inputs)
         return left[0] if is_alone or isinstance(call.op, _PASSING) else None
 
-    calls = (shorten(_without_inner_mask(c), closed) for c in graph.calls)
+    calls = (shorten(_without_stand_in(c), closed) for c in graph.calls)
     return alive(bypass(replace(graph, calls=tuple(calls)), stands_for))
 
 
@@ -57,8 +57,8 @@ def _closed_branches(graph: Graph) -> set[int]:
     return {c.outputs[0] for c in masks if not GateGroup(gates[c.inputs[1]]).mask.any()}
 
 
-def _without_inner_mask(call: Call) -> Call:
-    if not isinstance(call.op, WeightMask):
+def _without_stand_in(call: Call) -> Call:
+    if not isinstance(call.op, StandIn):
         return call
     args, kwargs = call.args[1:], unpack(call.kwargs)
     inputs = refs_in((args, kwargs))

@@ -57,6 +57,7 @@ class Compaction:
             except (TypeError, ValueError) as error:
                 raise CannotCompact(f"its smaller one cannot be made: {error}") from error
             _refuse_scaled(cutter.pieces)
+            _refuse_spectral(cutter.twins)
             self.metrics, states = _metrics(cutter.twins)
             self.whole = gated.optimizer
             if not self.whole.built:
@@ -142,6 +143,16 @@ def _refuse_scaled(pieces: Iterable[Piece]) -> None:
             raise CannotCompact(
                 f"{piece.whole.path!r} is rescaled when it is cut (attention keys), which changes "
                 "its gradients"
+            )
+
+
+def _refuse_spectral(twins: Iterable[tuple[Any, Any]]) -> None:
+    for whole, part in twins:
+        is_spectral = isinstance(whole, keras.layers.SpectralNormalization)
+        if is_spectral and whole.kernel.shape != part.kernel.shape:
+            raise CannotCompact(
+                f"SpectralNormalization {whole.name!r} divides its kernel by a norm of all of it, "
+                "closed units included"
             )
 
 

@@ -57,7 +57,8 @@ def _groups_for_all_samples(coupling: Coupling, apart: set[int]) -> set[int]:
     """Groups that are masked where samples are not apart: on weights, on windows of images, say."""
     vectors = [inner_vector(site, *read) for site in coupling.sites for read in site.inner_reads]
     for site in coupling.sites:
-        reads = [(t, axis) for t, axis in site.reads if site.call.inputs[t] in apart]
+        reads = [*site.reads, *site.averaged]
+        reads = [(t, axis) for t, axis in reads if site.call.inputs[t] in apart]
         vectors += [ids_along(site.inputs[t], axis) for t, axis in reads]
     return {int(i) for v in vectors for i in np.unique(coupling.group_of[v[v >= 0]])}
 

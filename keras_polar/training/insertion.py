@@ -10,8 +10,10 @@ import numpy as np
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.mask import Mask
 from keras_polar.gates.objective import PruningObjective
+from keras_polar.gates.over_open import OverOpen
+from keras_polar.gates.stand_in import StandIn, pack
 from keras_polar.gates.template import for_all_samples, made_like
-from keras_polar.gates.weight_mask import WeightMask, pack
+from keras_polar.gates.weight_mask import WeightMask
 from keras_polar.graph.clone import clone, copy_weights
 from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.rules import CallSite
@@ -34,7 +36,7 @@ class MaskInserter:
             self.decided_at[spec.site].append(i)
         self.branches = {t.adds: i for i, t in enumerate(self.specs) if t.adds >= 0}
         self.clones: dict[int, Any] = {}
-        self.inner_masks: dict[int, WeightMask] = {}
+        self.stand_ins: dict[tuple, StandIn] = {}
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
         graph = coupling.graph
@@ -62,21 +64,28 @@ class MaskInserter:
         outputs = op(*args, **kwargs)
         if is_new:
             copy_weights(call.op, op, lambda _, value: value)
+        averaged = [ids_along(site.inputs[tensor], axis) for tensor, axis in site.averaged]
         reads = [*site.inner_reads, *self._masked_weights(site).values()]
-        vectors = [inner_vector(site, *read) for read in reads]
+        vectors = averaged or [inner_vector(site, *read) for read in reads]
         groups = self._gated(vectors)
         if not groups:
             return outputs
-        masks = [[*r, self._arranged(v, groups)] for r, v in zip(reads, vectors, strict=True)]
-        return self._masked_inside(op, masks, groups, args, kwargs)
+        if averaged:
+            stand_in = self._over_open(op, site.averaged[0][1], self._places(averaged[0], groups))
+        else:
+            masks = [[*r, self._arranged(v, groups)] for r, v in zip(reads, vectors, strict=True)]
+            stand_in = self.stand_ins.get((id(op),)) or WeightMask(op, masks)
+            self.stand_ins[(id(op),)] = stand_in
+        return stand_in([self.gates[i] for i in groups], *args, **pack(kwargs))
 
-    def _masked_inside(
-        self, op: Any, masks: list, groups: list[int], args: tuple, kwargs: dict
-    ) -> Any:
-        if id(op) not in self.inner_masks:
-            self.inner_masks[id(op)] = WeightMask(op, masks)
-        inner_mask = self.inner_masks[id(op)]
-        return inner_mask([self.gates[i] for i in groups], *args, **pack(kwargs))
+    def _over_open(self, op: Any, axis: int, places: list | None) -> StandIn:
+        # A shared layer without weights may be called on units of several groups.
+        key = (id(op), axis, str(places))
+        if key not in self.stand_ins:
+            is_first = all(known[0] != id(op) for known in self.stand_ins)
+            name = op.name if is_first else self._name(op.name)
+            self.stand_ins[key] = OverOpen(op, axis, places, name=name)
+        return self.stand_ins[key]
 
     def _masked_weights(self, site: CallSite) -> dict[int, tuple]:
         """Input position -> (variable, axis) to be masked instead, where all samples agree.
@@ -119,9 +128,8 @@ class MaskInserter:
         groups = self._gated([vector])
         if not groups:
             return value
-        index = self._arranged(vector, groups)
-        fits = index == list(range(self.coupling.groups[groups[0]].units))
-        mask = Mask(axis, None if fits else index, name=self._name(f"{site.name}_mask"))
+        index = self._places(vector, groups)
+        mask = Mask(axis, index, name=self._name(f"{site.name}_mask"))
         return mask(value, [self.gates[i] for i in groups])
 
     def _gated(self, vectors: list) -> list[int]:
@@ -132,6 +140,11 @@ class MaskInserter:
 
     def _group_of(self, vector: Any) -> np.ndarray:
         return np.where(vector >= 0, self.coupling.group_of[vector], -1)
+
+    def _places(self, vector: Any, groups: list[int]) -> list[int] | None:
+        """The same, None where the one gate fits as it is."""
+        index = self._arranged(vector, groups)
+        return None if index == [*range(self.coupling.groups[groups[0]].units)] else index
 
     def _arranged(self, vector: Any, groups: list[int]) -> list[int]:
         """Where the gate of each element is among those of these groups side by side.

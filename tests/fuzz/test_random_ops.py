@@ -13,6 +13,10 @@ from keras_polar.graph.trace import trace
 from keras_polar.rules.registry import _REGISTRY, opens
 from keras_polar.rules.unprunable import PINNED
 
+# Keras says so where one unit is left.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(?s:.*)You are using a softmax over axis:UserWarning"
+)
 NEVER_DRAWN = {
     layers.Layer: "stands for all layers without a rule, of which the steps have some",
     op_class("BroadcastTo"): "needs a batch of known size",
@@ -22,11 +26,7 @@ LAST_ONLY = {layers.RandomCrop: "Keras 3.15 leaves channels-first images uncropp
 # Steps that keep the units in front of them even where they work along positions.
 STAY = {
     "ArraySplit": "parts of a fixed size",
-    "layer_norm": "mean and variance of the units",
     "Masking": "masks by the values of all units",
-    "RMSNormalization": "mean square of the units",
-    "softmax": "sum of the units",
-    "SpectralNormalization": "its weights are normalised over all units",
     "TakeAlongAxis": "takes units from computed places",
     "Trapezoid": "is a statistic between units",
     "user's layer that keeps its units": "a maximum over the units",

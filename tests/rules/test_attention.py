@@ -192,17 +192,18 @@ def padded_tokens(n=16, seed=0):
 
 
 @pytest.mark.parametrize("gate", ["static", "dynamic"])
-def test_transformer_keeps_its_stream_and_loses_heads_and_widths(gate):
+def test_transformer_loses_width_of_its_stream_heads_and_widths(gate):
     model = randomise(transformer())
     gated, small = check(model, gate=gate, inputs=padded_tokens())
-    assert {"attention0.q", "attention0.value", "attention1.key", "wide0", "wide1"} <= {
+    assert {"embedding", "attention0.q", "attention0.value", "attention1.key", "wide0"} <= {
         g.name for g in gated.groups
     }
     assert small.get_layer("attention1").num_heads == 2
     assert small.get_layer("wide0").units == 8
-    assert small.get_layer("embedding").output_dim == 8
-    reasons = {r.name: r.reason for r in keras_polar.inspect(model).rows}
-    assert "normalises over the units" in reasons["embedding"]
+    assert small.get_layer("embedding").output_dim == 4
+    assert small.get_layer("layer_normalization").gamma.shape == (4,)
+    stays = {r.name for r in keras_polar.inspect(model).rows if r.prunable < r.units}
+    assert stays == {model.layers[-1].name}
     dynamic = {x.group for x in gated.layers if type(x).__name__ == "DynamicGate"}
     assert dynamic == ({"wide0", "wide1"} if gate == "dynamic" else set())
 
@@ -254,14 +255,6 @@ def test_reversible_embedding_is_cut_on_both_ways(tie):
     model = randomise(keras.Model(tokens, embedding(x, reverse=True)))
     _, small = check(model, inputs=padded_tokens())
     assert small.get_layer("embedding").output_dim == 4
-
-
-@pytest.mark.parametrize("norm", [layers.RMSNormalization, layers.LayerNormalization])
-def test_normalised_stream_is_pinned_with_a_reason(norm):
-    model = randomise(model_of(norm(), layers.Dense(6)))
-    check(model)
-    reasons = {r.name: r.reason for r in keras_polar.inspect(model).rows}
-    assert "normalises over the units" in reasons["before"]
 
 
 def test_activity_regulariser_of_a_masked_layer_is_felt():
