@@ -164,7 +164,8 @@ def is_fused_attention(attention: Any) -> bool:
     return not attention._dropout and len(attended_axes(attention)) == 1
 
 
-def source_of(tensor: Any) -> tuple[Any, int]:
-    """The operation that a symbolic tensor comes out of, and which of its outputs it is."""
+def source_of(tensor: Any) -> tuple[Any, int, list]:
+    """The operation that made a symbolic tensor, as which of its outputs, and of what tensors."""
     history = tensor._keras_history
-    return history.operation, history.tensor_index
+    node = history.operation._inbound_nodes[history.node_index]
+    return history.operation, history.tensor_index, node.input_tensors

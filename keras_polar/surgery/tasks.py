@@ -4,7 +4,7 @@ KerasHub is not imported here: a model can only be a task where somebody else ha
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from keras import tree
 
 from keras_polar.backends import to_numpy
-from keras_polar.graph.keras_private import source_of
+from keras_polar.graph.keras_private import layers_of, source_of
 
 COMPILED = ("optimizer", "loss", "metrics", "weighted_metrics")
 
@@ -24,7 +24,16 @@ def is_task(model: Any) -> bool:
     return hub is not None and isinstance(model, hub.models.Task)
 
 
-def head_of(task: Any) -> list:
+def widths_of_head(model: Any, sites: Iterable) -> list[str]:
+    """Names of the layers with units in the head of a task: its class says how many they have."""
+    if not is_task(model):
+        return []
+    inside = {id(x) for layer in _head(model) for x in layers_of(layer)}
+    inside -= {id(x) for x in layers_of(model.backbone)}  # an embedding that the head reads again
+    return sorted({site.name for site in sites if site.produces and id(site.op) in inside})
+
+
+def _head(task: Any) -> list:
     """The layers that the task puts onto its backbone."""
     inputs = keras.layers.InputLayer
     return [x for x in task.layers if x is not task.backbone and not isinstance(x, inputs)]
@@ -161,7 +170,7 @@ def put_together(small: keras.Model, task: Any) -> Any:
         task: a task that is built like the one that was pruned.
 
     Raises:
-        TypeError: `task` is no task.
+        TypeError: `task` is no task, or one of a class that needs more than a network.
         ValueError: the smaller network is not what the task's class puts together.
     """
     if not is_task(task):
@@ -169,52 +178,126 @@ def put_together(small: keras.Model, task: Any) -> Any:
             f"convert: expected into= as a task of KerasHub, received {task!r}. Leave it out for "
             "an ordinary model."
         )
-    backbone = _backbone(small, task)
-    config = {**task.get_config(), "backbone": backbone, "preprocessor": task.preprocessor}
-    made = type(task).from_config(config)
-    for layer in head_of(made):
-        _take_weights(layer, _named(small, layer.name, task))
+    if hasattr(task, "generate"):
+        raise TypeError(
+            f"convert: into={type(task).__name__} {task.name!r} writes texts by calling the layers "
+            "of its backbone one by one, which a network of other widths does not have. Leave "
+            "into= out for an ordinary model that gives the logits."
+        )
+    match = _Match(task)
+    match.follow(task.outputs, small.outputs)
+    made = _around(_backbone(match, small), task)
+    trained = {layer.name: small_layer for layer, small_layer in match.layers}
+    for layer in _head(made):
+        if layer.weights and layer.name in trained:
+            _take_weights(layer, trained[layer.name])
     return made
 
 
-def _backbone(small: keras.Model, task: Any) -> keras.Model:
-    """The part of the smaller network in front of the head's layers."""
-    inside, outputs = {id(x) for x in head_of(task)}, {}
-    places = tree.flatten(_places(task.backbone.output))
-    for layer in head_of(task):
-        theirs = tree.flatten(_named(small, layer.name, task).input)
-        for tensor, ours in zip(tree.flatten(layer.input), theirs, strict=True):
-            operation, index = source_of(tensor)
-            if operation is task.backbone:
-                outputs[places[index]] = ours
-            elif id(operation) not in inside:
-                raise ValueError(
-                    f"convert: {layer.name!r}, in the head of {type(task).__name__} "
-                    f"{task.name!r}, reads what comes out of {operation.name!r}. Expected the "
-                    "head to read its backbone alone. Leave into= out for an ordinary model."
-                )
-    inputs = tree.pack_sequence_as(task.backbone.input, small.inputs)
-    return keras.Model(inputs, _of_structure(outputs), name=task.backbone.name)
+def _backbone(match: "_Match", small: keras.Model) -> tuple:
+    """Inputs, outputs and name of the part of the sub-network in front of the head."""
+    whole, theirs = match.task.backbone, zip(match.task.inputs, small.inputs, strict=True)
+    known, places = {id(x): other for x, other in theirs}, _places(whole.output)
+    outputs = {places[i]: tensor for i, tensor in sorted(match.outputs.items())}
+    inputs = tree.map_structure(lambda x: known[id(x)], whole.input)
+    return inputs, outputs.get("", outputs), whole.name
 
 
-def _places(output: Any) -> Any:
-    """The name of each output, where the backbone has several."""
-    return {k: k for k in output} if isinstance(output, dict) else "output"
-
-
-def _of_structure(outputs: dict) -> Any:
-    return outputs["output"] if [*outputs] == ["output"] else outputs
-
-
-def _named(small: keras.Model, name: str, task: Any) -> Any:
+def _around(backbone: tuple, task: Any) -> Any:
+    """The task anew; what its class asks its backbone for beyond a network, that is given."""
+    inputs, outputs, name = backbone
+    rest = {**task.get_config(), "preprocessor": task.preprocessor}
+    plain = keras.Model(inputs, outputs, name=name)
     try:
-        return small.get_layer(name)
-    except ValueError:
-        raise ValueError(
-            f"convert: into={type(task).__name__} {task.name!r} has a layer {name!r} in its head, "
-            "the pruned network has none. Expected the task that `apply` was given, or one that "
-            "is built like it. Leave into= out for an ordinary model."
-        ) from None
+        return type(task).from_config({**rest, "backbone": plain})
+    except AttributeError:  # it asks for more
+        known = PrunedBackbone(inputs, outputs, name=name)
+        known.constants = _constants(task.backbone)
+        return type(task).from_config({**rest, "backbone": known})
+
+
+def _constants(backbone: Any) -> dict:
+    simple = (bool, int, float, str, type(None))
+    return {k: v for k, v in vars(backbone).items() if k[0] != "_" and isinstance(v, simple)}
+
+
+@keras.saving.register_keras_serializable("keras_polar")
+class PrunedBackbone(keras.Model):
+    """A smaller backbone that knows what heads ask theirs for: constants, and layers by name.
+
+    Presets of such tasks are loaded where `keras_polar` has been imported.
+
+    Attributes:
+        constants: by name, those of the backbone that was pruned.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.constants: dict = {}
+
+    def __getattr__(self, name: str) -> Any:
+        own = vars(self)
+        known = {x.name: x for x in own.get("_layers", ())} | {**own.get("constants", {})}
+        if name in known:
+            return known[name]
+        if hasattr(super(), "__getattr__"):  # PyTorch's modules
+            return super().__getattr__(name)
+        raise AttributeError(f"A pruned backbone has no {name!r}, which it is asked for.")
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "constants": dict(self.constants)}
+
+    @classmethod
+    def from_config(cls, config: dict, **kwargs: Any) -> "PrunedBackbone":
+        config = dict(config)
+        constants = config.pop("constants")
+        made = super().from_config(config, **kwargs)
+        made.constants = constants
+        return made
+
+
+def _places(output: Any) -> list[str]:
+    """Of each of a backbone's outputs, the name; empty if there is only one."""
+    return sorted(output) if isinstance(output, dict) else [""]
+
+
+class _Match:
+    """Goes through the heads of a task and of its sub-network side by side, to the backbone.
+
+    Attributes:
+        outputs: of the backbone's outputs that are read, by their places, the sub-network's.
+        layers: pairs of layers of the two heads.
+    """
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.outputs: dict[int, Any] = {}
+        self.layers: list[tuple] = []
+
+    def follow(self, tensors: Any, theirs: Any) -> None:
+        if len(tensors) != len(theirs):
+            raise self._mismatch(f"{len(tensors)} tensors", f"{len(theirs)}")
+        for pair in zip(tensors, theirs, strict=True):
+            self._one(*pair)
+
+    def _one(self, tensor: Any, other: Any) -> None:
+        operation, index, inputs = source_of(tensor)
+        if operation is self.task.backbone:
+            self.outputs[index] = other
+            return
+        their_operation, their_index, their_inputs = source_of(other)
+        if (type(operation), index) != (type(their_operation), their_index):
+            raise self._mismatch(f"{type(operation).__name__} {operation.name!r}", other.name)
+        if isinstance(operation, keras.layers.Layer):
+            self.layers.append((operation, their_operation))
+        self.follow(inputs, their_inputs)
+
+    def _mismatch(self, expected: str, found: str) -> ValueError:
+        return ValueError(
+            f"convert: the pruned network is not built like into={type(self.task).__name__} "
+            f"{self.task.name!r}: expected {expected} in its head, found {found!r}. Hand over the "
+            "task that `apply` was given, or leave into= out for an ordinary model."
+        )
 
 
 def _take_weights(layer: Any, trained: Any) -> None:
@@ -222,7 +305,6 @@ def _take_weights(layer: Any, trained: Any) -> None:
     if shapes != theirs:
         raise ValueError(
             f"convert: {layer.name!r} of the task's head has weights of {shapes}, in the pruned "
-            f"network of {theirs}: its class cannot have other widths. Keep them: "
-            f"keras_polar.apply(task, ignore=[{layer.name!r}])."
+            f"network of {theirs}. Hand over a task that is built like the one that was pruned."
         )
     layer.set_weights(trained.get_weights())

@@ -16,7 +16,7 @@ from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
-from keras_polar.surgery.tasks import Pipeline, head_of, is_task
+from keras_polar.surgery.tasks import Pipeline, is_task
 from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
@@ -126,7 +126,7 @@ def apply(
         measure=measure,
         gate=gate,
         granularity=(granularity,) if isinstance(granularity, str) else tuple(granularity),
-        ignore=[*ignore, *(layer.name for layer in head_of(model))] if is_task(model) else ignore,
+        ignore=ignore,
         round_to=round_to,
         min_units=min_units,
         max_sparsity=max_sparsity,

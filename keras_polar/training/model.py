@@ -207,6 +207,12 @@ class GatedModel(keras.Model):
             arguments = self.pipeline.compiled() | told
         super().compile(**arguments)
 
+    def compile_from_config(self, config: dict) -> None:
+        # Keras leaves a model that it loads uncompiled where the class has a `compile` of its own.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`; follows the schedule by itself.
 

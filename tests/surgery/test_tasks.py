@@ -170,8 +170,11 @@ def test_a_loaded_model_goes_into_its_task(tmp_path):
     task, (x, _) = text_classifier(), sentences()
     gated = keras_polar.apply(task, 0.3, gate="static")
     gated.settle()
+    gated.compile()
+    gated.optimizer.build(gated.trainable_variables)
     gated.save(tmp_path / "gated.keras")
     loaded = keras.models.load_model(tmp_path / "gated.keras")
+    assert loaded.compiled
     made = keras_polar.convert(loaded, into=text_classifier())
     np.testing.assert_allclose(made.predict(x, verbose=0), gated.predict(x, verbose=0), atol=1e-5)
 
@@ -181,5 +184,99 @@ def test_what_is_no_task_is_refused():
     gated.settle()
     with pytest.raises(TypeError, match="expected into= as a task of KerasHub"):
         keras_polar.convert(gated, into=gated)
-    with pytest.raises(ValueError, match=r"has a layer 'pooler' in its head.*none"):
+    with pytest.raises(
+        ValueError, match=r"not built like into=ResNetImageClassifier.*GlobalAverage"
+    ):
         keras_polar.convert(gated, into=image_classifier())
+
+
+TEXT = {"vocabulary_size": 40, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32}
+TEXT |= {"max_sequence_length": 8, "num_heads": 2}
+
+
+def vit():
+    shape = {"image_shape": (16, 16, 3), "patch_size": 4, "num_layers": 2, "num_heads": 2}
+    return M.ViTImageClassifier(M.ViTBackbone(hidden_dim=16, mlp_dim=32, **shape), num_classes=3)
+
+
+def segmenter():
+    encoder = M.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 64, 64],
+        stackwise_num_blocks=[1, 1, 1],
+        stackwise_num_strides=[1, 2, 2],
+        block_type="bottleneck_block",
+        image_shape=(64, 64, 3),
+    )
+    backbone = M.DeepLabV3Backbone(
+        image_encoder=encoder,
+        low_level_feature_key="P2",
+        spatial_pyramid_pooling_key="P4",
+        dilation_rates=[6, 12],
+        upsampling_size=4,
+        projection_filters=8,
+        image_shape=(64, 64, 3),
+    )
+    return M.DeepLabV3ImageSegmenter(backbone, num_classes=2)
+
+
+# Of each task, what loads its preset without this library; None where none can.
+OTHERS = {
+    "vit": (vit, "ImageClassifier"),
+    "segmenter": (segmenter, "ImageSegmenter"),
+    "albert": (
+        lambda: M.AlbertTextClassifier(M.AlbertBackbone(embedding_dim=8, **TEXT), num_classes=2),
+        "TextClassifier",
+    ),
+    "roberta": (lambda: M.RobertaTextClassifier(M.RobertaBackbone(**TEXT), num_classes=2), None),
+    "distil_bert": (
+        lambda: M.DistilBertTextClassifier(M.DistilBertBackbone(**TEXT), num_classes=2),
+        None,
+    ),
+    "masked": (lambda: M.BertMaskedLM(M.BertBackbone(**TEXT)), None),
+}
+
+
+def fixed_inputs(task):
+    """Random inputs, of length 8 where the task's are open."""
+    rng, made = np.random.default_rng(0), {}
+    for x in task.inputs:
+        shape = [4, *(n or 8 for n in x.shape[1:])]
+        whole = "int" in keras.backend.standardize_dtype(x.dtype)
+        made[x.name] = rng.integers(0, 2, shape) if whole else rng.normal(size=shape)
+    structure = task.input
+    return made if isinstance(structure, dict) else next(iter(made.values()))
+
+
+@pytest.mark.filterwarnings("ignore:apply. variable 'token_embedding/embeddings'")
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_tasks(name, tmp_path):
+    make, base = OTHERS[name]
+    task = make()
+    gated = keras_polar.apply(task, 0.2, gate="static")
+    gated.settle()
+    x = fixed_inputs(task)
+    answers = gated.predict(x, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    assert type(made) is type(task)
+    assert made.count_params() < 0.9 * task.count_params()
+    np.testing.assert_allclose(made.predict(x, verbose=0), answers, atol=1e-5)
+    made.save_to_preset(str(tmp_path / "preset"))
+    loaded = type(task).from_preset(str(tmp_path / "preset"))
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), answers, atol=1e-5)
+    made.save(tmp_path / "task.keras")
+    loaded = keras.models.load_model(tmp_path / "task.keras", compile=False)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), answers, atol=1e-5)
+    if base and not isinstance(x, dict):
+        np.savez(tmp_path / "raw.npz", x=x, y=answers)
+        command = [sys.executable, "-c", ALONE, tmp_path / "preset", tmp_path / "raw.npz", base]
+        subprocess.run([*map(str, command)], check=True)
+
+
+def test_tasks_that_write_are_refused():
+    task = M.BartSeq2SeqLM(M.BartBackbone(**TEXT))
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    gated.settle()
+    with pytest.raises(TypeError, match=r"BartSeq2SeqLM .* writes texts by calling the layers"):
+        keras_polar.convert(gated, into=task)
