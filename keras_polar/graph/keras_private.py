@@ -45,6 +45,7 @@ __all__ = [
     "only_loss",
     "op_class",
     "own_variables",
+    "source_of",
     "takes_training",
     "to_snake_case",
     "without_metrics",
@@ -161,3 +162,10 @@ def attended_axes(attention: Any) -> tuple:
 def is_fused_attention(attention: Any) -> bool:
     """Whether `ops.dot_product_attention` computes a MultiHeadAttention."""
     return not attention._dropout and len(attended_axes(attention)) == 1
+
+
+def source_of(tensor: Any) -> tuple[Any, int, list]:
+    """The operation that made a symbolic tensor, as which of its outputs, and of what tensors."""
+    history = tensor._keras_history
+    node = history.operation._inbound_nodes[history.node_index]
+    return history.operation, history.tensor_index, node.input_tensors

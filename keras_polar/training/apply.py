@@ -16,6 +16,7 @@ from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
+from keras_polar.surgery.tasks import Pipeline, is_task
 from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
@@ -47,6 +48,8 @@ def apply(
 
     Args:
         model: a functional or built Sequential Keras model, fresh or trained. It is not changed.
+            A task of KerasHub: the gated model compiles and preprocesses as the task does; its
+            head keeps its units, so that `convert(gated, into=task)` can put it together again.
         sparsity: share of the cost to be removed, in (0, 1).
         measure: what `sparsity` is a share of: "weights" (`model.count_params()`), "macs"
             (multiply-accumulates per sample), "units" (channels and neurons), "latency" (time
@@ -140,6 +143,7 @@ def apply(
     visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)
     gated = rebuild(graph, visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
+    gated.pipeline = Pipeline(model) if is_task(model) else None
     _warn_of_own_training(model)
     return gated
 

@@ -22,6 +22,7 @@ from keras_polar.litert.measure_latency import measured_table
 from keras_polar.selection.budget import Budget, budget_of, usual_floors
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
+from keras_polar.surgery.tasks import widths_of_head
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 from keras_polar.training.teaching import Teaching, teaching_of
 
@@ -95,8 +96,9 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     teaching = teaching_of(options.teacher, whole.graph)
     features = () if teaching is None else teaching.features
     comparable = keeping(whole, features, "is compared with the teacher")
-    coupling = ignoring(comparable, options.ignore if "channels" in options.granularity else "*")
-    branches = branches_of(coupling, options.ignore) if "blocks" in options.granularity else ()
+    ignore = [*options.ignore, *widths_of_head(model, whole.sites)]
+    coupling = ignoring(comparable, ignore if "channels" in options.granularity else "*")
+    branches = branches_of(coupling, ignore) if "blocks" in options.granularity else ()
     names = [site.name for site in coupling.sites]
     branches = tuple(b for b in branches if not {names[i] for i in b.calls}.intersection(features))
     if not coupling.groups and not branches:
