@@ -39,7 +39,7 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         return new
     except Exception as error:
         if not op.weights and not changes:
-            return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
+            return with_other_values(op, name=name)  # nothing to train and nothing to copy (a Lambda, say)
         if not changes:
             return duplicate(op, name)
         raise TypeError(
@@ -156,11 +156,11 @@ def _live(op: Any, config: dict) -> dict:
     return {k: x for k, x in found.items() if isinstance(x, SETTINGS) or inspect.isfunction(x)}
 
 
-def _renamed(op: Any, name: str) -> Any:
-    """The layer without its graph nodes, under another name; everything inside is shared."""
+def with_other_values(op: Any, **values: Any) -> Any:
+    """The layer without its graph nodes, other attributes instead; everything else is shared."""
     new = object.__new__(type(op))
     vars(new).update(vars(op))
-    vars(new).update(name=name, _inbound_nodes=[], _outbound_nodes=[])
+    vars(new).update(_inbound_nodes=[], _outbound_nodes=[], **values)
     return new
 
 

@@ -11,6 +11,7 @@ from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.weight_mask import Substituted, masked_variables
 from keras_polar.graph.clone import clone, copy_weights, variable_at
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.ir import Call, fill, refs_in, unused
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.rules import CallSite, KeptUnits
@@ -25,7 +26,9 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
     Args:
         flags: bool of shape (ids,), True for ids that stay, equal within each class.
     """
-    return rebuild(coupling.graph, Cutter(coupling, flags).visit, keras.Model)
+    small = rebuild(coupling.graph, Cutter(coupling, flags).visit, keras.Model)
+    repair_configs(small.layers)
+    return small
 
 
 class Cutter:

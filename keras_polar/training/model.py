@@ -15,6 +15,7 @@ from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.lesson import Lesson
 from keras_polar.gates.objective import BY_GATES, PruningObjective
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
@@ -45,6 +46,7 @@ class GatedModel(keras.Model):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        repair_configs(self.layers)  # a model that was loaded is saved again
         gates = [layer for layer in self.layers if isinstance(layer, Gate)]
         for gate in gates:
             gate.pressure = self.consensus.pressure
