@@ -12,9 +12,10 @@ import numpy as np
 from keras import tree
 
 from keras_polar.backends import to_numpy
+from keras_polar.graph.configs import refuse_config, refused
 from keras_polar.graph.deepcopy import duplicate
 from keras_polar.graph.handed import SETTINGS, hand_on, handed_places, holds_variables
-from keras_polar.graph.keras_private import has_parts, layers_of
+from keras_polar.graph.keras_private import has_parts, is_from_keras, layers_of
 from keras_polar.graph.symbolic.merge import with_attributes
 from keras_polar.graph.symbolic.record import CannotTrace
 
@@ -25,10 +26,18 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
     Raises:
         TypeError: the layer cannot be made anew from its `get_config()`.
     """
+    new = _clone(op, name, changes)
+    if refused(op):
+        refuse_config(new, refused(op))
+    return new
+
+
+def _clone(op: Any, name: str, changes: dict) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
-    if not changes and op.built and has_parts(op):
-        # A new one could make its variables in another order, under other names.
+    if not changes and op.built and (has_parts(op) or not is_from_keras(op)):
+        # A new one could make its variables in another order, under other names; and what a config
+        # leaves out nobody may have missed so far.
         with contextlib.suppress(TypeError):
             return duplicate(op, name)
     try:
@@ -39,7 +48,9 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         return new
     except Exception as error:
         if not op.weights and not changes:
-            return with_other_values(op, name=name)  # nothing to train and nothing to copy (a Lambda, say)
+            return with_other_values(
+                op, name=name
+            )  # nothing to train and nothing to copy (a Lambda, say)
         if not changes:
             return duplicate(op, name)
         raise TypeError(

@@ -11,7 +11,7 @@ import inspect
 import json
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -35,8 +35,39 @@ def repair_configs(layers: Iterable[Any]) -> dict[str, str]:
     Returns:
         Layer name -> why a saved model with it cannot be loaded, for all others.
     """
-    found = ((layer.name, _repair(layer)) for layer in layers if _is_layer(layer))
-    return {name: why for name, why in found if why}
+    return {layer.name: why for x in layers if _is_layer(x) for layer, why in _problems(x)}
+
+
+def refuse_configs(layers: Iterable[Any], reasons: Mapping[str, str]) -> None:
+    """Lets layers that cannot be made anew say so when they are saved, not when they are loaded.
+
+    Args:
+        reasons: by the names of these layers.
+    """
+    for layer, _ in (p for x in layers if _is_layer(x) for p in _problems(x)):
+        if layer.name in reasons:
+            refuse_config(layer, reasons[layer.name])
+
+
+def refuse_config(layer: Any, why: str) -> None:
+    """The same for one layer."""
+
+    def get_config() -> dict:
+        raise NotImplementedError(
+            f"Layer {layer.name!r} ({type(layer).__name__}) cannot be saved: {why}. {REMEDY}."
+        )
+
+    get_config.why = why  # type: ignore[attr-defined]
+    vars(layer)["get_config"] = get_config
+
+
+def refused(layer: Any) -> str:
+    """Why a layer refuses to say what it is made from; empty if it does not."""
+    return getattr(vars(layer).get("get_config"), "why", "")
+
+
+OTHER_WEIGHTS = "made from its config it has weights of shapes"
+REMEDY = "Give its class a `get_config` from which `from_config` makes an equal layer"
 
 
 def can_be_told(layer: Any) -> bool:
@@ -54,21 +85,6 @@ def is_found_again(activation: Any) -> bool:
             return False
 
 
-def refuse_config(layer: Any, why: str) -> None:
-    """Lets a layer that cannot be made anew say so when it is saved, not when it is loaded."""
-
-    def get_config() -> dict:
-        raise NotImplementedError(f"{_named(layer)} cannot be saved: {why}. {REMEDY}")
-
-    vars(layer)["get_config"] = get_config
-
-
-REMEDY = (
-    "Give its class a `get_config` from which `from_config` makes an equal layer, or keep the "
-    "layer that it is a part of whole: keras_polar.register(<its class>, keras_polar.Rule())"
-)
-
-
 def _is_nameless(kind: type) -> bool:
     """Whether Keras cannot find a class by what a file says of it."""
     is_registered = keras.saving.get_registered_name(kind) != kind.__name__
@@ -82,22 +98,23 @@ def _is_layer(x: Any) -> bool:
     return isinstance(x, keras.layers.Layer)
 
 
-def _named(layer: Any) -> str:
-    return f"Layer {layer.name!r} ({type(layer).__name__})"
-
-
 # --- finding a config ------------------------------------------------------------------------
 
 
-def _repair(layer: Any) -> str:
-    """Why a layer cannot be made anew, empty if it can: what it says is mended where need be."""
-    if is_from_keras(layer) and _has_config(layer):  # a wrapper may hold others
-        parts = () if isinstance(layer, keras.Model) else parts_of_layer(layer)
-        return next(filter(None, map(_repair, parts)), "")
+def _problems(layer: Any) -> Iterator[tuple[Any, str]]:
+    """The layers, this one or inside it, that cannot be made anew: what they say is mended first.
+
+    The parts of a layer that is not Keras' own are its business.
+    """
+    if is_from_keras(layer) and _has_config(layer):
+        for part in () if isinstance(layer, keras.Model) else parts_of_layer(layer):
+            yield from _problems(part)
+        return
     arguments, why = _config_of(layer)
     if arguments is not None:
         _say(layer, arguments)
-    return why
+    if why:
+        yield layer, why
 
 
 def _config_of(layer: Any) -> tuple[dict | None, str]:
@@ -108,7 +125,7 @@ def _config_of(layer: Any) -> tuple[dict | None, str]:
             arguments = candidates(layer)
             problem = _problem(layer, arguments)
         except Exception as error:  # whatever the code of a layer raises
-            problem = _first_line(error)
+            problem = _reason(error)
         if not problem:
             return None if candidates is _said else arguments, ""
         why = why or problem
@@ -116,10 +133,10 @@ def _config_of(layer: Any) -> tuple[dict | None, str]:
 
 
 def _has_config(layer: Any) -> bool:
-    """Stock layers that do not write one are lost for words if their dtype is a policy object."""
+    """Without one of their own, even stock layers have none if their dtype is a policy object."""
     try:
         _said(layer)
-    except NotImplementedError:
+    except Exception:  # whatever the code of a layer raises
         return False
     return True
 
@@ -212,7 +229,7 @@ def _problem(layer: Any, arguments: dict) -> str:
     if call and _shapes(layer) != _shapes(new):
         new(*call[0], **call[1])  # parts may be built when they are first called
     if _shapes(layer) != _shapes(new):
-        return f"made from its config it has weights of shapes {_shapes(new)}, not {_shapes(layer)}"
+        return f"{OTHER_WEIGHTS} {_shapes(new)}, not {_shapes(layer)}"
     name = _unlike(layer, new, _DEEPEST)
     return name and f"made from its config it has another {name!r}"
 
@@ -221,9 +238,12 @@ def _shapes(layer: Any) -> list:
     return [tuple(w.shape) for w in layer.weights]
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
+def _reason(error: Exception) -> str:
+    """What an error says; Keras has the innermost last, behind all that it was called with."""
+    if isinstance(error, NotImplementedError):
+        return "it has no `get_config` of its own"
+    text = str(error).rpartition("Exception encountered: ")[2]
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 
 # --- comparing layers ------------------------------------------------------------------------
@@ -249,9 +269,18 @@ def _all_unlike(a: Any, b: Any, depth: int) -> Iterator[str]:
     if _is_layer(a) and a.dtype_policy.name != b.dtype_policy.name:
         yield "dtype"
     before, own = _attributes(a), _attributes(b)
-    yield from (k for k, v in own.items() if k not in before or not _alike(before[k], v, depth))
-    # What is plain and missing was an argument that got lost; the rest may come with a call.
-    yield from (k for k, v in before.items() if k not in own and _is_plain(v))
+    yield from own.keys() - before.keys()
+    for name, value in before.items():
+        if not _alike(value, own.get(name, value), depth) and not _is_noted(value, own[name]):
+            yield name
+        # What is plain and missing was an argument that got lost; the rest may come with a call.
+        elif name not in own and _is_plain(value) and not _is_noted(value, None):
+            yield name
+
+
+def _is_noted(a: Any, b: Any) -> bool:
+    """A layer that notes in which mode it was called last is still the same."""
+    return isinstance(a, bool) and b is None
 
 
 def _attributes(x: Any) -> dict:

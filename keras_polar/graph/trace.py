@@ -137,7 +137,8 @@ class _Tracer:
         op, path = step.op, path + step.path
         outputs = list(map(self.new_tensor, step.outputs, self._exact(step, args, kwargs)))
         note, inputs = self.notes.get(id(op), ""), refs_in((args, kwargs))
-        call = Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs), note)
+        is_part = self.depth > 0
+        call = Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs), note, is_part)
         self.calls.append(call)
         return outputs
 

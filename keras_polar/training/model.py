@@ -39,6 +39,7 @@ class GatedModel(keras.Model):
 
     Attributes:
         sub_network: the `Compaction` that trains in its place at the moment, or None.
+        not_loadable: layer name -> why a file of the model, once saved, cannot be loaded.
     """
 
     sub_network = None
@@ -46,7 +47,7 @@ class GatedModel(keras.Model):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        repair_configs(self.layers)  # a model that was loaded is saved again
+        self.not_loadable = repair_configs(self.layers)
         gates = [layer for layer in self.layers if isinstance(layer, Gate)]
         for gate in gates:
             gate.pressure = self.consensus.pressure

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import tempfile
 
 import keras
 import numpy as np
@@ -60,7 +61,34 @@ def check(model, gate="static", seed=0, inputs=None):
         assert predicted(model, counts, measure) == getattr(counted, measure), measure
     assert counted.weights == small.count_params()
     assert gated.sparsity > 0
+    for pruned in (gated, small):
+        check_file(pruned, model, inputs)
     return gated, small
+
+
+def check_file(pruned, model, inputs):
+    """Saved and loaded it computes the same; at least if the model that it comes from can be."""
+    try:
+        loaded = saved_and_loaded(pruned)
+    except Exception:
+        with pytest.raises(Exception, match=""):
+            saved_and_loaded(model)
+        return
+    assert difference(pruned, loaded, inputs) <= 1e-6
+
+
+def saved_and_loaded(model, knows=True):
+    """A model from its file, where classes and functions of tests are known, or not."""
+    parts = model._flatten_layers() if knows else ()
+    objects = [type(x) for x in parts]
+    for part in parts:
+        values = [v for v in vars(part).values() if callable(v)]
+        objects += [v for v in values if not isinstance(v, keras.layers.Layer)]
+    known = {x.__name__: x for x in objects if hasattr(x, "__name__")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.keras"
+        model.save(path)
+        return keras.models.load_model(path, known, compile=False, safe_mode=not knows)
 
 
 def check_loads_alone(small, tmp_path):
