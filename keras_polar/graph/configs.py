@@ -111,10 +111,25 @@ def _problems(layer: Any) -> Iterator[tuple[Any, str]]:
             yield from _problems(part)
         return
     arguments, why = _config_of(layer)
+    if why:
+        arguments, why = _built_by_its_call(layer) or (arguments, why)
     if arguments is not None:
         _say(layer, arguments)
     if why:
         yield layer, why
+
+
+def _built_by_its_call(layer: Any) -> tuple[dict | None, str] | None:
+    """What a layer can be made of if its file does not say for what shapes it is to be built.
+
+    It would say so in lists, and a layer may take tuples only: these it gets from its first call.
+    """
+    vars(layer)["get_build_config"] = lambda: None
+    arguments, why = _config_of(layer)
+    if not why:
+        return arguments, ""
+    del vars(layer)["get_build_config"]
+    return None
 
 
 def _config_of(layer: Any) -> tuple[dict | None, str]:
@@ -221,11 +236,10 @@ def _made(layer: Any, arguments: dict) -> Any:
 
 def _problem(layer: Any, arguments: dict) -> str:
     """In what a layer made of these arguments differs, in words; empty if it is the same."""
-    new = _made(layer, arguments)
+    new, call = _made(layer, arguments), call_on_symbols(layer)
     shapes = layer.get_build_config()
     if shapes and not new.built:
         new.build_from_config(json.loads(json.dumps(shapes)))
-    call = call_on_symbols(layer)
     if call and _shapes(layer) != _shapes(new):
         new(*call[0], **call[1])  # parts may be built when they are first called
     if _shapes(layer) != _shapes(new):
@@ -270,11 +284,11 @@ def _all_unlike(a: Any, b: Any, depth: int) -> Iterator[str]:
         yield "dtype"
     before, own = _attributes(a), _attributes(b)
     yield from own.keys() - before.keys()
-    for name, value in before.items():
-        if not _alike(value, own.get(name, value), depth) and not _is_noted(value, own[name]):
-            yield name
-        # What is plain and missing was an argument that got lost; the rest may come with a call.
-        elif name not in own and _is_plain(value) and not _is_noted(value, None):
+    # What is plain and missing was an argument that got lost; the rest may come with a call.
+    compared = {k: v for k, v in before.items() if k in own or _is_plain(v)}
+    for name, value in compared.items():
+        other = own.get(name)
+        if not _is_noted(value, other) and (name not in own or not _alike(value, other, depth)):
             yield name
 
 
@@ -286,7 +300,7 @@ def _is_noted(a: Any, b: Any) -> bool:
 def _attributes(x: Any) -> dict:
     """What an object holds, but for what Keras and TensorFlow keep of any layer."""
     skipped = attributes_of_every_layer() if _is_layer(x) else ()
-    about_itself = ("_self_", "_obj_reference_counts", "get_config", "build")
+    about_itself = ("_self_", "_obj_reference_counts", "get_", "build")
     own = {k: v for k, v in vars(x).items() if k not in skipped}
     return {k: v for k, v in own.items() if not k.startswith(about_itself)}
 
@@ -308,8 +322,8 @@ def _same_functions(a: Any, b: Any, depth: int) -> bool:
     """Functions of one place in the code; what a closure has captured may be anything."""
     code = [getattr(getattr(x, "__func__", x), "__code__", None) for x in (a, b)]
     captured = [getattr(x, "__closure__", None) or () for x in (a, b)]
-    cells = [[c.cell_contents for c in closure] for closure in captured]
-    return code[0] is code[1] is not None and _same_lists(*cells, depth)
+    first, second = ([c.cell_contents for c in closure] for closure in captured)
+    return code[0] is code[1] is not None and _same_lists(first, second, depth)
 
 
 def _same_lists(a: Any, b: Any, depth: int) -> bool:
@@ -344,6 +358,7 @@ def _same_kinds(a: Any, b: Any, depth: int) -> bool:
 _COMPARED: tuple[tuple[Any, Callable], ...] = (
     ((bool, int, float, str, bytes, type(None), type), lambda a, b, _: a == b),
     (keras.Variable, lambda a, b, _: a.shape == b.shape and a.dtype == b.dtype),
+    (keras.Model, lambda a, b, _: type(a) is type(b) and _shapes(a) == _shapes(b)),
     ((keras.KerasTensor, keras.random.SeedGenerator, keras.metrics.Metric), _same_kinds),
     (keras.DTypePolicy, lambda a, b, _: a.name == b.name),
     (SETTINGS, _same_written),

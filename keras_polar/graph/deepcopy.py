@@ -147,8 +147,8 @@ class _Writer(pickle.Pickler):
 
 def _state(x: Any) -> dict:
     nodes: dict = {"_inbound_nodes": [], "_outbound_nodes": []}
-    # `build` and `get_config` are about this very object; what begins with _self_ is TensorFlow's.
-    skipped = ("_self_", "_obj_reference_counts", "build", "get_config")
+    # `build` and configs are about this very object; what begins with _self_ is TensorFlow's.
+    skipped = ("_self_", "_obj_reference_counts", "build", "get_config", "get_build_config")
     own = {k: v for k, v in vars(x).items() if not k.startswith(skipped) or k == "built"}
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
 

@@ -106,8 +106,8 @@ def apply(
     Warns:
         UserWarning: `sparsity` is only reached with less in a group than usually stays there, or
             nobody can count the multiply-accumulates of a layer without weights
-            (`measure="macs"`). A part of a layer that was opened cannot be made anew, so that no file
-        of the model could be loaded, nor one of the small model.
+            (`measure="macs"`), or a layer cannot be made anew from what it says of itself, so that
+            neither the gated nor the small model can be saved as a whole.
 
     Example:
 

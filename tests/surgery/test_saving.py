@@ -24,13 +24,10 @@ def model_of(part, shape=(5, 6)):
 class Holder(layers.Layer):
     """Makes a part with arguments that it knows; opened, the part stands on its own."""
 
-    part_class: type
-    arguments: dict = {}
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         # A policy, which is no number or word: Keras cannot remember the arguments by itself.
-        self.part = self.part_class(**self.arguments, dtype=self.dtype_policy, name="part")
+        self.part = self.make_part(dtype=self.dtype_policy, name="part")
         self.dense = layers.Dense(6, name="dense")
 
     def build(self, shape):
@@ -42,8 +39,10 @@ class Holder(layers.Layer):
 
 
 def holder_of(part_class, **arguments):
-    body = {"part_class": part_class, "arguments": arguments}
-    return type(f"Holds{part_class.__name__}", (Holder,), body)()
+    def make_part(self, **kwargs):
+        return part_class(**arguments, **kwargs)
+
+    return type(f"Holds{part_class.__name__}", (Holder,), {"make_part": make_part})()
 
 
 class Scaled(layers.Layer):
@@ -128,6 +127,16 @@ class Noting(Scaled):
         return super().call(x)
 
 
+class TakesTuples(Scaled):
+    """Builds for a shape that is a tuple, which no file can hold."""
+
+    def build(self, shape):
+        super().build((*shape[:-1], {(None, 5, 6): 6}[shape]))
+
+    def get_config(self):
+        return {**super(Scaled, self).get_config(), "factor": self.factor}
+
+
 PARTS = [
     (Silent, {"factor": 3.0}),
     (TellsTooMuch, {"factor": 3.0}),
@@ -137,6 +146,7 @@ PARTS = [
     (HandsOn, {"own_factor": 3.0}),
     (SizedByArgument, {"width": 6}),
     (Noting, {}),
+    (TakesTuples, {"factor": 3.0}),
 ]
 
 
@@ -223,7 +233,7 @@ def test_an_activation_of_the_users_own_layer_stays_in_it():
 
     inputs = keras.Input((6,))
     x = layers.Dense(8, activation=own, name="own")(inputs)
-    gated, small = check(randomise(keras.Model(inputs, layers.Dense(2)(x))))
+    _, small = check(randomise(keras.Model(inputs, layers.Dense(2)(x))))
     assert small.get_layer("own").activation is own
 
 
