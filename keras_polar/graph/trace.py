@@ -9,7 +9,7 @@ on other tensors, which is how every new model of this library comes to be.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -305,8 +305,13 @@ def _unused(call: Call, used: set) -> str:
     return call.op.name if call.op.name not in used else unused(call.path.replace("/", "_"), used)
 
 
-def warn_of_ties(graph: Graph, caller: str) -> None:
-    """Warns of trained variables that several operations use: a new model has one for each."""
+def warn_of_ties(graph: Graph, caller: str, split: Container[int]) -> None:
+    """Warns of trained variables that several operations use, of which a new model has several.
+
+    Args:
+        split: ids of the variables of layers that have become several.
+    """
+    given: set[int] = set()
     users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
         for variable in getattr(call.op, "trainable_variables", ()):
@@ -316,8 +321,9 @@ def warn_of_ties(graph: Graph, caller: str) -> None:
         for x in tree.flatten((call.args, call.kwargs)):
             if id(x) in users:
                 users[id(x)][1][id(call.op)] = call.name
-    for path, names in users.values():
-        if len(names) > 1:
+                given.add(id(x))
+    for key, (path, names) in users.items():
+        if len(names) > 1 and (key in split or key in given):
             warnings.warn(
                 f"{caller}: variable {path!r} of model {graph.name!r} is used by "
                 f"{', '.join(map(repr, names.values()))}, which do not share it in the new model. "

@@ -137,12 +137,12 @@ def apply(
         teacher=teacher,
     )
     problem = pruning_problem(model, options)
-    warn_of_ties(problem.coupling.graph, "apply")
     graph, inserter = problem.coupling.graph, GateInserter(problem)
     taught = problem.teaching
     visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)
     gated = rebuild(graph, visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
+    warn_of_ties(graph, "apply", inserter.copies.split)
     _warn_of_own_training(model)
     _warn_of_files(gated, graph)
     return gated
