@@ -196,7 +196,37 @@ class _Tracer:
             self._ensure(x, table, path)
         self.step(_as_step(node), table, path, None)
 
+    def say_of_open_sizes(self, core_model: Any) -> None:
+        """Says first of layers that would have been opened were all sizes known."""
+        if not self.notes or all(None not in x.shape[1:] for x in core_model.inputs):
+            return
+        found = {*self.notes}
+        for size in STAND_INS:
+            found &= self._closed_at(core_model, size)
+        of_size = {k: f"{OPEN_LENGTH}; {note}" for k, note in self.notes.items() if k not in found}
+        self.notes.update(of_size)
+        new = {id(c): of_size[id(c.op)] for c in self.calls if id(c.op) in of_size}
+        self.calls = [replace(c, note=new[id(c)]) if id(c) in new else c for c in self.calls]
 
+    def _closed_at(self, core_model: Any, size: int) -> set[int]:
+        """Ids of the layers that stay whole as well with this for all that is unknown."""
+        other = _Tracer(self.opens, self.opens_inside, self.keeps_masks)
+        shapes = [[x.shape[0], *(n or size for n in x.shape[1:])] for x in core_model.inputs]
+        refs = list(map(other.new_tensor, core_model.inputs, shapes))
+        inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
+        try:
+            other._inline(_rerun, core_model, (inputs,), {}, "")
+        except CannotTrace:
+            return {*self.notes}
+        return {*other.notes}
+
+
+STAND_INS = (7, 32)  # for sizes that are unknown: few models take neither
+OPEN_LENGTH = (
+    "the length is open: it is called on inputs of unknown size: build the model on inputs with "
+    "fixed sizes (128, say): x = keras.tree.map_structure(lambda i: keras.Input([n or 128 for n in "
+    "i.shape[1:]], dtype=i.dtype, name=i.name), model.input); model = keras.Model(x, model(x))"
+)
 NOT_OPENED = "a composite layer that cannot be opened"
 
 _CONVOLUTIONS = ("Conv{}D", "Conv{}DTranspose", "DepthwiseConv{}D", "SeparableConv{}D")
@@ -243,6 +273,7 @@ def trace(
     tracer = _Tracer(opens, opens_inside or opens, keeps_masks)
     refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
     outputs = tracer.run(core_model, refs, "", None)
+    tracer.say_of_open_sizes(core_model)
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)

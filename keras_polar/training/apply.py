@@ -104,10 +104,11 @@ def apply(
             has inputs or outputs that do not fit.
 
     Warns:
-        UserWarning: `sparsity` is only reached with less in a group than usually stays there, or
+        UserWarning: `sparsity` is only reached with less in a group than usually stays there;
             nobody can count the multiply-accumulates of a layer without weights
-            (`measure="macs"`), or a layer cannot be made anew from what it says of itself, so that
-            neither the gated nor the small model can be saved as a whole.
+            (`measure="macs"`); layers stay whole because sizes of the inputs are open; a layer
+            cannot be made anew from what it says of itself, so that neither the gated nor the
+            small model can be saved as a whole.
 
     Example:
 
