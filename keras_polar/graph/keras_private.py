@@ -50,6 +50,7 @@ __all__ = [
     "parts_of_layer",
     "remembered_arguments",
     "takes_training",
+    "tensors_of_call",
     "to_snake_case",
     "without_metrics",
 ]
@@ -185,6 +186,12 @@ def without_metrics(layer: Any) -> None:
 def takes_training(layer: Any) -> bool:
     """Whether the layer's `call` is told if it is training."""
     return getattr(layer, "_call_has_training_arg", False)
+
+
+def tensors_of_call(model: Any, layer: Any) -> Any:
+    """What a layer returns where a functional model calls it; None if it does not do so once."""
+    nodes = [n for nodes in model._nodes_by_depth.values() for n in nodes if n.operation is layer]
+    return tree.pack_sequence_as(layer.output, list(nodes[0].outputs)) if len(nodes) == 1 else None
 
 
 def own_variables(layer: Any) -> list:

@@ -16,23 +16,28 @@ from keras_polar.graph.rebuild import rebuild
 from keras_polar.surgery.certificate import check_certificate
 from keras_polar.surgery.cut import Cutter
 from keras_polar.surgery.strip import flags_for, stripped
+from keras_polar.surgery.tasks import task_around
 
 
-def convert(gated: Any, *, verify: Any = None) -> keras.Model:
+def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
     """The static sub-network of a gated model, as an ordinary smaller Keras model.
 
     Args:
         gated: what `keras_polar.apply` returned.
         verify: inputs of the model, or True for random ones: checks the certificate, that both
             models give the same outputs.
+        into: the task of KerasHub that `gated` was made of. The result is a task of its class
+            around the smaller backbone, with its preprocessor: it takes raw inputs again.
 
     Returns:
-        A functional `keras.Model` of stock layers, with the weights of `gated`; not compiled.
+        A functional `keras.Model` of stock layers, with the weights of `gated`; not compiled. Or,
+        with `into`, such a task.
 
     Raises:
         TypeError: `gated` has no gates.
         ValueError: a gated layer has been quantized, or given LoRA adapters, since `apply`; the
-            certificate does not hold (says by how much), or the inputs do not fit.
+            certificate does not hold (says by how much), or the inputs do not fit; the task
+            cannot be made around the smaller backbone.
 
     Warns:
         UserWarning: the gates are not settled, and what their consensus removes by now is more
@@ -49,7 +54,7 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
     repair_configs(small.layers)
     if verify is not None and verify is not False:
         check_certificate(gated, small, verify, cutter.first_difference)
-    return small
+    return small if into is None else task_around(small, into)
 
 
 def _warn_of_early_conversion(gated: Any) -> None:

@@ -145,6 +145,7 @@ def apply(
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
     warn_of_ties(graph, "apply", inserter.copies.split)
     _warn_of_own_training(model)
+    _warn_of_preprocessing(model)
     _warn_of_files(gated, graph)
     return gated
 
@@ -158,6 +159,22 @@ def _warn_of_own_training(model: Any) -> None:
             "keras_polar.GatedModel and call `gated = ThatClass(gated.input, gated.output)`.",
             stacklevel=3,
         )
+
+
+def _warn_of_preprocessing(model: Any) -> None:
+    """What a task of KerasHub does before its network sees anything, and what it trains by."""
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is None or not hasattr(model, "preprocess_samples"):
+        return
+    warnings.warn(
+        f"apply: the gated model is the network of {type(model).__name__} {model.name!r} alone. It "
+        f"takes what the task's preprocessor ({type(preprocessor).__name__}) gives, and has no "
+        "loss of its own. Train it with: x, y, w = keras.utils.unpack_x_y_sample_weight("
+        'task.preprocess_samples(x, y)); gated.compile("adam", task.loss); '
+        "gated.fit(x, y, sample_weight=w). keras_polar.convert(gated, into=task) gives a task "
+        "again. `task.preprocessor = None` before `apply` says that you know.",
+        stacklevel=3,
+    )
 
 
 def _warn_of_files(gated: GatedModel, graph: Graph) -> None:
