@@ -34,17 +34,21 @@ __all__ = [
     "TrackedSet",
     "attended_axes",
     "backend",
+    "call_on_symbols",
     "core_of",
     "forget_losses",
     "functional",
     "global_state",
     "hand_on_masks",
     "has_parts",
+    "is_from_keras",
     "is_fused_attention",
     "layers_of",
     "only_loss",
     "op_class",
     "own_variables",
+    "parts_of_layer",
+    "remembered_arguments",
     "source_of",
     "takes_training",
     "to_snake_case",
@@ -104,6 +108,41 @@ def layers_of(op: Any) -> list:
     Setting `trainable` on a parent overwrites that of its children.
     """
     return list(op._flatten_layers())
+
+
+def is_from_keras(op: Any) -> bool:
+    """Whether the class of a layer or operation is one of Keras, or of this library."""
+    return type(op).__module__.partition(".")[0] in ("keras", "keras_polar")
+
+
+def parts_of_layer(layer: Any) -> list:
+    """The sublayers of a layer, not those of its sublayers."""
+    return [x for x in layer._layers if isinstance(x, keras.layers.Layer)]
+
+
+def call_on_symbols(op: Any) -> tuple[tuple, dict] | None:
+    """The arguments of the first call of an operation, on tensors that belong to no model."""
+    if not op._inbound_nodes:
+        return None
+    arguments = op._inbound_nodes[0].arguments
+
+    def free(x: Any) -> Any:
+        return keras.KerasTensor(x.shape, x.dtype) if isinstance(x, keras.KerasTensor) else x
+
+    args, kwargs = tree.map_structure(free, (arguments.args, arguments.kwargs))
+    return args, kwargs
+
+
+def remembered_arguments(op: Any) -> dict:
+    """What an operation was made with, if that was nothing but numbers and words.
+
+    Raises:
+        KeyError: it was something else.
+    """
+    remembered = getattr(op, "_auto_config", None)
+    if remembered is None:
+        raise KeyError(op.name)
+    return dict(remembered.config)
 
 
 def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:

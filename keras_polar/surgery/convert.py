@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.groups import require_gated
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.rebuild import rebuild
@@ -51,6 +52,7 @@ def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
     require_gated(gated, "convert")
     _warn_of_early_conversion(gated)
     small, cutter = small_twin(gated)
+    repair_configs(small.layers)
     if verify is not None and verify is not False:
         if gated.pipeline is not None and verify is not True:
             verify = gated.pipeline.inputs(verify)

@@ -15,6 +15,7 @@ from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.lesson import Lesson
 from keras_polar.gates.objective import BY_GATES, PruningObjective
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
@@ -41,6 +42,7 @@ class GatedModel(keras.Model):
         sub_network: the `Compaction` that trains in its place at the moment, or None.
         pipeline: the `Pipeline` of the task of KerasHub that `apply` was given, or None. Files do
             not hold it: a model that is loaded takes inputs that are preprocessed.
+        not_loadable: layer name -> why a file of the model, once saved, cannot be loaded.
     """
 
     sub_network = None
@@ -49,6 +51,7 @@ class GatedModel(keras.Model):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.not_loadable = repair_configs(self.layers)
         gates = [layer for layer in self.layers if isinstance(layer, Gate)]
         for gate in gates:
             gate.pressure = self.consensus.pressure
