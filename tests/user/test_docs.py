@@ -78,7 +78,8 @@ def prepared():
 
 def can_run(code):
     """Whether the extra that a snippet needs is installed."""
-    return "tf_keras" not in code or importlib.util.find_spec("tensorflow_model_optimization")
+    extras = {"tf_keras": "tensorflow_model_optimization", "keras_hub": "keras_hub"}
+    return all(importlib.util.find_spec(x) for word, x in extras.items() if word in code)
 
 
 def run(page, code_of_page):
@@ -102,6 +103,7 @@ on_tensorflow = pytest.mark.skipif(
 
 @on_tensorflow
 @pytest.mark.usefixtures("empty_folder")
+@pytest.mark.filterwarnings("ignore:apply. the gated model is the network of:UserWarning")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if snippets(p) and p != CONTRIBUTING], ids=lambda p: p.name
 )
