@@ -62,7 +62,9 @@ class Cutter:
         is_new = key not in self.made
         if is_new:
             copies, name = self.copies, self._name(site)
-            own = copies.of(site.op, name, **changes) if changes else copies.same(site.op, name)
+            is_smaller = bool(changes) or _is_cut(site, self.kept)
+            make = copies.smaller if is_smaller else copies.same
+            own = make(site.op, name, **changes)
             self.made[key] = own
         op = self.made[key]
         args, kwargs = site.rule.arguments(site, self.kept)
@@ -148,9 +150,12 @@ def _off(full: Any, small: Any, ids: np.ndarray, kept: KeptUnits) -> float:
 
 
 def _changes(site: CallSite, kept: KeptUnits) -> dict[str, Any]:
-    is_cut = any(not kept.all(v) for v in site.axes.values())
-    is_cut = is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
+    is_cut = _is_cut(site, kept) or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
     return site.rule.config(site, kept) if is_cut else {}
+
+
+def _is_cut(site: CallSite, kept: KeptUnits) -> bool:
+    return any(not kept.all(v) for v in site.axes.values())
 
 
 def _small(site: CallSite) -> list[np.ndarray]:

@@ -103,6 +103,7 @@ on_tensorflow = pytest.mark.skipif(
 
 @on_tensorflow
 @pytest.mark.usefixtures("empty_folder")
+@pytest.mark.filterwarnings("ignore:apply. the gated model is the network of:UserWarning")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if snippets(p) and p != CONTRIBUTING], ids=lambda p: p.name
 )
