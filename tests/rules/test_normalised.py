@@ -149,6 +149,18 @@ def test_units_in_front_of_it_go(name, tmp_path):
     keras_polar.convert(keras.models.load_model(tmp_path / "0.keras"), verify=x)
 
 
+def test_a_network_with_a_norm_after_every_layer_can_go():
+    inputs = x = keras.Input((12, 3))
+    for i in range(3):
+        x = layers.Conv1D(8, 3, padding="causal", activation="relu", name=f"conv{i}")(x)
+        x = layers.LayerNormalization()(x)
+    x = layers.LayerNormalization()(layers.Dense(7, activation="relu", name="dense")(x))
+    model = randomise(keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x))))
+    rows = {r.name: r.prunable for r in keras_polar.inspect(model).rows}
+    assert rows == {"conv0": 8, "conv1": 8, "conv2": 8, "dense": 7, "head": 0}
+    check(model, gate="dynamic")
+
+
 def test_a_shared_norm_without_weights_has_the_units_of_each_call():
     norm = layers.LayerNormalization(center=False, scale=False)
     inputs = keras.Input((6, 4))
