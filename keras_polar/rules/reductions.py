@@ -63,8 +63,8 @@ class ReduceSumRule(ReduceRule):
 
     def _reads(self, site: CallSite, axes: set) -> bool:
         number = units_on(site.inputs[0])
-        own, other = ([n for a, n in enumerate(number) if (a in axes) is i] for i in (True, False))
-        return max(own, default=0) > max(other, default=0)
+        own = max((n for a, n in enumerate(number) if a in axes), default=0)
+        return own > max((n for a, n in enumerate(number) if a not in axes), default=0)
 
     def _over_units(self, site: CallSite, axes: set) -> None:
         site.read("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
