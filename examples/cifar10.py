@@ -194,12 +194,13 @@ def learning_rate_schedule(peak, steps):
     )
 
 
-def compile_classifier(model, learning_rate):
+def compile_classifier(model, learning_rate, **options):
     """SGD with Nesterov momentum and cross-entropy on logits; `learning_rate` may be a schedule."""
     model.compile(
         keras.optimizers.SGD(learning_rate, momentum=MOMENTUM, nesterov=True),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        **options,
     )
 
 

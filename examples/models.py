@@ -29,6 +29,18 @@ MOBILENET_STAGES = (
 )
 
 
+# EfficientNet-Lite0: the same, and the kernel's size of the depthwise convolutions.
+LITE0_STAGES = (
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)
+
+
 def resnet(depth, input_shape, classes, width=16, *, weight_decay=0.0):
     """ResNet for small images: three stages of basic blocks, `depth = 6n + 2`.
 
@@ -77,29 +89,39 @@ def mobilenet(input_shape, classes, width=32, *, weight_decay=0.0):
     conv = functools.partial(_conv_bn, weight_decay=weight_decay, max_value=6.0)
     inputs = keras.Input(input_shape, name="image")
     x = conv(inputs, width, 3, relu=True, name="stem")
-    for stage, (expansion, channels, blocks, stride) in enumerate(MOBILENET_STAGES, start=1):
-        for block in range(1, blocks + 1):
-            strides = stride if block == 1 else 1
-            name = f"stage{stage}_block{block}"
-            x = _inverted_residual(conv, x, expansion, _scaled(channels, width), strides, name)
-    x = conv(x, _scaled(1280, width), 1, relu=True, name="top")
+    x = _inverted_residuals(conv, x, MOBILENET_STAGES, width)
     outputs = _head(x, classes, weight_decay)
     return keras.Model(inputs, outputs, name="mobilenet")
+
+
+def efficientnet_lite0(input_shape, classes, width=32, *, weight_decay=0.0, before=None):
+    """EfficientNet-Lite0 of Liu and Tan: inverted residuals with ReLU6, no squeezing. Logits.
+
+    Args:
+        before: called on the images before the first convolution, which halves their sides.
+    """
+    conv = functools.partial(_conv_bn, weight_decay=weight_decay, max_value=6.0)
+    inputs = x = keras.Input(input_shape, name="image")
+    x = conv(before(x) if before else x, width, 3, strides=2, relu=True, name="stem")
+    x = _inverted_residuals(conv, x, LITE0_STAGES, width)
+    outputs = _head(x, classes, weight_decay)
+    return keras.Model(inputs, outputs, name="efficientnet_lite0")
 
 
 BUILDERS = {
     **{f"resnet{depth}": functools.partial(resnet, depth) for depth in range(8, 57, 6)},
     "vgg16": vgg16,
     "mobilenet": mobilenet,
+    "efficientnet_lite0": efficientnet_lite0,
 }
 
 
-def build(name, input_shape, classes, *, width=None, weight_decay=0.0):
+def build(name, input_shape, classes, *, width=None, **options):
     """Builds a model by name; `width=None` is the width that the architecture is known by."""
     if name not in BUILDERS:
         raise ValueError(f"Unknown model {name!r}. Expected one of: {', '.join(BUILDERS)}.")
-    options = {} if width is None else {"width": width}
-    return BUILDERS[name](input_shape, classes, weight_decay=weight_decay, **options)
+    options |= {} if width is None else {"width": width}
+    return BUILDERS[name](input_shape, classes, **options)
 
 
 def _basic_block(conv, x, filters, strides, name):
@@ -113,12 +135,21 @@ def _basic_block(conv, x, filters, strides, name):
     return keras.layers.ReLU(name=f"{name}_relu")(x)
 
 
-def _inverted_residual(conv, x, expansion, filters, strides, name):
-    """Expand (1x1), filter (depthwise 3x3), project (1x1); a shortcut where shapes agree."""
+def _inverted_residuals(conv, x, stages, width):
+    """The stages of a MobileNetV2 or its like, and the convolution on top of them."""
+    for stage, (expansion, channels, blocks, stride, *size) in enumerate(stages, start=1):
+        for block in range(1, blocks + 1):
+            shape = (expansion, _scaled(channels, width), stride if block == 1 else 1)
+            x = _inverted_residual(conv, x, *shape, f"stage{stage}_block{block}", *size)
+    return conv(x, _scaled(1280, width), 1, relu=True, name="top")
+
+
+def _inverted_residual(conv, x, expansion, filters, strides, name, size=3):
+    """Expand (1x1), filter (depthwise), project (1x1); a shortcut where shapes agree."""
     shortcut = x
     if expansion != 1:
         x = conv(x, expansion * x.shape[-1], 1, relu=True, name=f"{name}_expand")
-    x = conv(x, None, 3, strides=strides, relu=True, name=f"{name}_depthwise")
+    x = conv(x, None, size, strides=strides, relu=True, name=f"{name}_depthwise")
     x = conv(x, filters, 1, name=f"{name}_project")
     if strides == 1 and shortcut.shape[-1] == filters:
         x = keras.layers.Add(name=f"{name}_add")([shortcut, x])

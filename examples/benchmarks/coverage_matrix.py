@@ -91,6 +91,7 @@ def builders(name: str) -> dict[str, Callable]:
 def measure(build: Callable) -> dict:
     """The row of one model: shares, certificate and seconds."""
     import keras
+    from file_trip import trouble
     from half_closed import close_half, difference, random_inputs
 
     import keras_polar
@@ -117,6 +118,7 @@ def measure(build: Callable) -> dict:
         "kept_weights": after.weights / before.weights,
         "kept_macs": after.macs / max(1, before.macs),
         "counted_as_predicted": after.weights == small.count_params() == predicted(before, gated),
+        "file": trouble(gated, small, inputs),
         "apply_s": applied - start,
         "convert_s": converted - closed,
         "versions": {"keras": keras.__version__, "tensorflow": tensorflow_version()},
@@ -253,25 +255,28 @@ every group were closed at random.
 - *certificate*: the largest difference between gated and converted model, relative to the largest
   output; at most 1e-4 is asked for. Every row's weights, counted, were as predicted.
 - *kept*: weights and MACs of the converted model at these masks.
+- *file*: whether gated and converted model, saved, are the same when another process has loaded
+  them, the converted one without keras_polar; "?" where it was not tried yet.
 - *what stays*: the commonest reasons, with the number of units; or why the row failed.
 """
 HEADING = (
     "| model | weights | prunable units | weights | MACs | certificate | kept weights | MACs "
-    "| apply | convert | what stays, or the failure |",
-    "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    "| file | apply | convert | what stays, or the failure |",
+    "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|---|",
 )
 
 
 def _line(row: dict, name: str) -> str:
     failure = _plain(row["failure"])
     if "difference" not in row:
-        return f"| {name} {'| ' * 9}| **{failure}** |"
+        return f"| {name} {'| ' * 10}| **{failure}** |"
     share = [row[k] for k in ("prunable_units", "prunable_weights", "prunable_macs")]
     cells = [
         _size(row["weights"]),
         *(f"{x:.1%}" for x in share),
         f"{row['difference']:.0e}",
         *(f"{row[k]:.1%}" for k in ("kept_weights", "kept_macs")),
+        _plain(row.get("file", "?")[:200]) or "yes",
         *(f"{row[k]:.1f} s" for k in ("apply_s", "convert_s")),
         f"**{failure}**" if failure else "; ".join(f"{n:,}: {why}" for why, n in row["pins"]),
     ]

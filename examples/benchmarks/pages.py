@@ -53,6 +53,7 @@ NETWORKS = {  # that were trained before
     "vgg16": "VGG16-BN, a quarter as wide",
     "mobilenet": "MobileNetV2, half as wide",
 }
+TRANSFER = {"regime": "pretrained", "model": "efficientnet_lite0", "epochs": 5}
 ON_GPU = {**SHORT, "backend": "jax", "epochs": 48}
 
 NAMES = {
@@ -105,6 +106,8 @@ def runs(method, training, measure="macs", sparsity=0.5, round_to=None, seed=Non
     found = [r for r in measured if all(r[k] == v for k, v in wanted.items())]
     if not found:
         raise LookupError(f"Expected runs with {wanted} in {RUNS}; there are none.")
+    if len({r["seed"] for r in found}) < len(found):
+        raise LookupError(f"Expected one run per seed with {wanted} in {RUNS}; say more of them.")
     return found
 
 
@@ -227,7 +230,8 @@ def start():
         (names[m], *(beside(*pair) for pair in zip(found, dense, strict=True)))
         for m, found in methods.items()
     ]
-    alone, whole, longer = (runs(m, ON_GPU) for m in ("static", "dense", "narrow_longer"))
+    alone = runs("static", {**ON_GPU, "schedule": ""})
+    whole, longer = (runs(m, ON_GPU) for m in ("dense", "narrow_longer"))
     return f"""\
 CIFAR-10, trained networks, half of their multiply-accumulates removed in one `fit` of 200 steps, a
 seventh of the training before: accuracy in %, in brackets against the dense network; means of
@@ -241,7 +245,20 @@ as JPEG once more.
 - From scratch (ResNet-20, {ON_GPU["epochs"]} epochs, {len(alone)} seeds, an H100) ours is
   {ahead(alone, longer)} points
   ahead of a narrow network with as many operations of training, **{ahead(alone, whole)} of dense**.
+- {transferred()}
 """
+
+
+def transferred():
+    """What a pretrained network comes to, in a sentence."""
+    own = runs("dynamic", TRANSFER, round_to=1)
+    others = ("dense", "fisher_per_cost", "l1_even", "narrow")
+    dense, fisher, l1, narrow = (f"{accuracy(runs(m, TRANSFER)):.1f}" for m in others)
+    return f"""\
+Transfer (EfficientNet-Lite0 with weights of ImageNet, {own[0]["train_images"]:,} images at 64
+pixels, {own[0]["epochs"]} epochs that fine-tune and prune half of the MACs, {seeds(own)}):
+{accuracy(own):.1f} %, **the whole network {dense} %**; cut at the same step by Fisher information
+over cost {fisher}, by L1 norm {l1}; a narrow network from random weights {narrow}."""
 
 
 def on_trained(network):

@@ -13,21 +13,26 @@ COUNTED = ("weights", "macs", "units")
 
 
 def terms(coupling: Coupling) -> list[tuple[int, CostTerm]]:
-    """Every cost term of a graph, with its call; weights and units of a shared layer once."""
+    """Every cost term of a graph, with its call; weights and units of what is shared once."""
     return [(i, t) for i, (_, own) in enumerate(_terms_by_call(coupling)) for t in own]
 
 
 def _terms_by_call(coupling: Coupling) -> Iterator[tuple[CallSite, list[CostTerm]]]:
     seen: set[int] = set()
     for site in coupling.sites:
-        yield site, _site_terms(site, first_call=id(site.op) not in seen)
-        seen.add(id(site.op))
+        yield site, _site_terms(site, seen)
+        seen.update(map(id, (site.op, *getattr(site.op, "weights", ()))))
 
 
-def _site_terms(site: CallSite, first_call: bool) -> list[CostTerm]:
+def _site_terms(site: CallSite, seen: set[int]) -> list[CostTerm]:
+    """The terms of a call.
+
+    Args:
+        seen: ids of operations and variables that stand at earlier calls.
+    """
     own = []
-    if first_call:
-        own += weight_terms(site, site.rule.weights(site.op))
+    if id(site.op) not in seen:
+        own += weight_terms(site, site.rule.weights(site.op), seen)
         own += [CostTerm((site.axes[p],), units=1) for p in site.produces]
     return own + (site.macs or [])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_polar.graph.clone import variable_at
 from keras_polar.graph.ir import Graph, refs_in
 from keras_polar.rules import CallSite, rule_for, trace_model
 from keras_polar.rules.call_site import set_rows, sizes
@@ -157,7 +158,31 @@ def _flow(graph: Graph, units: Units) -> tuple[CallSite, ...]:
         sites.append(site)
     for i in refs_in(graph.outputs):
         units.pin(ids[i], "is an output of the model")
+    _pin_shared(sites)
     return tuple(sites)
+
+
+def _pin_shared(sites: Iterable[CallSite]) -> None:
+    """Units along the axes of variables that several operations have stay.
+
+    How the others compute with them is not known here.
+    """
+    users: dict[int, dict[int, CallSite]] = {}
+    for site in sites:
+        for variable in getattr(site.op, "weights", ()):
+            users.setdefault(id(variable), {})[id(site.op)] = site
+    for key, sharing in users.items():
+        for site in sharing.values() if len(sharing) > 1 else ():
+            names = ", ".join(repr(s.name) for s in sharing.values() if s is not site)
+            for vector in _along(site, key):
+                site.pin(vector, f"has a variable that {names} has too")
+
+
+def _along(site: CallSite, variable: int) -> list[Ids]:
+    """The units along the axes of a call's variable, by its id."""
+    weights = site.rule.weights(site.op).items()
+    axes = [names for path, names in weights if id(variable_at(site.op, path)) == variable]
+    return [site.axes[n] for names in axes for n in names if n in site.axes]
 
 
 def _followed(site: CallSite) -> list[Ids]:

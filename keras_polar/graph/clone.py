@@ -4,7 +4,8 @@ import contextlib
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -12,25 +13,81 @@ import numpy as np
 from keras import tree
 
 from keras_polar.backends import to_numpy
+from keras_polar.graph.configs import refuse_config, refused
 from keras_polar.graph.deepcopy import duplicate
 from keras_polar.graph.handed import SETTINGS, hand_on, handed_places, holds_variables
-from keras_polar.graph.keras_private import has_parts, layers_of
+from keras_polar.graph.keras_private import has_parts, is_from_keras, layers_of
 from keras_polar.graph.symbolic.merge import with_attributes
 from keras_polar.graph.symbolic.record import CannotTrace
 
 
-def clone(op: Any, name: str, **changes: Any) -> Any:
+class Copies:
+    """Copies of the operations of a graph: what several of them hold is one thing there as well.
+
+    An embedding that a head holds too, or its table, is copied with the first that has it.
+
+    Attributes:
+        made: id of an operation, one of its parts or a variable -> the copy.
+        split: ids of variables with several copies, for want of a way to hand one on.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[int, Any] = {}
+        self.split: set[int] = set()
+
+    def of(self, op: Any, name: str, is_cut: bool = False, /, **changes: Any) -> Any:
+        """A copy of an operation with other values in its config; see `clone`."""
+        new = clone(op, name, self.made, is_cut, **changes)
+        if isinstance(op, keras.layers.Layer) and not changes:
+            parts = zip(layers_of(op), layers_of(new), strict=False)  # some come with the call
+            self.made.update((id(a), b) for a, b in parts if type(a) is type(b))
+        return new
+
+    def same(self, op: Any, name: str) -> Any:
+        """The one copy of an operation, made if there is none: as a part it keeps its name."""
+        return self.made[id(op)] if id(op) in self.made else self.of(op, name)
+
+    def note(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Variables and what they have become."""
+        for old, new in pairs:
+            if self.made.setdefault(id(old), new) is not new:
+                self.split.add(id(old))
+
+
+def clone(
+    op: Any,
+    name: str,
+    made: Mapping[int, Any] = MappingProxyType({}),
+    is_cut: bool = False,
+    /,
+    **changes: Any,
+) -> Any:
     """A new operation with the same configuration but for `name` and `changes`; not built.
+
+    Args:
+        made: copies of parts and variables, by the ids of the originals, for it to hold.
+        is_cut: whether its variables will have other sizes: even without `changes`, where a layer
+            takes them from its input.
 
     Raises:
         TypeError: the layer cannot be made anew from its `get_config()`.
     """
+    new = _clone(op, name, changes, made, is_cut)
+    if refused(op):
+        refuse_config(new, refused(op))
+    return new
+
+
+def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_cut: bool) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
-    if not changes and op.built and has_parts(op):
-        # A new one could make its variables in another order, under other names.
+    is_special = has_parts(op) or not (is_cut or is_from_keras(op))
+    is_special = is_special or any(id(v) in made for v in op.weights)
+    if not changes and op.built and is_special:
+        # A new one could make its variables in another order, under other names; what a config
+        # leaves out nobody may have missed so far; and it would have variables of its own.
         with contextlib.suppress(TypeError):
-            return duplicate(op, name)
+            return duplicate(op, name, made=made)
     try:
         config = _config_of(op, changes)
         arrays = _without_arrays(op, config) if changes else {}
@@ -39,9 +96,11 @@ def clone(op: Any, name: str, **changes: Any) -> Any:
         return new
     except Exception as error:
         if not op.weights and not changes:
-            return _renamed(op, name)  # nothing to train and nothing to copy (a Lambda, say)
-        if not changes:
-            return duplicate(op, name)
+            return with_other_values(
+                op, name=name
+            )  # nothing to train and nothing to copy (a Lambda, say)
+        if not (changes or is_cut):
+            return duplicate(op, name, made=made)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
@@ -128,7 +187,7 @@ def _sized(op: Any, numbers: Container[int]) -> dict[str, int]:
 def _built(op: Any, args: tuple, kwargs: dict, changes: dict) -> Any:
     """A clone that was called on these KerasTensors; None if it cannot be."""
     try:
-        twin = clone(op, op.name, **changes)
+        twin = clone(op, op.name, {}, True, **changes)
         twin(*args, **kwargs)
     except Exception:
         return None
@@ -164,11 +223,11 @@ def _live(op: Any, config: dict) -> dict:
     return {k: x for k, x in found.items() if isinstance(x, SETTINGS) or inspect.isfunction(x)}
 
 
-def _renamed(op: Any, name: str) -> Any:
-    """The layer without its graph nodes, under another name; everything inside is shared."""
+def with_other_values(op: Any, **values: Any) -> Any:
+    """The layer without its graph nodes, other attributes instead; everything else is shared."""
     new = object.__new__(type(op))
     vars(new).update(vars(op))
-    vars(new).update(name=name, _inbound_nodes=[], _outbound_nodes=[])
+    vars(new).update(_inbound_nodes=[], _outbound_nodes=[], **values)
     return new
 
 

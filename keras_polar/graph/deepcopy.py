@@ -4,6 +4,7 @@ import io
 import itertools
 import pickle
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -34,7 +35,12 @@ _SHARED = (
 )
 
 
-def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
+def duplicate(
+    layer: Any,
+    name: str,
+    dtype: str | None = None,
+    made: Mapping[int, Any] = types.MappingProxyType({}),
+) -> Any:
     """A layer with the same sublayers and variables of the same values, sharing none of them.
 
     Its sublayers keep their names; functions, initializers and the like are shared, and so are
@@ -42,12 +48,13 @@ def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
 
     Args:
         dtype: of all floats in the copy and of what it computes; None for the layer's own.
+        made: id of a sublayer or variable -> what the copy is to hold instead of a copy of it.
 
     Raises:
         TypeError: the layer holds something that cannot be copied.
     """
     trained = {id(v) for part in layer._flatten_layers() for v in part._trainable_variables}
-    writer = _Writer(buffer := io.BytesIO(), dtype, handed(layer), trained)
+    writer = _Writer(buffer := io.BytesIO(), dtype, handed(layer), trained, made)
     try:
         writer.dump(layer)
         buffer.seek(0)
@@ -59,7 +66,7 @@ def duplicate(layer: Any, name: str, dtype: str | None = None) -> Any:
             "gives an equal layer."
         ) from error
     vars(new)["name"] = name
-    _name_variables(layer, new)
+    _name_variables(layer, new, {id(v) for x in made.values() for v in _variables_of(x)})
     if dtype is not None:
         _set_policies(new, dtype)
     return new
@@ -79,13 +86,17 @@ def _set_policies(layer: Any, dtype: str) -> None:
             part.finalize_state()  # its mean and variance are derived from its variables
 
 
-def _name_variables(layer: Any, new: Any) -> None:
+def _variables_of(x: Any) -> list:
+    return [x] if isinstance(x, keras.Variable) else getattr(x, "variables", [])
+
+
+def _name_variables(layer: Any, new: Any, others: set[int]) -> None:
     """Gives the variables the paths of a layer that was built under the new name.
 
     By its path Keras on PyTorch finds a variable whose gradient of the last step is to be cleared.
     """
     pairs = zip(layer.variables, new.variables, strict=True)
-    for old, own in (pair for pair in pairs if pair[0] is not pair[1]):
+    for old, own in ((a, b) for a, b in pairs if a is not b and id(b) not in others):
         own._path = f"{new.name}/{old.path.removeprefix(f'{layer.name}/')}"
     if BACKEND == "torch":  # its modules keep lists of their own
         for part in new._flatten_layers():
@@ -99,20 +110,26 @@ class _Writer(pickle.Pickler):
         dtype: of all floats in the copy, or None.
         shared: variables that are not copied, by id.
         trained: ids of those that were made to be trained, frozen by now or not.
+        made: what is there already, by the id of what it is a copy of.
     """
 
     def __init__(
-        self, file: Any, dtype: str | None, shared: dict[int, Any], trained: set[int]
+        self,
+        file: Any,
+        dtype: str | None,
+        shared: dict[int, Any],
+        trained: set[int],
+        made: Mapping[int, Any],
     ) -> None:
         super().__init__(file)
-        self.dtype, self.shared, self.trained = dtype, shared, trained
+        self.dtype, self.shared, self.trained, self.made = dtype, shared, trained, made
         self.kept: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
         self.count = itertools.count()
         self.alive: list[Any] = []
 
     def persistent_id(self, x: Any) -> int | None:
-        is_variable = isinstance(x, keras.Variable)
+        is_variable = isinstance(x, keras.Variable) or id(x) in self.made
         if not is_variable and not isinstance(x, _SHARED) and not keras.ops.is_tensor(x):
             return None
         if id(x) not in self.numbers:
@@ -122,6 +139,8 @@ class _Writer(pickle.Pickler):
         return self.numbers[id(x)]
 
     def _kept(self, x: Any) -> Any:
+        if id(x) in self.made:
+            return self.made[id(x)]
         is_variable, dtype = isinstance(x, keras.Variable), self._dtype_of(x)
         if dtype is None or id(x) in self.shared:
             return x
@@ -147,8 +166,8 @@ class _Writer(pickle.Pickler):
 
 def _state(x: Any) -> dict:
     nodes: dict = {"_inbound_nodes": [], "_outbound_nodes": []}
-    # `build` is a wrapper around this very object; what begins with _self_ is TensorFlow's.
-    skipped = ("_self_", "_obj_reference_counts", "build")
+    # `build` and configs are about this very object; what begins with _self_ is TensorFlow's.
+    skipped = ("_self_", "_obj_reference_counts", "build", "get_config", "get_build_config")
     own = {k: v for k, v in vars(x).items() if not k.startswith(skipped) or k == "built"}
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
 

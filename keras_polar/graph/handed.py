@@ -117,7 +117,8 @@ def _again(layer: Any) -> Any:
 
 
 @functools.cache
-def _of_every_layer() -> frozenset:
+def attributes_of_every_layer() -> frozenset:
+    """What Keras keeps in the attributes of any layer."""
     return frozenset(vars(keras.layers.Layer(name="any")))
 
 
@@ -128,7 +129,7 @@ def _own(layer: Any) -> Iterator[tuple[tuple, Any]]:
     """
     for name, value in vars(layer).items() if layer is not None else ():
         is_whole = isinstance(value, SETTINGS) or inspect.isroutine(value)
-        if name not in _of_every_layer() and not is_whole:
+        if name not in attributes_of_every_layer() and not is_whole:
             yield from _variables_in(value, (name,), _DEEPEST)
 
 

@@ -35,6 +35,7 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     note: str = ""  # why a composite layer was left as it is
+    is_part: bool = False  # of a composite layer that was opened
 
 
 @dataclass(frozen=True, eq=False)

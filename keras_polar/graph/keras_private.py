@@ -34,17 +34,22 @@ __all__ = [
     "TrackedSet",
     "attended_axes",
     "backend",
+    "call_on_symbols",
     "core_of",
     "forget_losses",
     "functional",
     "global_state",
     "hand_on_masks",
     "has_parts",
+    "is_from_keras",
     "is_fused_attention",
     "layers_of",
     "only_loss",
     "op_class",
     "own_variables",
+    "parts_of_layer",
+    "remembered_arguments",
+    "source_of",
     "takes_training",
     "to_snake_case",
     "without_metrics",
@@ -105,6 +110,41 @@ def layers_of(op: Any) -> list:
     return list(op._flatten_layers())
 
 
+def is_from_keras(op: Any) -> bool:
+    """Whether the class of a layer or operation is one of Keras, or of this library."""
+    return type(op).__module__.partition(".")[0] in ("keras", "keras_polar")
+
+
+def parts_of_layer(layer: Any) -> list:
+    """The sublayers of a layer, not those of its sublayers."""
+    return [x for x in layer._layers if isinstance(x, keras.layers.Layer)]
+
+
+def call_on_symbols(op: Any) -> tuple[tuple, dict] | None:
+    """The arguments of the first call of an operation, on tensors that belong to no model."""
+    if not op._inbound_nodes:
+        return None
+    arguments = op._inbound_nodes[0].arguments
+
+    def free(x: Any) -> Any:
+        return keras.KerasTensor(x.shape, x.dtype) if isinstance(x, keras.KerasTensor) else x
+
+    args, kwargs = tree.map_structure(free, (arguments.args, arguments.kwargs))
+    return args, kwargs
+
+
+def remembered_arguments(op: Any) -> dict:
+    """What an operation was made with, if that was nothing but numbers and words.
+
+    Raises:
+        KeyError: it was something else.
+    """
+    remembered = getattr(op, "_auto_config", None)
+    if remembered is None:
+        raise KeyError(op.name)
+    return dict(remembered.config)
+
+
 def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:
     """Gives outputs the masks that Keras would give them in a call of the layer."""
     if getattr(layer, "supports_masking", False):  # operations have no masks
@@ -161,3 +201,10 @@ def attended_axes(attention: Any) -> tuple:
 def is_fused_attention(attention: Any) -> bool:
     """Whether `ops.dot_product_attention` computes a MultiHeadAttention."""
     return not attention._dropout and len(attended_axes(attention)) == 1
+
+
+def source_of(tensor: Any) -> tuple[Any, int, list]:
+    """The operation that made a symbolic tensor, as which of its outputs, and of what tensors."""
+    history = tensor._keras_history
+    node = history.operation._inbound_nodes[history.node_index]
+    return history.operation, history.tensor_index, node.input_tensors

@@ -7,14 +7,18 @@ data that says which operation is called on which tensors, in order. `rebuild` r
 on other tensors, which is how every new model of this library comes to be.
 """
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import keras
 from keras import tree
+from keras.activations import linear
 
+from keras_polar.graph.clone import with_other_values
+from keras_polar.graph.configs import is_found_again
 from keras_polar.graph.ir import Call, Graph, Ref, Spec, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import backend, core_of, functional, layers_of, takes_training
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
@@ -29,8 +33,11 @@ def _nothing(op: Any) -> bool:
 class _Tracer:
     """Turns nodes of functional models and steps of opened layers into calls, in order."""
 
-    def __init__(self, opens: Callable[[Any], bool], keeps_masks: bool) -> None:
+    def __init__(self, opens: Callable, opens_inside: Callable, keeps_masks: bool) -> None:
         self.opens, self.keeps_masks = opens, keeps_masks
+        self.opens_inside = functools.cache(opens_inside)
+        self.depth = 0  # of opened layers around the step that is added
+        self.bare: dict[int, Any] = {}  # id(layer) -> the layer without its activation
         self.calls: list[Call] = []
         self.specs: list[Spec] = []
         self.notes: dict[int, str] = {}  # id(composite layer) -> why it is not opened
@@ -68,7 +75,10 @@ class _Tracer:
         if inner is not None and refs is not None:
             return self._nested(step, inner, refs, args, kwargs, path)
         opened = self._opened(op, args, kwargs, path)
-        return self._call(step, args, kwargs, path) if opened is None else opened
+        if opened is None:
+            activated = self._activated(step, args, kwargs, path)
+            opened = self._call(step, args, kwargs, path) if activated is None else activated
+        return opened
 
     def _opened(self, op: Any, args: tuple, kwargs: dict, path: str) -> list | None:
         """The outputs of a composite layer's parts; None if it is to stay whole, or has to."""
@@ -77,17 +87,40 @@ class _Tracer:
         # In a functional model, training=False of a call does not outlive the model's own.
         is_fixed = kwargs.get("training") is True
         kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
+        self.depth += 1
         try:
             return self._inline(self._open, op, args, kwargs, path)
         except CannotTrace as error:
             self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
             return None
+        finally:
+            self.depth -= 1
 
     def _open(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
         def inside(x: Any) -> bool:
-            return functional(x) is not None or opens(x)
+            return functional(x) is not None or self.opens_inside(x)
 
         return open_layer(op, args, kwargs, inside, self.keeps_masks)
+
+    def _activated(self, step: RecordedCall, args: tuple, kwargs: dict, path: str) -> list | None:
+        """A part of an opened layer, followed by what an activation does that no file can tell.
+
+        None if it has no such activation.
+        """
+        op = step.op
+        if not (self.depth and type(op) in ACTIVATED) or is_found_again(op.activation):
+            return None
+        function = keras.layers.Activation(op.activation, name=f"{op.name}_activation")
+        bare = self.bare.setdefault(id(op), with_other_values(op, activation=linear))
+        (ref,) = self._call(replace(step, op=bare), args, kwargs, path)
+        try:
+            return self._inline(self._open_function, function, (ref,), {}, path)
+        except CannotTrace:
+            self.calls.pop()
+            return None
+
+    def _open_function(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
+        return open_layer(op, args, kwargs, lambda x: x is op, keeps_masks=False)
 
     def _nested(
         self, step: RecordedCall, inner: Any, refs: list, args: tuple, kwargs: dict, path: str
@@ -104,7 +137,8 @@ class _Tracer:
         op, path = step.op, path + step.path
         outputs = list(map(self.new_tensor, step.outputs, self._exact(step, args, kwargs)))
         note, inputs = self.notes.get(id(op), ""), refs_in((args, kwargs))
-        call = Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs), note)
+        is_part = self.depth > 0
+        call = Call(op, op.name, path, args, kwargs, inputs, refs_in(outputs), note, is_part)
         self.calls.append(call)
         return outputs
 
@@ -162,8 +196,43 @@ class _Tracer:
             self._ensure(x, table, path)
         self.step(_as_step(node), table, path, None)
 
+    def say_of_open_sizes(self, core_model: Any) -> None:
+        """Says first of layers that would have been opened were all sizes known."""
+        if not self.notes or all(None not in x.shape[1:] for x in core_model.inputs):
+            return
+        found = {*self.notes}
+        for size in STAND_INS:
+            found &= self._closed_at(core_model, size)
+        of_size = {k: f"{OPEN_LENGTH}; {note}" for k, note in self.notes.items() if k not in found}
+        self.notes.update(of_size)
+        new = {id(c): of_size[id(c.op)] for c in self.calls if id(c.op) in of_size}
+        self.calls = [replace(c, note=new[id(c)]) if id(c) in new else c for c in self.calls]
 
+    def _closed_at(self, core_model: Any, size: int) -> set[int]:
+        """Ids of the layers that stay whole as well with this for all that is unknown."""
+        other = _Tracer(self.opens, self.opens_inside, self.keeps_masks)
+        shapes = [[x.shape[0], *(n or size for n in x.shape[1:])] for x in core_model.inputs]
+        refs = list(map(other.new_tensor, core_model.inputs, shapes))
+        inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
+        try:
+            other._inline(_rerun, core_model, (inputs,), {}, "")
+        except CannotTrace:
+            return {*self.notes}
+        return {*other.notes}
+
+
+STAND_INS = (7, 32)  # for sizes that are unknown: few models take neither
+OPEN_LENGTH = (
+    "the length is open: it is called on inputs of unknown size: build the model on inputs with "
+    "fixed sizes (128, say): x = keras.tree.map_structure(lambda i: keras.Input([n or 128 for n in "
+    "i.shape[1:]], dtype=i.dtype, name=i.name), model.input); model = keras.Model(x, model(x))"
+)
 NOT_OPENED = "a composite layer that cannot be opened"
+
+_CONVOLUTIONS = ("Conv{}D", "Conv{}DTranspose", "DepthwiseConv{}D", "SeparableConv{}D")
+_NAMES = ("Dense", "EinsumDense", *(c.format(n) for c in _CONVOLUTIONS for n in (1, 2, 3)))
+# Layers that apply an activation to all they have computed, last of all.
+ACTIVATED = tuple(getattr(keras.layers, n) for n in _NAMES if hasattr(keras.layers, n))
 
 
 def _as_step(node: Any) -> RecordedCall:
@@ -183,21 +252,28 @@ def _rerun(model: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
     return run_functional(model, args, kwargs, lambda x: functional(x) is not None, opens)
 
 
-def trace(model: Any, opens: Callable[[Any], bool] = _nothing) -> Graph:
+def trace(
+    model: Any,
+    opens: Callable[[Any], bool] = _nothing,
+    opens_inside: Callable[[Any], bool] | None = None,
+) -> Graph:
     """The graph of a functional (or built Sequential) model, nested models flattened.
 
     Args:
         opens: which layers are to be replaced by the calls they consist of, where that is
             possible; where it is not, `Call.note` says why.
+        opens_inside: the same for parts of layers that are opened; `opens` if None.
 
     Raises:
         TypeError: `model` is not a functional or built Sequential model.
     """
     core_model = core_of(model)
     # By the masks of its outputs a model weighs its losses; anywhere else they are arguments.
-    tracer = _Tracer(opens, any(backend.get_keras_mask(x) is not None for x in core_model.outputs))
+    keeps_masks = any(backend.get_keras_mask(x) is not None for x in core_model.outputs)
+    tracer = _Tracer(opens, opens_inside or opens, keeps_masks)
     refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
     outputs = tracer.run(core_model, refs, "", None)
+    tracer.say_of_open_sizes(core_model)
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
     names = _flat_names([layer.name for layer in layers], tracer.calls)
@@ -260,8 +336,13 @@ def _unused(call: Call, used: set) -> str:
     return call.op.name if call.op.name not in used else unused(call.path.replace("/", "_"), used)
 
 
-def warn_of_ties(graph: Graph, caller: str) -> None:
-    """Warns of trained variables that several operations use: a new model has one for each."""
+def warn_of_ties(graph: Graph, caller: str, split: Container[int]) -> None:
+    """Warns of trained variables that several operations use, of which a new model has several.
+
+    Args:
+        split: ids of the variables of layers that have become several.
+    """
+    given: set[int] = set()
     users: dict[int, tuple[str, dict]] = {}  # id(variable) -> its path, {id(operation): name}
     for call in graph.calls:
         for variable in getattr(call.op, "trainable_variables", ()):
@@ -271,8 +352,9 @@ def warn_of_ties(graph: Graph, caller: str) -> None:
         for x in tree.flatten((call.args, call.kwargs)):
             if id(x) in users:
                 users[id(x)][1][id(call.op)] = call.name
-    for path, names in users.values():
-        if len(names) > 1:
+                given.add(id(x))
+    for key, (path, names) in users.items():
+        if len(names) > 1 and (key in split or key in given):
             warnings.warn(
                 f"{caller}: variable {path!r} of model {graph.name!r} is used by "
                 f"{', '.join(map(repr, names.values()))}, which do not share it in the new model. "

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -208,15 +208,22 @@ def sizes(shape: Iterable) -> tuple:
     return (1 if is_batch else first, *(1 if d is None else d for d in others))
 
 
-def weight_terms(site: CallSite, weights: dict[str, tuple]) -> list[CostTerm]:
-    """One term per variable: its named axes are factors, all others count in full."""
+def weight_terms(
+    site: CallSite, weights: dict[str, tuple], known: Container[int] = ()
+) -> list[CostTerm]:
+    """One term per variable: its named axes are factors, all others count in full.
+
+    Args:
+        known: ids of variables that are counted elsewhere.
+    """
     terms, counted = [], 0
     for attribute, names in weights.items():
         variable = variable_at(site.op, attribute)
-        if variable is not None:
+        if variable is not None and id(variable) not in known:
             terms.append(_variable_term(variable, names, site))
             counted += math.prod(variable.shape)
-    rest = sum(math.prod(w.shape) for w in getattr(site.op, "weights", ())) - counted
+    own = (w for w in getattr(site.op, "weights", ()) if id(w) not in known)
+    rest = sum(math.prod(w.shape) for w in own) - counted
     return [*terms, CostTerm((), weights=rest)] if rest else terms
 
 

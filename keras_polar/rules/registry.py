@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_polar.graph.configs import can_be_told, is_found_again
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.keras_private import has_parts, layers_of
 from keras_polar.graph.quantized import why_altered
@@ -128,13 +129,25 @@ def opens(op: Any) -> bool:
     return rule_for(op) is UNKNOWN and has_parts(op)
 
 
+def opens_inside(op: Any) -> bool:
+    """Whether a part of an opened layer is to be replaced by what its `call` does.
+
+    So is a function in the shape of a layer that no file can tell: the layer that it is a part of
+    has made it, and is gone.
+    """
+    if type(op) is keras.layers.Activation:
+        return not is_found_again(op.activation)
+    is_function = rule_for(op) is _REGISTRY[keras.layers.Layer] and not op.variables
+    return opens(op) or (is_function and not can_be_told(op))
+
+
 def trace_model(model: Any) -> Graph:
     """The graph of a model, composite layers without a rule opened.
 
     Raises:
         TypeError: `model` is not a functional or built Sequential model.
     """
-    return trace(model, opens)
+    return trace(model, opens, opens_inside)
 
 
 def find(layer_class: type) -> Rule | None:

@@ -9,33 +9,40 @@ import numpy as np
 
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.groups import require_gated
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.surgery.certificate import check_certificate
 from keras_polar.surgery.cut import Cutter
 from keras_polar.surgery.strip import flags_for, stripped
+from keras_polar.surgery.tasks import put_together
 
 
-def convert(gated: Any, *, verify: Any = None) -> keras.Model:
+def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
     """The static sub-network of a gated model, as an ordinary smaller Keras model.
 
     Args:
         gated: what `keras_polar.apply` returned.
         verify: inputs of the model, or True for random ones: checks the certificate, that both
             models give the same outputs.
+        into: the `keras_hub` task that `apply` was given, or one that is built like it: the result
+            is a task of its class around the smaller backbone, with its preprocessor.
 
     Returns:
         A functional `keras.Model` of stock layers, with the weights of `gated`; not compiled.
+        With `into`, the task.
 
     Raises:
-        TypeError: `gated` has no gates.
+        TypeError: `gated` has no gates, or `into` is no task.
         ValueError: a gated layer has been quantized, or given LoRA adapters, since `apply`; the
-            certificate does not hold (says by how much), or the inputs do not fit.
+            certificate does not hold (says by how much), the inputs do not fit, or the task of
+            `into` cannot be made of what stays.
 
     Warns:
         UserWarning: the gates are not settled, and what their consensus removes by now is more
-            than a point off the requested sparsity.
+            than a point off the requested sparsity; or a task was pruned, and the result lacks its
+            preprocessor.
 
     Example:
 
@@ -45,9 +52,27 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
     require_gated(gated, "convert")
     _warn_of_early_conversion(gated)
     small, cutter = small_twin(gated)
+    repair_configs(small.layers)
     if verify is not None and verify is not False:
+        if gated.pipeline is not None and verify is not True:
+            verify = gated.pipeline.inputs(verify)
         check_certificate(gated, small, verify, cutter.first_difference)
+    if into is not None:
+        return put_together(small, into)
+    _warn_of_lost_preprocessor(gated)
     return small
+
+
+def _warn_of_lost_preprocessor(gated: Any) -> None:
+    task = None if gated.pipeline is None else gated.pipeline.task
+    if task is not None and task.preprocessor is not None:
+        warnings.warn(
+            f"convert({gated.name!r}): what you get takes inputs as "
+            f"{type(task.preprocessor).__name__} makes them; raw ones give other answers. "
+            "`convert(gated, into=task)` gives a task that preprocesses. For the network alone, "
+            "set task.preprocessor = None before.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_early_conversion(gated: Any) -> None:

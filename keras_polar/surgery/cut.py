@@ -12,9 +12,11 @@ from keras import tree
 from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.gates.weight_mask import Substituted, masked_variables
-from keras_polar.graph.clone import clone, copy_weights, variable_at
+from keras_polar.graph.clone import Copies, copy_weights, variable_at
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.ir import Call, fill, refs_in, unused
 from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.trace import warn_of_ties
 from keras_polar.rules import CallSite, KeptUnits
 from keras_polar.rules.call_site import inner_vector
 from keras_polar.rules.ids import drop_constant_axes, varies
@@ -27,7 +29,11 @@ def cut(coupling: Coupling, flags: np.ndarray) -> keras.Model:
     Args:
         flags: bool of shape (ids,), True for ids that stay, equal within each class.
     """
-    return rebuild(coupling.graph, Cutter(coupling, flags).visit, keras.Model)
+    cutter = Cutter(coupling, flags)
+    small = rebuild(coupling.graph, cutter.visit, keras.Model)
+    repair_configs(small.layers)
+    warn_of_ties(coupling.graph, "remove", cutter.copies.split)
+    return small
 
 
 class Cutter:
@@ -41,6 +47,7 @@ class Cutter:
     def __init__(self, coupling: Coupling, flags: np.ndarray) -> None:
         self.coupling, self.kept = coupling, KeptUnits(flags)
         self.made: dict[tuple, Any] = {}
+        self.copies = Copies()
         self.cloned: set[int] = set()
         self.twins: list[tuple[Any, Any]] = []
         self.pieces: list[Piece] = []
@@ -49,18 +56,24 @@ class Cutter:
 
     def visit(self, call: Call, values: dict) -> Any:
         site = self.sites[id(call)]
-        changes = _changes(site, self.kept)
+        is_cut = _is_cut(site, self.kept)
+        changes = site.rule.config(site, self.kept) if is_cut else {}
         # A shared layer without weights (a Reshape, say) may be cut differently in each call.
         key = (id(call.op), repr(sorted(changes.items())))
         is_new = key not in self.made
         if is_new:
-            self.made[key] = clone(site.op, self._name(site), **changes)
+            copies, name = self.copies, self._name(site)
+            self.made[key] = (
+                copies.of(site.op, name, True, **changes) if is_cut else copies.same(site.op, name)
+            )
         op = self.made[key]
         args, kwargs = site.rule.arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
         if is_new:
             self.twins.append((site.op, op))
-            self.pieces += _copy_cut_weights(site, op, self.kept)
+            pieces = _copy_cut_weights(site, op, self.kept)
+            self.copies.note((piece.whole, piece.part) for piece in pieces)
+            self.pieces += pieces
             unmask_penalties(op)
         return outputs
 
@@ -136,10 +149,9 @@ def _off(full: Any, small: Any, ids: np.ndarray, kept: KeptUnits) -> float:
     return float(np.abs(full - small).max(initial=0) / max(np.abs(full).max(initial=0), 1e-30))
 
 
-def _changes(site: CallSite, kept: KeptUnits) -> dict[str, Any]:
+def _is_cut(site: CallSite, kept: KeptUnits) -> bool:
     is_cut = any(not kept.all(v) for v in site.axes.values())
-    is_cut = is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
-    return site.rule.config(site, kept) if is_cut else {}
+    return is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
 
 
 def _small(site: CallSite) -> list[np.ndarray]:

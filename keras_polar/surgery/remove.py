@@ -8,7 +8,6 @@ import numpy as np
 
 from keras_polar.coupling.coupling import Coupling, analyze
 from keras_polar.gates.groups import is_gated
-from keras_polar.graph.trace import warn_of_ties
 from keras_polar.rules import KeptUnits
 from keras_polar.surgery.cut import cut
 
@@ -44,7 +43,6 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
             "close units of the gated model with `gated.groups[i].set_mask(mask)`."
         )
     coupling = analyze(model)
-    warn_of_ties(coupling.graph, "remove")
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
     for name, indices in units.items():

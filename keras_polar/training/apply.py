@@ -13,9 +13,12 @@ from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.schedule import Schedule
 from keras_polar.gates.teacher import Teacher
+from keras_polar.graph.configs import OTHER_WEIGHTS, REMEDY, refuse_configs
+from keras_polar.graph.ir import Graph
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
+from keras_polar.surgery.tasks import Pipeline, is_task
 from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
@@ -47,6 +50,8 @@ def apply(
 
     Args:
         model: a functional or built Sequential Keras model, fresh or trained. It is not changed.
+            A task of KerasHub: the gated model compiles and preprocesses as the task does; its
+            head keeps its units, so that `convert(gated, into=task)` can put it together again.
         sparsity: share of the cost to be removed, in (0, 1).
         measure: what `sparsity` is a share of: "weights" (`model.count_params()`), "macs"
             (multiply-accumulates per sample), "units" (channels and neurons), "latency" (time
@@ -102,9 +107,11 @@ def apply(
             has inputs or outputs that do not fit.
 
     Warns:
-        UserWarning: `sparsity` is only reached with less in a group than usually stays there, or
+        UserWarning: `sparsity` is only reached with less in a group than usually stays there;
             nobody can count the multiply-accumulates of a layer without weights
-            (`measure="macs"`).
+            (`measure="macs"`); layers stay whole because sizes of the inputs are open; a layer
+            cannot be made anew from what it says of itself, so that neither the gated nor the
+            small model can be saved as a whole.
 
     Example:
 
@@ -134,13 +141,15 @@ def apply(
         teacher=teacher,
     )
     problem = pruning_problem(model, options)
-    warn_of_ties(problem.coupling.graph, "apply")
     graph, inserter = problem.coupling.graph, GateInserter(problem)
     taught = problem.teaching
     visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)
     gated = rebuild(graph, visit, GatedModel)
     gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
+    gated.pipeline = Pipeline(model) if is_task(model) else None
+    warn_of_ties(graph, "apply", inserter.copies.split)
     _warn_of_own_training(model)
+    _warn_of_files(gated, graph)
     return gated
 
 
@@ -151,5 +160,24 @@ def _warn_of_own_training(model: Any) -> None:
             f"apply: the gated model is not trained by {', '.join(overridden)} of "
             f"{type(model).__name__} {model.name!r}. Write them into a subclass of "
             "keras_polar.GatedModel and call `gated = ThatClass(gated.input, gated.output)`.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_files(gated: GatedModel, graph: Graph) -> None:
+    """Parts of opened layers, which would have made them, and what surely comes back as another.
+
+    Saving them fails from now on: better than a file that nobody can load.
+    """
+    parts = {call.name for call in graph.calls if call.is_part}
+    found = gated.not_loadable.items()
+    reasons = {n: why for n, why in found if n in parts or why.startswith(OTHER_WEIGHTS)}
+    refuse_configs(gated.layers, reasons)
+    if reasons:
+        listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
+        warnings.warn(
+            f"apply: the gated model can be trained, converted and exported, but neither it nor "
+            f"the small one can be saved as a whole: Keras could not load it again ({listed}). "
+            f"{REMEDY}, or save weights alone (ModelCheckpoint(..., save_weights_only=True)).",
             stacklevel=3,
         )

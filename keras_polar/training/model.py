@@ -15,6 +15,7 @@ from keras_polar.gates.gate import PACKAGE, Gate
 from keras_polar.gates.groups import GateGroup
 from keras_polar.gates.lesson import Lesson
 from keras_polar.gates.objective import BY_GATES, PruningObjective
+from keras_polar.graph.configs import repair_configs
 from keras_polar.graph.keras_private import forget_losses
 from keras_polar.processes import alone, watch_processes
 from keras_polar.selection.budget import BRANCH, CHANNELS, Budget
@@ -22,6 +23,7 @@ from keras_polar.selection.importance import Importance, per_cost
 from keras_polar.selection.select import rank_units, select_units
 from keras_polar.surgery.penalties import mask_penalties
 from keras_polar.surgery.strip import scores_of
+from keras_polar.surgery.tasks import Pipeline
 from keras_polar.training.keras_hooks import (
     average_what_is_overwritten,
     is_called_by,
@@ -38,13 +40,18 @@ class GatedModel(keras.Model):
 
     Attributes:
         sub_network: the `Compaction` that trains in its place at the moment, or None.
+        pipeline: the `Pipeline` of the task of KerasHub that `apply` was given, or None. Files do
+            not hold it: a model that is loaded takes inputs that are preprocessed.
+        not_loadable: layer name -> why a file of the model, once saved, cannot be loaded.
     """
 
     sub_network = None
+    pipeline: Pipeline | None = None
     output_names: list[str]  # Keras'
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.not_loadable = repair_configs(self.layers)
         gates = [layer for layer in self.layers if isinstance(layer, Gate)]
         for gate in gates:
             gate.pressure = self.consensus.pressure
@@ -195,6 +202,20 @@ class GatedModel(keras.Model):
         average_what_is_overwritten(self)
         return super().train_on_batch(*args, **kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.compile`; what is left out, or "auto", is as the task of KerasHub has it."""
+        arguments = inspect.signature(super().compile).bind(*args, **kwargs).arguments
+        if self.pipeline is not None:
+            told = {k: v for k, v in arguments.items() if not (isinstance(v, str) and v == "auto")}
+            arguments = self.pipeline.compiled() | told
+        super().compile(**arguments)
+
+    def compile_from_config(self, config: dict) -> None:
+        # Keras leaves a model that it loads uncompiled where the class has a `compile` of its own.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`; follows the schedule by itself.
 
@@ -206,15 +227,27 @@ class GatedModel(keras.Model):
         require_supported(self)
         _warn_of_frozen_gates(self)
         average_what_is_overwritten(self)
-        bound = inspect.signature(super().fit).bind(*args, **kwargs)
-        watch = watch_processes(self, bound.arguments)
-        with Run(self, bound.arguments.get("callbacks"), watch) as run:
-            bound.arguments["callbacks"] = run.callbacks
-            return super().fit(*bound.args, **bound.kwargs)
+        arguments = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        if self.pipeline is not None:
+            arguments = self.pipeline.prepared_validation(arguments)
+            arguments = self.pipeline.prepared(arguments, arguments.get("shuffle", True))
+        watch = watch_processes(self, arguments)
+        with Run(self, arguments.get("callbacks"), watch) as run:
+            arguments["callbacks"] = run.callbacks
+            return super().fit(**arguments)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         self.synchronize()  # validation within `fit`: callbacks look at the model meanwhile
-        return super().evaluate(*args, **kwargs)
+        if self.pipeline is None or "_use_cached_eval_dataset" in kwargs:  # `fit` has prepared it
+            return super().evaluate(*args, **kwargs)
+        arguments = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
+        return super().evaluate(**self.pipeline.prepared(arguments))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.pipeline is None:
+            return super().predict(*args, **kwargs)
+        arguments = inspect.signature(super().predict).bind(*args, **kwargs).arguments
+        return super().predict(**self.pipeline.prepared(arguments))
 
     def synchronize(self) -> None:
         """Brings this model up to date and back, should its sub-network train in its place."""

@@ -18,10 +18,12 @@ from keras_polar.gates.objective import BY_GATES
 from keras_polar.gates.schedule import Schedule
 from keras_polar.gates.template import GATES, template_of
 from keras_polar.graph.quantized import why_altered
+from keras_polar.graph.trace import OPEN_LENGTH
 from keras_polar.litert.measure_latency import measured_table
 from keras_polar.selection.budget import Budget, budget_of, usual_floors
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
+from keras_polar.surgery.tasks import widths_of_head
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 from keras_polar.training.teaching import Teaching, teaching_of
 
@@ -95,8 +97,9 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     teaching = teaching_of(options.teacher, whole.graph)
     features = () if teaching is None else teaching.features
     comparable = keeping(whole, features, "is compared with the teacher")
-    coupling = ignoring(comparable, options.ignore if "channels" in options.granularity else "*")
-    branches = branches_of(coupling, options.ignore) if "blocks" in options.granularity else ()
+    ignore = [*options.ignore, *widths_of_head(model, whole.sites)]
+    coupling = ignoring(comparable, ignore if "channels" in options.granularity else "*")
+    branches = branches_of(coupling, ignore) if "blocks" in options.granularity else ()
     names = [site.name for site in coupling.sites]
     branches = tuple(b for b in branches if not {names[i] for i in b.calls}.intersection(features))
     if not coupling.groups and not branches:
@@ -104,6 +107,7 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
             f"apply: nothing in model {model.name!r} can be pruned. "
             f"{_why_nothing(coupling, options.granularity)}. See keras_polar.inspect(model)."
         )
+    _warn_of_open_sizes(whole, model)
     measure = _measure(options, model, whole)
     cost = cost_of(coupling, measure, branches, whole)
     budget = budget_of(
@@ -248,7 +252,20 @@ def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     altered = {s.name: why_altered(s.op) for s in coupling.sites}
     why = [f"{name}: {reason}" for name, reason in altered.items() if reason]
     why += [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
+    why += [f"{s.name}: {s.refused}" for s in coupling.sites if s.call.note and s.refused]
+    of_size = [x for x in why if OPEN_LENGTH in x]
+    why = [*of_size[:1], *(x for x in why if OPEN_LENGTH not in x)]
     return "; ".join(why) or "It has no layer whose units could go"
+
+
+def _warn_of_open_sizes(coupling: Coupling, model: Any) -> None:
+    closed = {s.name: None for s in coupling.sites if s.call.note.startswith(OPEN_LENGTH)}
+    if closed:
+        warnings.warn(
+            f"apply: {', '.join(closed)} of model {model.name!r} stay as they are, for "
+            f"{OPEN_LENGTH}. keras_polar.inspect(model) says what can be pruned.",
+            stacklevel=4,  # at the call of `apply`
+        )
 
 
 def _warn_of_low_groups(coupling: Coupling, budget: Budget, measure: str, options: Options) -> None:

@@ -11,7 +11,7 @@ from keras import tree
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.lesson import Comparison, FeatureDistillation, Lesson, LogitsDistillation
 from keras_polar.gates.teacher import Teacher
-from keras_polar.graph.clone import clone, copy_weights
+from keras_polar.graph.clone import Copies, copy_weights
 from keras_polar.graph.ir import Call, Graph, Ref, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.rebuild import rebuild
@@ -166,16 +166,14 @@ def _made(theirs: Graph, ours: Graph, tensors: Sequence[int]) -> Graph:
 
 def _copied(graph: Graph) -> Any:
     """A model of copies of a graph's layers, with the values that they have now."""
-    made: dict[int, Any] = {}
+    copies, copied = Copies(), set[int]()
 
     def visit(call: Call, values: dict) -> Any:
-        is_new = id(call.op) not in made
-        if is_new:
-            made[id(call.op)] = clone(call.op, call.name)
-        op = made[id(call.op)]
+        op = copies.same(call.op, call.name)
         outputs = op(*fill(call.args, values), **fill(call.kwargs, values))
-        if is_new:
-            copy_weights(call.op, op, lambda _, value: value)
+        if id(call.op) not in copied:
+            copies.note(copy_weights(call.op, op, lambda _, value: value))
+            copied.add(id(call.op))
         return outputs
 
     return rebuild(graph, visit, keras.Model)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import check, randomise
+from helpers import check, quick, randomise
 from keras import layers, ops
 
 import keras_polar
@@ -174,7 +174,7 @@ def test_inspect_says_the_same_of_adapters_before_and_after_saving(tmp_path):
     assert reasons["d32"].startswith("has adapters of low rank (LoRA): prune and `convert` first")
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("mode", quick(["int4", "float8"], ["int8", "int4", "float8"]))
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
 def test_a_quantized_layer_computes_what_it_did(mode):
     steps = [
@@ -189,7 +189,7 @@ def test_a_quantized_layer_computes_what_it_did(mode):
     assert macs(model) == wanted
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", quick(["int8"], ["int8", "int4"]))
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
 def test_adapters_next_to_quantized_weights_compute_by_themselves(mode):
     words = [layers.Embedding(50, 16), layers.Dense(8)]

@@ -435,10 +435,46 @@ def test_unknown_sizes_are_the_reason_and_fixed_ones_the_way_out():
     inner = keras.Model(tokens, layers.Dense(2)(Causal(name="causal")(tokens)), name="inner")
     (note,) = notes(inner).values()
     assert "unknown size: build the model on inputs with fixed sizes" in note
+    assert note.startswith("the length is open: ")
     x = keras.Input((5, 6))
     model = randomise(keras.Model(x, inner(x)))
     assert not notes(model)
     check(model)
+
+
+def remedied(model, text):
+    """The model, once what a message advises was done."""
+    (code,) = re.findall(r"x = keras\.tree.*?keras\.Model\(x, model\(x\)\)", text)[:1]
+    names = {"keras": keras, "model": model}
+    exec(code, names)
+    return names["model"]
+
+
+def with_open_length(*parts):
+    x = {"a": keras.Input((None, 6), name="a"), "b": keras.Input((None, 6), name="b")}
+    y = layers.Dense(6, name="before")(x["a"] + x["b"])
+    for part in parts:
+        y = part(y)
+    return keras.Model(x, layers.Dense(2, name="logits")(y))
+
+
+def test_an_open_length_is_the_first_reason_and_the_remedy_works():
+    model = with_open_length(OnlyInTraining(name="other"), Causal(name="causal"))
+    with pytest.raises(ValueError, match=r"pruned\. causal: the length is open") as error:
+        keras_polar.apply(model)
+    assert str(error.value).count("the length is open") == 1
+    reasons = {r.name: r.reason for r in keras_polar.inspect(model).rows}
+    assert reasons["causal"].startswith("the length is open")
+    assert "length" not in reasons["other"]  # it would not open with known sizes either
+    with_sizes = remedied(model, str(error.value))
+    assert [tuple(x.shape) for x in with_sizes.inputs] == [(None, 128, 6)] * 2
+    assert "causal" not in {r.name for r in keras_polar.inspect(with_sizes).rows}
+
+
+def test_half_of_a_model_of_open_length_does_not_stay_in_silence():
+    model = randomise(with_open_length(layers.Dense(8), layers.Dense(6), Causal(name="causal")))
+    with pytest.warns(UserWarning, match="causal of model .* stay as they are, for the length is"):
+        keras_polar.apply(model, 0.2)
 
 
 def test_a_wrapper_around_a_composite_is_exact_either_way():

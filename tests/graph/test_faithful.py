@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import check, model_of
+from helpers import check, model_of, randomise
 from keras import layers, ops
 
 import keras_polar
@@ -182,13 +182,59 @@ class Tied(layers.Layer):
         return ops.matmul(x, ops.transpose(self.table.embeddings))
 
 
-@pytest.mark.parametrize("kind", ["layer", "variable"])
-def test_ties_that_come_apart_are_said(kind):
+class TiedByVariable(layers.Layer):
+    def __init__(self, table=None, **kwargs):
+        super().__init__(**kwargs)
+        self.table = table
+
+    def build(self, shape):
+        self.bias = self.add_weight((20,), "zeros", name="bias")
+
+    def call(self, x):
+        return ops.matmul(x, ops.transpose(self.table)) + self.bias
+
+
+def tied_model(tie, first):
+    """A language model whose head has the table of its embedding, and may be called before it."""
+    table, tokens = layers.Embedding(20, 8, name="table"), keras.Input((5,), dtype="int32")
+    table.build((None, 5))
+    head = tie(table)
+    early = layers.Dense(8)(head(layers.Dense(8)(ops.one_hot(tokens, 20)))) if first else 0.0
+    x = layers.Dense(16, "relu", name="hidden")(table(tokens) + early)
+    return randomise(keras.Model(tokens, head(layers.Dense(8)(x))))
+
+
+HEADS = {
+    "layer": lambda table: Tied(table, name="head"),
+    "variable": lambda table: TiedByVariable(table.embeddings, name="head"),
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("tie", HEADS)
+def test_what_two_layers_have_is_one_thing_in_new_models(tie, first):
+    model = tied_model(HEADS[tie], first)
+    assert keras_polar.cost(model).weights == model.count_params()
+    gated, small = check(model)
+    again = keras_polar.remove(model, {"hidden": [0, 1]})
+    for new in (gated, small, again):
+        table, head = new.get_layer("table"), new.get_layer("head")
+        assert any(v is table.embeddings for v in head.weights)
+        assert table.embeddings is not model.get_layer("table").embeddings
+    assert small.count_params() < model.count_params()
+    (row,) = (r for r in keras_polar.inspect(model).rows if r.name == "table")
+    assert row.prunable == 0
+    assert "'head' has too" in row.reason
+    gated.compile("sgd", "mse")
+    tokens = np.ones((4, 5), "int32")
+    gated.fit(tokens, np.zeros((4, 5, 20)), verbose=0)
+    assert difference(gated, keras_polar.convert(gated), tokens) < 1e-5
+
+
+def test_ties_that_come_apart_are_said():
     table, tokens = layers.Embedding(20, 8, name="table"), keras.Input((5,), dtype="int32")
     x = layers.Dense(8)(layers.Dense(16, "relu")(table(tokens)))
-    as_layer = kind == "layer"
-    y = Tied(table)(x) if as_layer else ops.einsum("btd,vd->btv", x, table.embeddings)
-    model = keras.Model(tokens, y)
+    model = keras.Model(tokens, ops.einsum("btd,vd->btv", x, table.embeddings))
     for prune in (lambda: keras_polar.apply(model, 0.3), lambda: keras_polar.remove(model, {})):
         with pytest.warns(UserWarning, match="table/embeddings.*do not share it"):
             prune()

@@ -1,6 +1,7 @@
 """What users freeze, hand over, compute in and save: as with the model without gates."""
 
 import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import model_of, randomise, small_resnet
+from helpers import model_of, quick, randomise, small_resnet
 from keras import layers, ops
 
 import keras_polar
@@ -107,7 +108,7 @@ def test_single_frozen_parts_of_a_masked_layer_stay_so():
     assert flags(gated) == flags(model)
 
 
-@pytest.mark.parametrize("gate", ["dynamic", "static"])
+@pytest.mark.parametrize("gate", quick(["dynamic"], ["dynamic", "static"]))
 def test_only_what_was_unfrozen_is_trained(gate):
     freeze_all(model := randomise(network()))
     gated = keras_polar.apply(model, 0.3, gate=gate, compact=False)
@@ -377,7 +378,7 @@ def test_what_a_layer_makes_by_itself_is_its_own():
     np.testing.assert_array_equal(model.get_layer("bn").moving_mean, np.zeros(16))
 
 
-@pytest.mark.parametrize("gate", ["dynamic", "static"])
+@pytest.mark.parametrize("gate", quick(["dynamic"], ["dynamic", "static"]))
 def test_training_leaves_the_model_without_gates_alone(gate):
     model = randomise(network())
     before = [np.array(w) for w in model.get_weights()]
@@ -482,6 +483,7 @@ TYPED = {
     "attention": attended,
 }
 TOLERANCE = {"float64": 1e-12, "float16": 2e-2, "bfloat16": 2e-2}
+FLOATS = [*itertools.product(TOLERANCE, TYPED, ("dynamic", "static"))]
 NO_FLOAT64 = "JAX has float64 only where its process begins with it"
 # Keras on PyTorch computes some of float64 in float32.
 if keras.backend.backend() != "tensorflow":
@@ -508,9 +510,7 @@ def check_type(dtype, model, x, tmp_path, **options):
 
 @pytest.mark.filterwarnings("ignore:fit goes on with the whole network")
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
-@pytest.mark.parametrize("gate", ["dynamic", "static"])
-@pytest.mark.parametrize("name", TYPED)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("dtype", "name", "gate"), quick(FLOATS[::4], FLOATS))
 def test_trains_in_other_floats(dtype, name, gate, floatx, tmp_path):
     if dtype == "float64" and keras.backend.backend() == "jax":
         pytest.skip(NO_FLOAT64)

@@ -2,7 +2,7 @@
 
 import keras
 import numpy as np
-from helpers import randomise
+from helpers import check_file, randomise
 from random_models import build
 
 import keras_polar
@@ -61,6 +61,9 @@ def certify_gated(model, coupling, rng):
         group.set_mask(rng.permutation(group.units) < counts[-1])
     small = keras_polar.convert(gated)
     assert difference(gated, small, inputs) <= 1e-4
+    if rng.integers(4) == 0:  # a file takes as long as all the rest
+        for pruned in (gated, small):
+            check_file(pruned, model, inputs)
     counted = keras_polar.cost(small)
     assert counted.weights == small.count_params()
     for measure in ("weights", "macs", "units"):

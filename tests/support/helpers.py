@@ -3,12 +3,15 @@
 import socket
 import subprocess
 import sys
+import tempfile
+import types
 
 import keras
 import numpy as np
 import pytest
 
 import keras_polar
+from keras_polar.graph.keras_private import is_from_keras
 from keras_polar.surgery.certificate import difference, random_inputs
 
 
@@ -60,7 +63,49 @@ def check(model, gate="static", seed=0, inputs=None):
         assert predicted(model, counts, measure) == getattr(counted, measure), measure
     assert counted.weights == small.count_params()
     assert gated.sparsity > 0
+    for pruned in (gated, small):
+        check_file(pruned, model, inputs)
     return gated, small
+
+
+def check_file(pruned, model, inputs):
+    """Saved and loaded it computes the same; at least if the model that it comes from can be."""
+    try:
+        loaded = saved_and_loaded(pruned)
+    except Exception:
+        if can_be_saved(model):
+            raise
+    else:
+        assert difference(pruned, loaded, inputs) <= 1e-6
+
+
+def named_in(layer):
+    """What a layer's file has names for that Keras does not know: its class, and its functions."""
+    kind = type(layer)
+    # Keras has a layer and an operation that are both called Add.
+    if not is_from_keras(layer) and keras.saving.get_registered_name(kind) == kind.__name__:
+        yield kind.__name__, kind
+    names = ("activation", "recurrent_activation", "function", "call_function")
+    for function in (getattr(layer, name, None) for name in names):
+        if isinstance(function, types.FunctionType):
+            yield function.__name__, function
+
+
+def can_be_saved(model):
+    try:
+        saved_and_loaded(model)
+    except Exception:
+        return False
+    return True
+
+
+def saved_and_loaded(model, knows=True):
+    """A model from its file, where classes and functions of tests are known, or not."""
+    known = {k: v for x in model._flatten_layers() for k, v in named_in(x) if knows}
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.keras"
+        model.save(path)
+        return keras.models.load_model(path, known, compile=False, safe_mode=not knows)
 
 
 def check_loads_alone(small, tmp_path):

@@ -1,8 +1,10 @@
 """keras.applications, every model class: certificate, costs, and how much of it can go."""
 
+import itertools
+
 import keras
 import pytest
-from helpers import check, check_loads_alone, close_half, randomise
+from helpers import check, check_loads_alone, close_half, quick, randomise
 from keras import layers
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
@@ -49,10 +51,11 @@ def certified(model):
     return gated, small
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "name", [n if n == "MobileNetV2" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+ALL = [*itertools.product(NAMES, VARIANTS)]
+QUICK = [("MobileNetV2", "with_top"), ("MobileNetV2", "backbone")]
+
+
+@pytest.mark.parametrize(("name", "variant"), quick(QUICK, ALL))
 def test_every_model_of_keras_applications(name, variant):
     certified(VARIANTS[variant](name))
 

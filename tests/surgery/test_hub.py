@@ -79,3 +79,24 @@ def test_backbone_holds_the_certificate(name):
         assert re.search(NOTHING[name], " ".join(r.reason for r in found.rows))
     else:
         check(model, inputs=random_inputs(model, batch=2))  # the batch that SAM3 is built for
+
+
+@pytest.mark.filterwarnings("ignore")  # KerasHub's own
+def test_a_head_that_holds_the_embedding_of_its_backbone():
+    import keras_hub
+
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=400,
+        num_layers=1,
+        hidden_dim=16,
+        intermediate_dim=32,
+        num_heads=2,
+        max_sequence_length=8,
+    )
+    task = keras_hub.models.BertMaskedLM(backbone=backbone)
+    used = task.count_params() - backbone.get_layer("pooled_dense").count_params()
+    assert keras_polar.cost(task).weights == used
+    gated = keras_polar.apply(task, 0.12)
+    gated.settle()
+    small = keras_polar.convert(gated)
+    assert small.count_params() == round((1 - gated.sparsity) * used)

@@ -1,9 +1,11 @@
 """One device == two devices with the same global batch: losses, weights, open rates, masks."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
-from helpers import randomise
+from helpers import quick, randomise
 from keras import layers
 
 import keras_polar
@@ -97,8 +99,13 @@ class Watched(PerStep):
     async_safe = False
 
 
-@pytest.mark.parametrize("gate", ["dynamic", "static"])
-@pytest.mark.parametrize("synchronised", [False, True])
+@pytest.mark.parametrize(
+    ("gate", "synchronised"),
+    quick(
+        [("static", False), ("dynamic", True)],
+        [*itertools.product(("dynamic", "static"), (False, True))],
+    ),
+)
 def test_two_devices_train_as_one(gate, synchronised, strategies):
     watched = not synchronised
     one, one_logs = trained(strategies[0], gate, synchronised, watched=watched)

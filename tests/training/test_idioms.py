@@ -8,6 +8,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from helpers import quick
 from keras import layers, ops
 
 import keras_polar
@@ -313,8 +314,13 @@ def compare(idiom, build, folder, gate):
     equal(without_ours(plain), without_ours(gated))
 
 
-@pytest.mark.parametrize("gate", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", IDIOMS)
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    quick(
+        [(n, "static") for n in IDIOMS if n != "quantize"],
+        [(n, gate) for n in IDIOMS for gate in ("static", "dynamic")],
+    ),
+)
 def test_a_gated_model_gives_what_the_plain_one_gives(name, gate, tmp_path):
     compare(IDIOMS[name], network, tmp_path, gate)
 
@@ -328,7 +334,7 @@ def test_by_hand(tmp_path):
     compare(trained_by_hand, network, tmp_path, "static")
 
 
-@pytest.mark.parametrize("name", ["lists", "validation", "files"])
+@pytest.mark.parametrize("name", quick(["lists"], ["lists", "validation", "files"]))
 def test_losses_and_metrics_of_layers(name, tmp_path):
     compare(IDIOMS[name], lambda: network(Watched(name="watched")), tmp_path, "static")
 

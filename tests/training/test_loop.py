@@ -109,7 +109,7 @@ class Meddle(keras.callbacks.Callback):
         kernel.assign(0.9 * to_numpy(kernel))
 
 
-@pytest.mark.parametrize("when", HOOKS)
+@pytest.mark.parametrize("when", quick(["epoch begins", "batches"], HOOKS))
 def test_what_a_callback_assigns_acts_and_what_it_reads_is_of_now(when):
     (one, gated, meddled), (two, whole, other) = both(
         lambda: network(Penalty(name="penalty")), lambda gated: Meddle(gated, HOOKS[when])
@@ -283,7 +283,7 @@ ALL = [(build, gate) for build in BUILDS for gate in ("static", "dynamic")]
 
 
 @pytest.mark.parametrize(
-    ("build", "gate"), quick([(b, "dynamic" if b is penalised else "static") for b in BUILDS], ALL)
+    ("build", "gate"), quick([(penalised, "dynamic"), (penalised_branches, "static")], ALL)
 )
 def test_penalties_count_what_is_open(build, gate, tmp_path):
     """Before the switch, after it, in the small model and in one that is loaded."""
@@ -451,6 +451,7 @@ def test_weights_of_before_that_a_callback_puts_back_are_settled_and_it_is_said(
     assert abs(gated.sparsity - 0.5) < 0.02
 
 
+@pytest.mark.slow
 # KerasTuner's, and Keras' about optimizers of models that it loads.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Skipping variable loading")
 def test_the_best_model_of_a_tuner_is_settled(tmp_path):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import small_resnet
+from helpers import quick, small_resnet
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -31,7 +31,7 @@ def fit(model, digits, epochs, seed=0, **kwargs):
     return model.fit(x, y, epochs=epochs, **options).history
 
 
-@pytest.mark.parametrize("gate", ["dynamic", "static"])
+@pytest.mark.parametrize("gate", quick(["dynamic"], ["dynamic", "static"]))
 def test_fit_meets_the_target_polarizes_and_ships_what_it_validates(gate, digits):
     gated = keras_polar.apply(small_resnet(widths=(16, 32)), 0.5, gate=gate, schedule=LATE)
     history = fit(gated, digits, epochs=12)
@@ -48,7 +48,7 @@ def test_fit_meets_the_target_polarizes_and_ships_what_it_validates(gate, digits
     assert small.count_params() < 0.55 * small_resnet(widths=(16, 32)).count_params()
 
 
-@pytest.mark.parametrize("gate", ["dynamic", "static"])
+@pytest.mark.parametrize("gate", quick(["dynamic"], ["dynamic", "static"]))
 def test_saved_gated_model_goes_on(gate, digits, tmp_path):
     gated = keras_polar.apply(small_resnet(), 0.4, gate=gate, schedule=LATE)
     fit(gated, digits, epochs=2)
@@ -111,7 +111,7 @@ def test_fit_that_stops_early_says_so(digits):
     assert abs(gated.sparsity - 0.5) <= 0.01
 
 
-@pytest.mark.parametrize("importance", ["logits", "gradients"])
+@pytest.mark.parametrize("importance", quick(["gradients"], ["logits", "gradients"]))
 def test_custom_training_loop(importance, digits):
     import tensorflow as tf
 

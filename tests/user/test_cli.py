@@ -63,6 +63,7 @@ def test_export_takes_samples_from_a_file(files, tmp_path, capsys):
     assert "on 3 samples" in text
 
 
+@pytest.mark.slow
 def test_benchmark_compares_files(files, tmp_path, capsys):
     for name in ("plain", "gated"):
         model = keras.models.load_model(files / f"{name}.keras", compile=False)

@@ -78,7 +78,8 @@ def prepared():
 
 def can_run(code):
     """Whether the extra that a snippet needs is installed."""
-    return "tf_keras" not in code or importlib.util.find_spec("tensorflow_model_optimization")
+    needs = {"tf_keras": "tensorflow_model_optimization", "keras_hub": "keras_hub"}
+    return all(importlib.util.find_spec(m) for word, m in needs.items() if word in code)
 
 
 def run(page, code_of_page):

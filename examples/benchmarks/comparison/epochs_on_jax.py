@@ -93,13 +93,13 @@ def _epoch(model, batch_size, state, images, labels, key):
 
     def step(state, drawn):
         rows, key = drawn
-        return _step(model, state, _augmented(images[rows], key), labels[rows])
+        return train_step(model, state, augmented(images[rows], key), labels[rows])
 
     state, logs = jax.lax.scan(step, state, (rows, keys))
     return state, [jnp.mean(x) for x in logs]
 
 
-def _step(model, state, x, y):
+def train_step(model, state, x, y):
     """One step of training: (trained, other, optimizer's variables) and what `fit` would log."""
 
     def loss_of(trained, other):
@@ -116,7 +116,7 @@ def _step(model, state, x, y):
     return [list(trained), list(other), list(of_optimizer)], (loss, hits)
 
 
-def _augmented(images, key):
+def augmented(images, key):
     """As `cifar10.augment`: a random crop of the padded image and a random flip; normalised."""
     n, side = images.shape[:2]
     border = round(cifar10.PADDING * side)

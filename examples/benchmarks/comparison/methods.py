@@ -30,6 +30,7 @@ OPTIONS = {
     "teacher": "the trained dense network teaches beside the labels (Hinton et al., 2015)",
     "restart": "the course of the learning rate begins anew when our gates settle",
     "late": "cut when our gates settle, also in a trained network",
+    "statistics": "statistics of BatchNorm are estimated anew at the cut, before training goes on",
 }
 
 
@@ -136,15 +137,16 @@ def gated(run, **options):
     setting, full = run.setting, run.start()
     own = {name: getattr(setting, name) for name in ("measure", "round_to", "max_sparsity")}
     own |= {"schedule": setting.course, **options}
+    if run.teacher:
+        weight = 1 - protocol.OF_LABELS
+        own["teacher"] = keras_polar.Teacher(run.teacher, protocol.distillation(), weight)
     model = keras_polar.apply(full, setting.sparsity, **own)
     if protocol.ON_JAX:
         return _in_two_parts(run, model)
-    before = run.macs
     small = keras_polar.convert(run.train(model), verify=True)
     if options.get("compact", True):
-        kept = keras_polar.cost(small).macs / keras_polar.cost(full).macs
-        share = setting.course.settle
-        run.macs = before + round((run.macs - before) * (share + (1 - share) * kept))
+        gone = keras_polar.cost(full).macs - keras_polar.cost(small).macs
+        run.macs -= run.of_images(3 * gone, (1 - setting.course.settle) * setting.total)
     return small
 
 
@@ -241,6 +243,8 @@ def cut_once(run, *, scores, shares="even", penalty=None):
         _penalise_scales(model, penalty)
     model = run.train(model, last=run.cuts_at)
     model = _cut(run, model, run.setting.sparsity, scores, shares)
+    if "statistics" in run.options:
+        run.estimate_statistics(model)
     if run.setting.regime == "trained":
         run.notes["accuracy_at_cut"] = protocol.accuracies(model, run.data)
     return run.train(model, first=run.cuts_at)
@@ -373,7 +377,7 @@ def _cuts():
 
 def _ours(what, **options):
     ship = functools.partial(gated, **options)
-    return Method(ship, f"keras_polar {what}", ("restart",), ours=True)
+    return Method(ship, f"keras_polar {what}", ("teacher", "restart"), ours=True)
 
 
 def _slimming(penalty, what):

@@ -34,7 +34,7 @@ import protocol
 import results
 import run as one_by_one
 from absl import app, flags
-from epochs_on_jax import DEVICE, _augmented, _step, assign, predicted
+from epochs_on_jax import DEVICE, assign, augmented, predicted, train_step
 from jax import numpy as jnp
 
 import keras_polar
@@ -118,8 +118,8 @@ def _steps(model, state, images, labels, rows, rates, key, first, last):
     def step(number, carried):
         trained, other, slots = carried[0]
         slots = [rates[number] if i == place else v for i, v in enumerate(slots)]
-        x = _augmented(images[rows[number]], jax.random.fold_in(key, number))
-        state, (loss, _) = _step(model, [trained, other, slots], x, labels[rows[number]])
+        x = augmented(images[rows[number]], jax.random.fold_in(key, number))
+        state, (loss, _) = train_step(model, [trained, other, slots], x, labels[rows[number]])
         return state, loss
 
     return jax.lax.fori_loop(first, last, step, (state, jnp.zeros((), "float32")))
@@ -138,7 +138,7 @@ class Run(protocol.Run):
     def train(self, model, first=0, last=None, total=None, peak=None, restart=None):
         total = total or self.setting.total
         last = total if last is None else last
-        self.macs += self._of_training(model, last - first)
+        self.macs += self.of_training(model, last - first)
         key = (total, *(tuple(w.shape) for w in model.weights))
         if key not in self.trainers:
             self.trainers[key] = Trainer(model, self.data, self.setting.batch_size, total)
@@ -186,7 +186,7 @@ class Gated:
         self._train(run, cuts_at, setting.total)
         small = keras_polar.convert(self.model)
         for model, steps in ((network, cuts_at), (small, setting.total - cuts_at)):
-            run.macs += run._of_training(model, steps)
+            run.macs += run.of_training(model, steps)
         return small, self.trainer.accuracies()
 
     def _train(self, run, first, last, opened=False):

@@ -1,10 +1,12 @@
 """What all runs of a comparison share: settings, data, training recipes and how they are measured.
 
-Two regimes, which differ in what a run begins with and when its controls cut:
+Three regimes, which differ in what a run begins with and when its controls cut:
 
-  trained   a network that was trained once, the dense one; controls cut at step 0, then all train
-            for `steps` steps at a tenth of the dense peak rate or so
-  scratch   random weights; controls cut when our gates settle, all train for `epochs` epochs
+  trained     a network that was trained once, the dense one; controls cut at step 0, then all train
+              for `steps` steps at a tenth of the dense peak rate or so
+  pretrained  weights of ImageNet and a new head; controls cut when our gates settle, all train for
+              `epochs` epochs
+  scratch     random weights; otherwise as pretrained
 
 Everything else is the same: data, augmentation, optimiser, loss, the course of the learning rate.
 Runs of a seed are pairs: they have the same dense network and the same order of batches.
@@ -22,12 +24,14 @@ import keras
 import models
 import numpy as np
 import packed_data
+import pretrained
 import results
 
 import keras_polar
 
 HELD_OUT = 10_000  # the last of the training images: no run trains on them
 SAMPLE = 512  # training images that a criterion of activations may look at
+ESTIMATED_ON = 40  # batches: 0.9^40 of the old statistics is left
 TEMPERATURE, OF_LABELS = 4.0, 0.1  # of a teacher's logits; the labels' share in the loss beside it
 
 ON_JAX = keras.backend.backend() == "jax"
@@ -40,7 +44,7 @@ class Setting:
     """All that decides a run but its method and its seed; becomes part of the result.
 
     Attributes:
-        regime: "trained" or "scratch".
+        regime: "trained", "pretrained" or "scratch".
         model: architecture, a name of `models.BUILDERS`.
         width: channels of the first stage; None for the architecture's own.
         image_size: pixels a side: smaller images are means of squares of the larger ones.
@@ -49,8 +53,8 @@ class Setting:
         epochs: of the dense network.
         learning_rate: its peak.
         weight_decay: L2 penalty on kernels.
-        steps: of the fit on a trained network; None from scratch.
-        fit_rate: its peak rate; None from scratch.
+        steps: of the fit on a trained network; None in other regimes.
+        fit_rate: its peak rate; None in other regimes.
         sparsity: share that goes.
         measure: of what.
         schedule: of our methods: warmup,ramp,settle,polarization,rate; empty for the default.
@@ -103,7 +107,7 @@ class Setting:
 
     @property
     def settles_at(self) -> int:
-        """The step at which our gates settle: of a run from scratch, the end of an epoch."""
+        """The step at which our gates settle: where epochs count, the end of one."""
         if self.regime == "trained":
             return round(self.course.settle * self.total)
         return max(1, round(self.course.settle * self.epochs)) * self.steps_per_epoch
@@ -117,6 +121,8 @@ class Setting:
         """The dense network with random weights, or one of another width."""
         shape = (self.image_size, self.image_size, 3)
         options = {"width": width or self.width, "weight_decay": self.weight_decay}
+        if self.regime == "pretrained":
+            options["before"] = _as_pretrained
         return models.build(self.model, shape, cifar10.CLASSES, **options)
 
     def dense_path(self, folder, seed):
@@ -124,10 +130,27 @@ class Setting:
         return Path(folder) / f"{self.model}_s{seed}.keras"
 
 
+def _as_pretrained(images):
+    """Normalised images of CIFAR-10 as the pretrained network wants them, and twice as large."""
+    mean, deviation = np.float32(cifar10.CHANNEL_MEAN), np.float32(cifar10.CHANNEL_STD)
+    scale = 255 * deviation / pretrained.SCALE
+    offset = (255 * mean - pretrained.MEAN) / pretrained.SCALE
+    images = keras.layers.Rescaling(scale.tolist(), offset.tolist(), name="pixels")(images)
+    return keras.layers.UpSampling2D(2, interpolation="bilinear", name="larger")(images)
+
+
 # Recipes: regime -> network -> what differs from the defaults of `Setting`.
+PRETRAINED = {
+    "steps": None,
+    "fit_rate": None,
+    "epochs": 5,
+    "train_images": 8_000,
+    "batch_size": 64,
+    "learning_rate": 0.02,
+}
 FROM_SCRATCH = {"steps": None, "fit_rate": None, "epochs": 48, "round_to": None}
 WIDTHS = {"vgg16": 16, "mobilenet": 16}
-PIXELS = {"vgg16": 32}  # its five poolings need them
+PIXELS = {"vgg16": 32, "efficientnet_lite0": 32}  # poolings and strides need them
 
 
 def recipe(regime, model, **changes):
@@ -136,7 +159,7 @@ def recipe(regime, model, **changes):
     >>> recipe("trained", "vgg16", sparsity=0.7)
     """
     own = {"model": model, "width": WIDTHS.get(model), "image_size": PIXELS.get(model, 16)}
-    regimes = {"trained": {}, "scratch": FROM_SCRATCH}
+    regimes = {"trained": {}, "pretrained": PRETRAINED, "scratch": FROM_SCRATCH}
     return Setting(**{"regime": regime, **own, **regimes[regime], **changes})
 
 
@@ -228,8 +251,8 @@ class Run:
         seed: of weights, of the order of batches, of augmentation, of what is drawn by lot.
         dense_dir: folder of trained dense networks.
         options: of "teacher" (the trained dense network teaches beside the labels), "restart"
-            (the learning rate's course begins anew when our gates settle) and "late" (controls
-            cut when our gates settle).
+            (the learning rate's course begins anew when our gates settle), "late" (controls cut
+            when our gates settle) and "statistics" (those of BatchNorm are estimated at the cut).
 
     Attributes:
         macs: multiply-accumulates of all training so far, the dense network's included.
@@ -250,8 +273,10 @@ class Run:
 
     def start(self):
         """The network that a run begins with."""
-        if self.setting.regime == "scratch":
-            return self.setting.build()
+        if self.setting.regime != "trained":
+            network = self.setting.build()
+            is_known = self.setting.regime == "pretrained"
+            return pretrained.with_weights(network) if is_known else network
         network = self.dense_network()
         keras.utils.set_random_seed(self.seed)
         return network
@@ -271,7 +296,7 @@ class Run:
         _check_recipe(self.setting, path)
         network = keras.saving.load_model(path, compile=False)
         if not self.macs:
-            self.macs = self._of_training(network, self.setting.dense_steps)
+            self.macs = self.of_training(network, self.setting.dense_steps)
         return network
 
     def train(self, model, first=0, last=None, total=None, peak=None, restart=None):
@@ -281,14 +306,18 @@ class Run:
         restart = self.restart if restart is None else restart
         rate = Rate(peak or self.setting.peak, total, first, restart)
         # Counted first: once branches are closed, the cost of a gated model is without them.
-        self.macs += self._of_training(model, last - first)
+        self.macs += self.of_training(model, last - first)
         if last > first:
             (self._on_jax if ON_JAX else self._fit)(model, rate, first, last)
         return model
 
     def _fit(self, model, rate, first, last):
-        trained = taught(model, self.teacher) if self.teacher else model
-        compile_classifier(trained, rate)
+        trained = model
+        if self.teacher and is_gated(model):  # they are taught by `apply`
+            compile_classifier(model, rate, loss_weights=OF_LABELS)
+        else:
+            trained = taught(model, self.teacher) if self.teacher else model
+            compile_classifier(trained, rate)
         epochs, rest = divmod(last - first, self.setting.steps_per_epoch)
         shape = (1, last - first) if rest else (epochs, self.setting.steps_per_epoch)
         course = dict(zip(("epochs", "steps_per_epoch"), shape, strict=True))
@@ -303,11 +332,20 @@ class Run:
         compile_classifier(model, rate)
         epochs_on_jax.fit(model, self.batches, *(epoch for epoch, _ in epochs))
 
-    def _of_training(self, model, steps):
+    def estimate_statistics(self, model):
+        """Moves those of BatchNorm to where the model's own activations are; trains nothing."""
+        for images, _ in self.batches.take(ESTIMATED_ON):
+            model(images, training=True)
+
+    def of_training(self, model, steps):
         """A backward pass costs about two forward ones; a teacher has forward ones only."""
         macs = 3 * keras_polar.cost(model).macs
         if self.teacher:
             macs += keras_polar.cost(self.teacher).macs
+        return self.of_images(macs, steps)
+
+    def of_images(self, macs, steps):
+        """Those of an image, for all images of so many steps."""
         images = self.setting.train_images / self.setting.steps_per_epoch
         return round(macs * steps * images)
 
@@ -325,16 +363,28 @@ def _check_recipe(setting, path):
         )
 
 
-def compile_classifier(model, rate):
+def compile_classifier(model, rate, **options):
     """As cifar10.py does; without XLA, which takes twice the time on CPUs."""
-    cifar10.compile_classifier(model, rate)
+    cifar10.compile_classifier(model, rate, **options)
     model.jit_compile = ON_JAX
 
 
 def taught(model, teacher):
     """A model whose `fit` trains `model` on labels and on a teacher's logits (Hinton et al.)."""
-    loss = keras.distillation.LogitsDistillation(temperature=TEMPERATURE)
-    return keras.distillation.Distiller(teacher, model, loss, student_loss_weight=OF_LABELS)
+    return keras.distillation.Distiller(
+        teacher, model, distillation(), student_loss_weight=OF_LABELS
+    )
+
+
+def distillation():
+    """Kullback-Leibler divergence of softened answers; by its name Keras would take no softmax."""
+    divergence = keras.losses.KLDivergence()
+    return keras.distillation.LogitsDistillation(temperature=TEMPERATURE, loss=divergence)
+
+
+def is_gated(model):
+    """Whether the model is one of `keras_polar.apply`."""
+    return hasattr(model, "consensus")
 
 
 def train_dense(setting, data, seed, path, make=None):

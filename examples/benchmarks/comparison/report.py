@@ -152,10 +152,11 @@ def _described(runs):
 
 
 def _trainings(runs):
-    """Pairs of a training and its runs, if something was removed; trained networks first."""
+    """Pairs of a training and its runs, if something was removed; those from scratch last."""
     pairs = results.grouped(runs, results.TRAINING)
     pruned = [(training, own) for training, own in pairs if _targets(own)]
-    return sorted(pruned, key=lambda pair: pair[0]["regime"] != "trained")
+    order = ("trained", "pretrained", "scratch")
+    return sorted(pruned, key=lambda pair: order.index(pair[0]["regime"]))
 
 
 def _targets(runs):
@@ -170,6 +171,7 @@ def _title(training):
     images = f"{training['train_images']:,} training images of {side}x{side} pixels"
     ways = {
         "trained": f"trained for {training['epochs']} epochs, then {training['steps']} steps",
+        "pretrained": f"{training['epochs']} epochs on weights of ImageNet",
         "scratch": f"{training['epochs']} epochs from scratch",
     }
     on = ", on JAX" if training["backend"] == "jax" else ""
@@ -190,8 +192,9 @@ def _command(setting):
 
 
 def _picture(training):
-    words = ["compare"] + (["trained"] if training["regime"] == "trained" else [])
-    words += [training["model"]] + ([f"w{training['width']}"] if training["width"] else [])
+    begun = [training["regime"]] if training["regime"] != "scratch" else []
+    words = ["compare", *begun, training["model"]]
+    words += [f"w{training['width']}"] if training["width"] else []
     words += [f"{training['image_size']}px", training["train_images"], f"e{training['epochs']}"]
     words += [f"steps{training['steps']}"] if training["steps"] else []
     words += ["jax"] if training["backend"] == "jax" else []

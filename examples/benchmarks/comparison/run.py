@@ -4,6 +4,7 @@
     python examples/benchmarks/comparison/run.py --dense_dir=FOLDER --seeds=0,1,2 \
         --methods=dense,l1_even,l1_inside+teacher,static
     python examples/benchmarks/comparison/run.py --regime=scratch --methods=dense,narrow,static
+    python examples/benchmarks/comparison/run.py --regime=pretrained --model=efficientnet_lite0
     python examples/benchmarks/comparison/run.py --list    # all methods and options
 
 Every run leaves a line of JSON in --results_dir when it has ended; an interrupted comparison goes
@@ -42,7 +43,9 @@ import keras_polar
 
 
 def define_flags():
-    flags.DEFINE_enum("regime", "trained", ("trained", "scratch"), "What a run begins with.")
+    flags.DEFINE_enum(
+        "regime", "trained", ("trained", "pretrained", "scratch"), "What a run begins with."
+    )
     flags.DEFINE_enum("model", "resnet20", tuple(models.BUILDERS), "Architecture.")
     flags.DEFINE_list("methods", "dense,l1_even,static,dynamic", "What to run.")
     flags.DEFINE_list("seeds", "0,1,2", "Seeds; runs of a seed are pairs.")

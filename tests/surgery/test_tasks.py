@@ -1,0 +1,282 @@
+"""Tasks of KerasHub: raw inputs in, a smaller task of the same class out."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_polar
+
+hub = pytest.importorskip("keras_hub")
+M = hub.models
+WORDS = ["the", "quick", "brown", "fox", "jumped", "over", "a", "lazy", "dog", "."]
+VOCABULARY = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *WORDS]
+# Attention keys are not compacted.
+pytestmark = pytest.mark.filterwarnings("ignore:fit goes on with the whole network")
+
+
+def image_classifier():
+    backbone = M.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[3],
+        stackwise_num_filters=[64],
+        stackwise_num_blocks=[1],
+        stackwise_num_strides=[1],
+        block_type="basic_block",
+        image_shape=(16, 16, 3),
+    )
+    converter = hub.layers.ResNetImageConverter(image_size=(16, 16), scale=1 / 255.0)
+    preprocessor = M.ResNetImageClassifierPreprocessor(image_converter=converter)
+    return M.ResNetImageClassifier(backbone, num_classes=3, preprocessor=preprocessor)
+
+
+def text_classifier(cls=M.BertTextClassifier):
+    shape = {"vocabulary_size": len(VOCABULARY), "max_sequence_length": 8}
+    backbone = M.BertBackbone(
+        num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32, **shape
+    )
+    tokenizer = M.BertTokenizer(vocabulary=VOCABULARY)
+    preprocessor = M.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
+    return cls(backbone, num_classes=2, preprocessor=preprocessor)
+
+
+def images(count=48):
+    rng = np.random.default_rng(0)
+    return rng.uniform(0, 255, (count, 20, 20, 3)).astype("float32"), rng.integers(0, 3, count)
+
+
+def sentences(count=48):
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, 4)) for _ in range(count)], rng.integers(0, 2, count)
+
+
+TASKS = {"image": (image_classifier, images), "text": (text_classifier, sentences)}
+
+
+@pytest.fixture(params=TASKS)
+def case(request):
+    make, data = TASKS[request.param]
+    keras.utils.set_random_seed(0)
+    return make(), *data()
+
+
+def open_all(gated):
+    for group in gated.groups:
+        group.set_mask(np.ones(group.units, bool))
+
+
+def test_nothing_cut_answers_as_the_task_does(case):
+    task, x, _ = case
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    open_all(gated)
+    wanted = task.predict(x, verbose=0)
+    np.testing.assert_allclose(gated.predict(x, verbose=0), wanted, atol=1e-5)
+    made = keras_polar.convert(gated, into=task)
+    assert type(made) is type(task)
+    assert made.count_params() == task.count_params()
+    np.testing.assert_allclose(made.predict(x, verbose=0), wanted, atol=1e-5)
+
+
+ALONE = """
+import sys, numpy as np, keras_hub
+raw = np.load(sys.argv[2], allow_pickle=True)
+x = raw["x"].tolist() if raw["x"].dtype.kind in "UO" else raw["x"]
+base = getattr(keras_hub.models, sys.argv[3])
+found = base.from_preset(sys.argv[1]).predict(x, verbose=0)
+np.testing.assert_allclose(found, raw["y"], atol=1e-6)
+assert "keras_polar" not in sys.modules
+"""
+
+
+def test_from_raw_inputs_to_a_preset_and_back(case, tmp_path):
+    task, x, y = case
+    before = [w.copy() for w in task.get_weights()]
+    gated = keras_polar.apply(task, 0.3)
+    gated.compile("adam")  # loss and metrics are the task's
+    history = gated.fit(x, y, batch_size=8, epochs=3, verbose=0, validation_data=(x, y)).history
+    assert "val_sparse_categorical_accuracy" in history
+    assert gated.settled
+    made = keras_polar.convert(gated, into=task, verify=x[:4])
+    assert all(map(np.array_equal, before, task.get_weights()))
+    assert made.count_params() < 0.75 * task.count_params()
+    assert made.preprocessor is task.preprocessor
+    answers = gated.predict(x, verbose=0)
+    np.testing.assert_allclose(made.predict(x, verbose=0), answers, atol=1e-5)
+    scores = gated.evaluate(x, y, verbose=0, return_dict=True)
+    assert scores["loss"] == pytest.approx(history["val_loss"][-1], rel=1e-5)
+    assert made.evaluate(x, y, verbose=0) == pytest.approx(list(scores.values())[:2], rel=1e-5)
+    made.save_to_preset(str(tmp_path / "preset"))
+    np.savez(tmp_path / "raw.npz", x=np.array(x), y=answers)
+    base = "ImageClassifier" if isinstance(task, M.ImageClassifier) else "TextClassifier"
+    command = [sys.executable, "-c", ALONE, tmp_path / "preset", tmp_path / "raw.npz", base]
+    subprocess.run([*map(str, command)], check=True)
+
+
+def test_what_the_task_is_compiled_with_counts(case):
+    task, x, y = case
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    task.compile("sgd", loss, metrics=["sparse_top_k_categorical_accuracy"])
+    gated = keras_polar.apply(task, 0.3)
+    gated.compile(loss="auto")
+    assert isinstance(gated.optimizer, keras.optimizers.SGD)
+    assert gated.optimizer is not task.optimizer
+    found = gated.evaluate(x, y, verbose=0, return_dict=True)
+    assert "sparse_top_k_categorical_accuracy" in found
+    gated.compile("adam", "mse", metrics=["mae"])
+    assert gated.loss == "mse"
+
+
+@pytest.mark.parametrize("kind", ["dataset", "batches"])
+def test_datasets_are_preprocessed(kind):
+    from tensorflow import data
+
+    (task, (x, y)) = text_classifier(), sentences()
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    open_all(gated)
+    gated.compile("sgd")
+    batches = data.Dataset.from_tensor_slices((x, y)).batch(16)
+    if kind == "batches":
+
+        class Batches(keras.utils.PyDataset):
+            def __len__(self):
+                return 3
+
+            def __getitem__(self, i):
+                return x[16 * i : 16 * (i + 1)], y[16 * i : 16 * (i + 1)]
+
+        batches = Batches()
+    found = gated.evaluate(batches, verbose=0)
+    assert found == pytest.approx(task.evaluate(x, y, verbose=0), rel=1e-5)
+    gated.fit(batches, epochs=1, shuffle=False, verbose=0)
+
+
+def test_without_preprocessor_data_are_taken_as_they_are():
+    task, (x, _) = text_classifier(), sentences()
+    ready = {k: np.array(v) for k, v in task.preprocessor(x).items()}
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    gated.settle()
+    wanted = gated.predict(x, verbose=0)
+    with pytest.warns(UserWarning, match=r"BertTextClassifierPreprocessor.*into=task"):
+        small = keras_polar.convert(gated)
+    np.testing.assert_allclose(small.predict(ready, verbose=0), wanted, atol=1e-5)
+    task.preprocessor = None
+    np.testing.assert_allclose(gated.predict(ready, verbose=0), wanted, atol=1e-5)
+    keras_polar.convert(gated)  # says nothing
+
+
+def test_a_loaded_model_goes_into_its_task(tmp_path):
+    task, (x, _) = text_classifier(), sentences()
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    gated.settle()
+    gated.compile()
+    gated.optimizer.build(gated.trainable_variables)
+    gated.save(tmp_path / "gated.keras")
+    loaded = keras.models.load_model(tmp_path / "gated.keras")
+    assert loaded.compiled
+    made = keras_polar.convert(loaded, into=text_classifier())
+    np.testing.assert_allclose(made.predict(x, verbose=0), gated.predict(x, verbose=0), atol=1e-5)
+
+
+def test_what_is_no_task_is_refused():
+    gated = keras_polar.apply(text_classifier(), 0.3, gate="static")
+    gated.settle()
+    with pytest.raises(TypeError, match="expected into= as a task of KerasHub"):
+        keras_polar.convert(gated, into=gated)
+    with pytest.raises(
+        ValueError, match=r"not built like into=ResNetImageClassifier.*GlobalAverage"
+    ):
+        keras_polar.convert(gated, into=image_classifier())
+
+
+TEXT = {"vocabulary_size": 40, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32}
+TEXT |= {"max_sequence_length": 8, "num_heads": 2}
+
+
+def vit():
+    shape = {"image_shape": (16, 16, 3), "patch_size": 4, "num_layers": 2, "num_heads": 2}
+    return M.ViTImageClassifier(M.ViTBackbone(hidden_dim=16, mlp_dim=32, **shape), num_classes=3)
+
+
+def segmenter():
+    encoder = M.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 64, 64],
+        stackwise_num_blocks=[1, 1, 1],
+        stackwise_num_strides=[1, 2, 2],
+        block_type="bottleneck_block",
+        image_shape=(64, 64, 3),
+    )
+    backbone = M.DeepLabV3Backbone(
+        image_encoder=encoder,
+        low_level_feature_key="P2",
+        spatial_pyramid_pooling_key="P4",
+        dilation_rates=[6, 12],
+        upsampling_size=4,
+        projection_filters=8,
+        image_shape=(64, 64, 3),
+    )
+    return M.DeepLabV3ImageSegmenter(backbone, num_classes=2)
+
+
+# Of each task, what loads its preset without this library; None where none can.
+OTHERS = {
+    "vit": (vit, "ImageClassifier"),
+    "segmenter": (segmenter, "ImageSegmenter"),
+    "albert": (
+        lambda: M.AlbertTextClassifier(M.AlbertBackbone(embedding_dim=8, **TEXT), num_classes=2),
+        "TextClassifier",
+    ),
+    "roberta": (lambda: M.RobertaTextClassifier(M.RobertaBackbone(**TEXT), num_classes=2), None),
+    "distil_bert": (
+        lambda: M.DistilBertTextClassifier(M.DistilBertBackbone(**TEXT), num_classes=2),
+        None,
+    ),
+    "masked": (lambda: M.BertMaskedLM(M.BertBackbone(**TEXT)), None),
+}
+
+
+def fixed_inputs(task):
+    """Random inputs, of length 8 where the task's are open."""
+    rng, made = np.random.default_rng(0), {}
+    for x in task.inputs:
+        shape = [4, *(n or 8 for n in x.shape[1:])]
+        whole = "int" in keras.backend.standardize_dtype(x.dtype)
+        made[x.name] = rng.integers(0, 2, shape) if whole else rng.normal(size=shape)
+    structure = task.input
+    return made if isinstance(structure, dict) else next(iter(made.values()))
+
+
+@pytest.mark.filterwarnings("ignore:apply. variable 'token_embedding/embeddings'")
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_tasks(name, tmp_path):
+    make, base = OTHERS[name]
+    task = make()
+    gated = keras_polar.apply(task, 0.2, gate="static")
+    gated.settle()
+    x = fixed_inputs(task)
+    answers = gated.predict(x, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    assert type(made) is type(task)
+    assert made.count_params() < 0.9 * task.count_params()
+    np.testing.assert_allclose(made.predict(x, verbose=0), answers, atol=1e-5)
+    made.save_to_preset(str(tmp_path / "preset"))
+    loaded = type(task).from_preset(str(tmp_path / "preset"))
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), answers, atol=1e-5)
+    made.save(tmp_path / "task.keras")
+    loaded = keras.models.load_model(tmp_path / "task.keras", compile=False)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), answers, atol=1e-5)
+    if base and not isinstance(x, dict):
+        np.savez(tmp_path / "raw.npz", x=x, y=answers)
+        command = [sys.executable, "-c", ALONE, tmp_path / "preset", tmp_path / "raw.npz", base]
+        subprocess.run([*map(str, command)], check=True)
+
+
+def test_tasks_that_write_are_refused():
+    task = M.BartSeq2SeqLM(M.BartBackbone(**TEXT))
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    gated.settle()
+    with pytest.raises(TypeError, match=r"BartSeq2SeqLM .* writes texts by calling the layers"):
+        keras_polar.convert(gated, into=task)
