@@ -35,20 +35,17 @@ class Copies:
         self.made: dict[int, Any] = {}
         self.split: set[int] = set()
 
-    def smaller(self, op: Any, name: str, **changes: Any) -> Any:
-        """A copy of an operation for fewer units, with other values in its config; see `clone`."""
-        return clone(op, name, self.made, is_smaller=True, **changes)
-
-    def _of(self, op: Any, name: str) -> Any:
-        new = clone(op, name, self.made)
-        if isinstance(op, keras.layers.Layer):
+    def of(self, op: Any, name: str, is_cut: bool = False, /, **changes: Any) -> Any:
+        """A copy of an operation with other values in its config; see `clone`."""
+        new = clone(op, name, self.made, is_cut, **changes)
+        if isinstance(op, keras.layers.Layer) and not changes:
             parts = zip(layers_of(op), layers_of(new), strict=False)  # some come with the call
             self.made.update((id(a), b) for a, b in parts if type(a) is type(b))
         return new
 
     def same(self, op: Any, name: str) -> Any:
         """The one copy of an operation, made if there is none: as a part it keeps its name."""
-        return self.made[id(op)] if id(op) in self.made else self._of(op, name)
+        return self.made[id(op)] if id(op) in self.made else self.of(op, name)
 
     def note(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """Variables and what they have become."""
@@ -61,37 +58,39 @@ def clone(
     op: Any,
     name: str,
     made: Mapping[int, Any] = MappingProxyType({}),
-    is_smaller: bool = False,
+    is_cut: bool = False,
+    /,
     **changes: Any,
 ) -> Any:
-    """A new operation with the same configuration but for `name` and `changes`.
+    """A new operation with the same configuration but for `name` and `changes`; not built.
 
     Args:
         made: copies of parts and variables, by the ids of the originals, for it to hold.
-        is_smaller: whether its variables are to have other shapes, even if nothing changes in its
-            config: it is not built then.
+        is_cut: whether its variables will have other sizes: even without `changes`, where a layer
+            takes them from its input.
 
     Raises:
         TypeError: the layer cannot be made anew from its `get_config()`.
     """
-    new = _clone(op, name, changes, made, is_smaller or bool(changes))
+    new = _clone(op, name, changes, made, is_cut)
     if refused(op):
         refuse_config(new, refused(op))
     return new
 
 
-def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_smaller: bool) -> Any:
+def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_cut: bool) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
-    is_special = has_parts(op) or not is_from_keras(op) or any(id(v) in made for v in op.weights)
-    if not is_smaller and op.built and is_special:
+    is_special = has_parts(op) or not (is_cut or is_from_keras(op))
+    is_special = is_special or any(id(v) in made for v in op.weights)
+    if not changes and op.built and is_special:
         # A new one could make its variables in another order, under other names; what a config
         # leaves out nobody may have missed so far; and it would have variables of its own.
         with contextlib.suppress(TypeError):
             return duplicate(op, name, made=made)
     try:
         config = _config_of(op, changes)
-        arrays = _without_arrays(op, config) if is_smaller else {}
+        arrays = _without_arrays(op, config) if changes else {}
         new = _from_config(op, {**config, **arrays, "name": name, **changes})
         hand_on(op, new)
         return new
@@ -100,7 +99,7 @@ def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_smalle
             return with_other_values(
                 op, name=name
             )  # nothing to train and nothing to copy (a Lambda, say)
-        if not is_smaller:
+        if not (changes or is_cut):
             return duplicate(op, name, made=made)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
@@ -188,7 +187,7 @@ def _sized(op: Any, numbers: Container[int]) -> dict[str, int]:
 def _built(op: Any, args: tuple, kwargs: dict, changes: dict) -> Any:
     """A clone that was called on these KerasTensors; None if it cannot be."""
     try:
-        twin = clone(op, op.name, is_smaller=True, **changes)
+        twin = clone(op, op.name, {}, True, **changes)
         twin(*args, **kwargs)
     except Exception:
         return None

@@ -173,12 +173,13 @@ class SoftmaxRule(Rule):
         (axis,) = axes_of(op.axis, len(x.shape))
         share = ops.cast(gates, x.dtype)
         highest = ops.max(ops.where(share > 0, x, LOWEST), axis, keepdims=True)
-        x = ops.minimum(x - ops.stop_gradient(highest), HIGHEST)  # closed ones may be above
+        # Closed ones may be above: what is behind must not get numbers whose squares are infinite.
+        x = ops.minimum(x - ops.stop_gradient(highest), 0.0)
         total = ops.sum(share * ops.exp(x), axis, keepdims=True)
         return ops.cast(x - ops.log(total) if self.is_log else ops.exp(x) / total, dtype)
 
 
-LOWEST, HIGHEST = -1e30, 60.0  # of what has an exponential in float32
+LOWEST = -1e30  # stands for a unit that is closed, where the highest is sought
 
 
 class PReLURule(Rule):

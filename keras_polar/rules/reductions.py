@@ -63,7 +63,8 @@ class ReduceSumRule(ReduceRule):
 
     def _reads(self, site: CallSite, axes: set) -> bool:
         number = units_on(site.inputs[0])
-        return max(number[a] for a in axes) > max(n for a, n in enumerate(number) if a not in axes)
+        own = max((n for a, n in enumerate(number) if a in axes), default=0)
+        return own > max((n for a, n in enumerate(number) if a not in axes), default=0)
 
     def _over_units(self, site: CallSite, axes: set) -> None:
         site.read("in", max(axes, key=units_on(site.inputs[0]).__getitem__))

@@ -152,5 +152,5 @@ def trace_model(model: Any) -> Graph:
 
 def find(layer_class: type) -> Rule | None:
     """The registered rule of a class, or None."""
-    name = f"{layer_class.__module__}.{layer_class.__qualname__}"
-    return _REGISTRY.get(layer_class) or _BY_NAME.get(name)
+    found = _REGISTRY.get(layer_class)
+    return found or _BY_NAME.get(f"{layer_class.__module__}.{layer_class.__qualname__}")

@@ -56,16 +56,16 @@ class Cutter:
 
     def visit(self, call: Call, values: dict) -> Any:
         site = self.sites[id(call)]
-        changes = _changes(site, self.kept)
+        is_cut = _is_cut(site, self.kept)
+        changes = site.rule.config(site, self.kept) if is_cut else {}
         # A shared layer without weights (a Reshape, say) may be cut differently in each call.
         key = (id(call.op), repr(sorted(changes.items())))
         is_new = key not in self.made
         if is_new:
             copies, name = self.copies, self._name(site)
-            is_smaller = bool(changes) or _is_cut(site, self.kept)
-            make = copies.smaller if is_smaller else copies.same
-            own = make(site.op, name, **changes)
-            self.made[key] = own
+            self.made[key] = (
+                copies.of(site.op, name, True, **changes) if is_cut else copies.same(site.op, name)
+            )
         op = self.made[key]
         args, kwargs = site.rule.arguments(site, self.kept)
         outputs = op(*fill(args, values), **fill(kwargs, values))
@@ -149,13 +149,9 @@ def _off(full: Any, small: Any, ids: np.ndarray, kept: KeptUnits) -> float:
     return float(np.abs(full - small).max(initial=0) / max(np.abs(full).max(initial=0), 1e-30))
 
 
-def _changes(site: CallSite, kept: KeptUnits) -> dict[str, Any]:
-    is_cut = _is_cut(site, kept) or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
-    return site.rule.config(site, kept) if is_cut else {}
-
-
 def _is_cut(site: CallSite, kept: KeptUnits) -> bool:
-    return any(not kept.all(v) for v in site.axes.values())
+    is_cut = any(not kept.all(v) for v in site.axes.values())
+    return is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
 
 
 def _small(site: CallSite) -> list[np.ndarray]:

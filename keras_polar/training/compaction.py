@@ -7,6 +7,7 @@ weight by itself the run goes on as it would have, to float32 round-off.
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ import keras
 import numpy as np
 
 from keras_polar.backends import to_numpy
+from keras_polar.graph.keras_private import layers_of
 from keras_polar.processes import assign
 from keras_polar.surgery.convert import small_twin
 from keras_polar.surgery.cut import Piece
@@ -98,7 +100,7 @@ class Compaction:
 
 def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Piece]]:
     """Layers' own metrics: id of the whole one's -> the part's; and the pieces of their states."""
-    layers = [pair for pair in twins if isinstance(pair[0], keras.layers.Layer)]
+    layers = [pair for pair in twins if _is_layer(pair[0])]
     try:
         pairs = _pairs_of(layers, "metrics")
         states = _pairs_of(pairs, "variables")
@@ -109,6 +111,10 @@ def _metrics(twins: Iterable[tuple[Any, Any]]) -> tuple[dict[int, Any], list[Pie
         if piece.whole.shape != piece.part.shape:
             raise CannotCompact(f"the metric {piece.whole.path!r} depends on the number of units")
     return {id(a): b for a, b in pairs}, [p for p in pieces if p.whole is not p.part]
+
+
+def _is_layer(op: Any) -> bool:
+    return isinstance(op, keras.layers.Layer)
 
 
 def _pairs_of(twins: Iterable[tuple[Any, Any]], parts: str) -> list[tuple[Any, Any]]:
@@ -147,7 +153,8 @@ def _refuse_scaled(pieces: Iterable[Piece]) -> None:
 
 
 def _refuse_spectral(twins: Iterable[tuple[Any, Any]]) -> None:
-    for whole, part in twins:
+    layers = (zip(layers_of(a), layers_of(b), strict=True) for a, b in twins if _is_layer(a))
+    for whole, part in itertools.chain.from_iterable(layers):
         is_spectral = isinstance(whole, keras.layers.SpectralNormalization)
         if is_spectral and whole.kernel.shape != part.kernel.shape:
             raise CannotCompact(

@@ -9,6 +9,7 @@ from keras import layers, ops
 import keras_polar
 from keras_polar.backends import to_numpy
 from keras_polar.gates.over_open import OverOpen
+from keras_polar.graph.keras_private import op_class
 from keras_polar.surgery.certificate import difference, random_inputs
 
 RNG = np.random.default_rng(0)
@@ -130,6 +131,23 @@ def test_each_sample_has_statistics_of_its_own_open_units():
         np.testing.assert_allclose(found[sample][:, gate], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_softmax_over_open_units(log):
+    x = RNG.standard_normal(SHAPE).astype("float32")
+    x[..., 1] = 300  # closed, and far above: its square must not become infinite behind
+    gates = np.float32([[1, 0, 1, 1, 0]])
+    found = to_numpy(
+        OverOpen(op_class("LogSoftmax" if log else "Softmax")(axis=-1), 2)(
+            [ops.convert_to_tensor(gates)], x
+        )
+    )
+    assert np.isfinite(found**2).all()
+    kept = np.exp(x[..., gates[0] > 0].astype("float64"))
+    wanted = kept / kept.sum(-1, keepdims=True)
+    wanted = np.log(wanted) if log else wanted
+    np.testing.assert_allclose(found[..., gates[0] > 0], wanted, rtol=1e-4, atol=1e-5)
+
+
 # --- in a gated model ------------------------------------------------------------------------
 
 
@@ -199,7 +217,7 @@ def test_regularisers_see_open_units_alone():
     losses = []
     for model in (gated, small):
         model(x, training=False)
-        losses.append(sum(float(loss) for loss in model.losses))
+        losses.append(sum(float(to_numpy(loss)) for loss in model.losses))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[1] > 0
 

@@ -156,7 +156,7 @@ class TrainsOtherwise(layers.Layer):
 
 PINNED = {
     Highest: "reduces over the units",
-    MeanOfHalf: "computes with its units",
+    MeanOfHalf: "computes with its units|behaves differently",
     SumByCount: "differ",
     Halves: "computes with its units|but it does not run",
     ManyOrFew: "differ",

@@ -7,6 +7,7 @@ from helpers import check, randomise
 from keras import layers, ops
 
 import keras_polar
+from keras_polar.backends import to_numpy
 from keras_polar.gates.over_open import OverOpen
 from keras_polar.surgery.certificate import difference, random_inputs
 
@@ -147,6 +148,38 @@ def test_units_in_front_of_it_go(name, tmp_path):
         saved.save(tmp_path / f"{i}.keras")
         assert difference(saved, keras.models.load_model(tmp_path / f"{i}.keras"), x) == 0
     keras_polar.convert(keras.models.load_model(tmp_path / "0.keras"), verify=x)
+
+
+def test_a_network_with_a_norm_after_every_layer_can_go():
+    inputs = x = keras.Input((12, 3))
+    for i in range(3):
+        x = layers.Conv1D(8, 3, padding="causal", activation="relu", name=f"conv{i}")(x)
+        x = layers.LayerNormalization()(x)
+    x = layers.LayerNormalization()(layers.Dense(7, activation="relu", name="dense")(x))
+    model = randomise(keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x))))
+    rows = {r.name: r.prunable for r in keras_polar.inspect(model).rows}
+    assert rows == {"conv0": 8, "conv1": 8, "conv2": 8, "dense": 7, "head": 0}
+    check(model, gate="dynamic")
+
+
+@pytest.mark.parametrize("gate", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
+def test_a_stream_of_all_kinds_trains(gate):
+    inputs = keras.Input((6, 4))
+    x = layers.Dense(8, name="first")(inputs)
+    for i, norm in enumerate((Rms(), GlobalResponse(), by_hand, layers.Softmax())):
+        x = x + layers.Dense(8)(layers.Dense(6, activation="gelu", name=f"wide{i}")(norm(x)))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(ops.layer_normalization(x))))
+    options = {"gate": gate, "round_to": 1, "compact": gate == "static"}
+    gated = keras_polar.apply(model, 0.4, **options)
+    gated.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=False)
+    x, y = constant(64, 6, 4), constant(64, 2)
+    history = gated.fit(x, y, epochs=6, batch_size=16, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    stream = gated.groups[0]
+    assert stream.units == 8
+    assert (to_numpy(stream._gate.heard)[0] > 0).all()
+    assert gated.sparsity == pytest.approx(0.4, abs=0.05)
+    keras_polar.convert(gated, verify=x)
 
 
 def test_a_shared_norm_without_weights_has_the_units_of_each_call():

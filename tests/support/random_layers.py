@@ -177,6 +177,68 @@ def shared_block(x, y, n):
     return block(x) + block(ops.tanh(matched(x, y)))
 
 
+class Rms(layers.Layer):
+    """As language models write it."""
+
+    def build(self, shape):
+        self.scale = self.add_weight((shape[-1],), "ones", name="gamma")
+
+    def call(self, x):
+        return x * ops.rsqrt(ops.mean(ops.square(x), -1, keepdims=True) + 1e-3) * self.scale
+
+
+class GlobalResponse(layers.Layer):
+    """ConvNeXt V2's."""
+
+    def build(self, shape):
+        self.gamma = self.add_weight((shape[-1],), "ones", name="gamma")
+        self.beta = self.add_weight((shape[-1],), "zeros", name="beta")
+
+    def call(self, x):
+        axes = list(range(1, len(x.shape) - 1))
+        norm = ops.sqrt(ops.sum(ops.square(x), axis=axes, keepdims=True) + 1e-3)
+        norm = norm / (ops.mean(norm, axis=-1, keepdims=True) + 1e-3)
+        return self.gamma * (x * norm) + self.beta + x
+
+
+def by_hand(x):
+    centred = x - ops.mean(x, axis=-1, keepdims=True)
+    return centred / ops.sqrt(ops.var(x, axis=-1, keepdims=True) + 1e-3)
+
+
+NORMS = (
+    lambda: layers.LayerNormalization(),
+    lambda: layers.RMSNormalization(),
+    lambda: layers.LayerNormalization(center=False, scale=False),
+    Rms,
+    lambda: by_hand,
+    GlobalResponse,
+    lambda: layers.Softmax(),
+)
+
+
+def stream(x, y, n):
+    """A block of a residual stream that is normalised in front of every reader."""
+    z = NORMS[(n + channels(x)) % len(NORMS)]()(x)
+    return x + layers.Dense(channels(x))(layers.Dense(n, activation="gelu")(z))
+
+
+def normalised(x, y, n):
+    """Normalised once more behind the sum, as BERT does."""
+    return NORMS[n % len(NORMS)]()(stream(x, y, n + 1))
+
+
+STREAMS = {
+    "normalised stream": (ANY, stream),
+    "normalised behind the sum": (ANY, normalised),
+    "normalised sum of two": (
+        ANY, lambda x, y, n: NORMS[n % len(NORMS)]()(layers.Dense(n)(x) + layers.Dense(n)(y)),
+    ),
+    "SpectralNormalization": (
+        ANY, layer(lambda x, n: layers.SpectralNormalization(layers.Dense(n))),
+    ),
+}  # fmt: skip
+
 LAYERS = {
     "ReLU layer": (ANY, layer(lambda x, n: layers.ReLU(6))),
     "ELU": (ANY, layer(lambda x, n: layers.ELU())),
@@ -209,8 +271,5 @@ class Shift(layers.Layer):
 PINNED = {
     "TakeAlongAxis": (ANY, lambda x, y, n: ops.take_along_axis(x, ops.argsort(x, -1), -1)),
     "Trapezoid": (SPATIAL, lambda x, y, n: x + ops.trapezoid(x, axis=-1)[..., None]),
-    "SpectralNormalization": (
-        ANY, layer(lambda x, n: layers.SpectralNormalization(layers.Dense(n))),
-    ),
     "user's layer that keeps its units": (ANY, layer(lambda x, n: Shift())),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from keras import layers, ops
 from random_first import FIRST, FIRST_ELSEWHERE, SLOW_FIRST
-from random_layers import LAYERS, PINNED, POSITIONS, PRODUCTS
+from random_layers import LAYERS, PINNED, POSITIONS, PRODUCTS, STREAMS
 from random_ops import ALONG, BINARY, MOVES, REDUCTIONS, SLOW_OPS, UNARY
 from random_steps import SIZE, average, channels, ranked
 from random_steps import STEPS as COMMON
@@ -23,6 +23,7 @@ TABLES = {
     "positions": POSITIONS,
     "products": PRODUCTS,
     "layers": LAYERS,
+    "streams": STREAMS,
     "pinned": PINNED,
     "first": FIRST,
 }

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 from helpers import check, randomise
 
@@ -12,7 +13,7 @@ from keras_polar.surgery.certificate import random_inputs
 
 pytest.importorskip("keras_hub")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-from hub_models import BACKBONES
+from hub_models import BACKBONES, fixed
 
 QUICK = ("BertBackbone", "LlamaBackbone", "EfficientNetBackbone", "ViTBackbone")
 # Without a prunable unit, and why; a backbone that gains one is checked like all the others.
@@ -39,6 +40,34 @@ FAILS = ("StableDiffusion3Backbone",)
 def marks(name):
     fails = pytest.mark.xfail(raises=Exception, strict=True)
     return [pytest.mark.slow] * (name not in QUICK) + [fails] * (name in FAILS)
+
+
+SIZES = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16}
+TEXT = {**SIZES, "intermediate_dim": 24, "vocabulary_size": 17, "max_sequence_length": 10}
+WITH_STREAMS = {
+    "BertBackbone": TEXT,
+    "GPT2Backbone": TEXT,
+    "ViTBackbone": {**SIZES, "mlp_dim": 24, "patch_size": 4, "image_shape": (20, 20, 3)},
+    "LlamaBackbone": {
+        **{k: v for k, v in TEXT.items() if k not in ("num_heads", "max_sequence_length")},
+        "num_query_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # KerasHub's own
+@pytest.mark.parametrize("name", WITH_STREAMS)
+def test_nine_tenths_of_a_transformer_can_go_its_stream_included(name):
+    import keras_hub
+
+    model = fixed(getattr(keras_hub.models, name)(**WITH_STREAMS[name]))
+    features = model.output
+    features = features["sequence_output"] if isinstance(features, dict) else features
+    model = randomise(keras.Model(model.input, keras.layers.Dense(3, name="head")(features)))
+    assert keras_polar.inspect(model).prunable > 0.9
+    _, small = check(model, gate="dynamic", inputs=random_inputs(model, batch=2))
+    assert small.get_layer("head").kernel.shape == (8, 3)
 
 
 @pytest.mark.filterwarnings("ignore")  # KerasHub's own

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import close_half, randomise, small_resnet
-from keras import layers
+from keras import layers, ops
 
 import keras_polar
 from keras_polar.backends import to_numpy
@@ -51,6 +51,22 @@ def plain():
         y = layers.Conv2D(12, 3, padding="same", activation="tanh", name=f"block{i}_a")(x)
         x = x + layers.Conv2D(8, 3, padding="same", name=f"block{i}_b")(y)
     x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x))
+
+
+class Rms(layers.Layer):
+    def call(self, x):
+        return x / ops.sqrt(ops.mean(ops.square(x), -1, keepdims=True) + 1e-3)
+
+
+def normalised():
+    """A stream that norms read."""
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", name="stem")(inputs)
+    for i, norm in enumerate((layers.LayerNormalization(), Rms())):
+        y = layers.Dense(12, activation="tanh", name=f"wide{i}")(norm(x))
+        x = x + layers.Dense(8, name=f"narrow{i}")(y)
+    x = layers.GlobalAveragePooling2D()(layers.RMSNormalization()(x))
     return keras.Model(inputs, layers.Dense(10, name="logits")(x))
 
 
@@ -103,7 +119,7 @@ def _all(gated):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="written with TensorFlow")
-@pytest.mark.parametrize("build", [plain, small_resnet])
+@pytest.mark.parametrize("build", [plain, small_resnet, normalised])
 def test_loss_and_gradients_before_and_after_the_switch(build):
     import tensorflow as tf
 
