@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.groups import require_gated
 from keras_polar.graph.ir import Graph
@@ -56,9 +57,22 @@ def _warn_of_early_conversion(gated: Any) -> None:
         warnings.warn(
             f"convert({gated.name!r}): the gates are not settled, and their consensus removes "
             f"{found:.1%} of the {gated.consensus.measure} by now instead of {wanted:.1%}. Let "
-            "`fit` reach the settle step of the schedule, or call gated.settle() first.",
+            "`fit` reach the settle step of the schedule, or call gated.settle() first."
+            f"{_unfollowed(gated)}",
             stacklevel=3,
         )
+
+
+def _unfollowed(gated: Any) -> str:
+    """Of gates that were trained as if there were no schedule, or past its settle step."""
+    schedule = gated.consensus.schedule
+    step, steps = (int(to_numpy(v)) for v in (gated.consensus.step, gated.consensus.steps))
+    if step < schedule.settle_step(steps or step):
+        return ""
+    return (
+        " Nobody followed its training: `fit` of another model around it wants "
+        "callbacks=[keras_polar.callbacks.Follow(gated)]."
+    )
 
 
 def small_twin(
