@@ -47,6 +47,7 @@ __all__ = [
     "own_variables",
     "takes_training",
     "to_snake_case",
+    "without_latest_call",
     "without_metrics",
 ]
 
@@ -88,6 +89,8 @@ def _not_functional(model: Any) -> str:
         return (
             f"{problem} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make "
             "it functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+            " If its `call` consists of layers and keras.ops, `apply` and `inspect` do that: for a "
+            "network that has been called, or given input_shape=."
         )
     return f"{problem}. Pass a `keras.Model` built from `keras.Input` tensors."
 
@@ -103,6 +106,11 @@ def layers_of(op: Any) -> list:
     Setting `trainable` on a parent overwrites that of its children.
     """
     return list(op._flatten_layers())
+
+
+def without_latest_call(op: Any) -> None:
+    """Takes the graph node of the latest symbolic call away from an operation; its model has it."""
+    del op._inbound_nodes[-1:]
 
 
 def hand_on_masks(layer: Any, args: tuple, kwargs: dict, outputs: Any) -> None:

@@ -248,6 +248,8 @@ def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     altered = {s.name: why_altered(s.op) for s in coupling.sites}
     why = [f"{name}: {reason}" for name, reason in altered.items() if reason]
     why += [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
+    refused = [s for s in coupling.sites if s.refused and getattr(s.op, "weights", None)]
+    why += [f"{s.name}: {s.refused}" for s in refused if not altered[s.name]]
     return "; ".join(why) or "It has no layer whose units could go"
 
 
