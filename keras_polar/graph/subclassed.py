@@ -73,7 +73,8 @@ def _map_shapes(function: Callable, shapes: Any, name: str = "") -> Any:
         return {key: _map_shapes(function, value, key) for key, value in shapes.items()}
     if all(size is None or isinstance(size, int) for size in shapes):
         return function(shapes, name)
-    return type(shapes)(_map_shapes(function, value) for value in shapes)
+    mapped = [_map_shapes(function, value) for value in shapes]
+    return mapped if isinstance(shapes, list) else tuple(mapped)  # Keras tracks what it remembers
 
 
 def _cannot_be_called(model: Any, shapes: dict, error: Exception) -> str:

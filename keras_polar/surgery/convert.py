@@ -98,7 +98,8 @@ def _flags(gated: Any, coupling: Coupling) -> np.ndarray:
     producers = {name for group in gated.groups for name in group.members}
     lost = [s for s in coupling.sites if s.name in producers - made.keys()]
     closed = np.unique(coupling.roots[~flags]).tolist()
-    reasons = [f"{s.name!r} {why_altered(s.op) or 'has no rule'}" for s in lost]
+    found = [(s.name, why_altered(s.op, s.rule.cuts_adapters)) for s in lost]
+    reasons = [f"{name!r} {why or 'has no rule'}" for name, why in found]
     reasons += [coupling.reasons[root] for root in closed if root in coupling.reasons]
     if reasons:
         raise ValueError(

@@ -245,7 +245,7 @@ def _check_macs(measure: Any, coupling: Coupling, model: Any) -> None:
 def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     if "channels" not in kinds:
         return "It has no residual branch that could go as a whole"
-    altered = {s.name: why_altered(s.op) for s in coupling.sites}
+    altered = {s.name: why_altered(s.op, s.rule.cuts_adapters) for s in coupling.sites}
     why = [f"{name}: {reason}" for name, reason in altered.items() if reason]
     why += [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
     refused = [s for s in coupling.sites if s.refused and getattr(s.op, "weights", None)]

@@ -147,10 +147,6 @@ def test_apply_to_a_quantized_model_says_so():
     model.quantize("int8")
     with pytest.raises(ValueError, match=r"first: has been quantized by Keras \(int8\)"):
         keras_polar.apply(model, 0.5)
-    model = dense_net(16)
-    model.get_layer("first").enable_lora(2)
-    row = next(r for r in keras_polar.inspect(model).rows if r.name == "first")
-    assert "LoRA" in row.reason
 
 
 def test_adapters_are_merged_by_the_export(tmp_path):
