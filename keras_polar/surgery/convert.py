@@ -23,8 +23,8 @@ def convert(gated: Any, *, verify: Any = None) -> keras.Model:
 
     Args:
         gated: what `keras_polar.apply` returned.
-        verify: inputs of the model, or True for random ones: checks the certificate, that both
-            models give the same outputs.
+        verify: inputs of the model, or True for random ones (sizes that it leaves open are 32 in
+            those): checks the certificate, that both models give the same outputs.
 
     Returns:
         A functional `keras.Model` of stock layers, with the weights of `gated`; not compiled.
