@@ -248,7 +248,7 @@ class TakeRule(Rule):
     def flow(self, site: CallSite) -> list[Ids]:
         given = self._given(site)
         if not isinstance(site.call.args[0], Ref) or site.op.axis is None:
-            return site.pin_all("takes from all samples, or by indices of what is a constant")
+            return site.pin_all("takes from all samples, or by indices that are computed")
         ids, axis = site.inputs[0], site.op.axis % site.inputs[0].ndim
         site.pin_argument(given, "is used as indices")
         if not varies(ids, axis):

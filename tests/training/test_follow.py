@@ -167,6 +167,15 @@ def test_a_distiller_that_is_followed_trains_the_gates_losses_too(schedule):
     keras_polar.convert(gated, verify=True)
 
 
+def test_a_distiller_of_features_calls_its_student_twice():
+    gated = gated_network()
+    distilled(gated, Follow(gated), features=True)
+    assert gated.settled
+    done, announced = count(gated)
+    assert done == announced
+    keras_polar.convert(gated, verify=True)
+
+
 # --- nobody follows --------------------------------------------------------------------------
 
 

@@ -173,10 +173,17 @@ def line_of(op: Any, error: Exception) -> str:
     if isinstance(error, CannotTrace) or not isinstance(op, keras.Model):
         return ""
     file = type(op).call.__code__.co_filename
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    frames = [f for f in _frames_behind(error) if f.filename == file]
     if not frames:
         return ""
     return f" at line {frames[-1].lineno} of {Path(file).name}: `{frames[-1].line}`"
+
+
+def _frames_behind(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
+    """Where an error comes from; Keras and JAX raise others in its place."""
+    while error is not None:
+        yield from traceback.extract_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _with_sizes(reason: str, args: tuple, kwargs: dict) -> str:
