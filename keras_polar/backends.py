@@ -32,7 +32,6 @@ class Reported:
     def __init__(self, model: Any, variables: Sequence[Any]) -> None:
         self.model, self.variables = model, variables
         self.values: list = []
-        self.steps: list[tuple] = []
 
     def read(self) -> list[float]:
         """One number per variable; none before the first step."""
@@ -41,25 +40,40 @@ class Reported:
 
     def watch(self) -> None:
         """To be called when the model's train function is another one."""
-        step = self.model.train_function
-        if not IS_STATE_TAKEN or any(step is watched for _, watched in self.steps):
+        if not IS_STATE_TAKEN or any(w.reported is self for w in _watched(self.model)):
             return
         ids = [id(v) for v in self.model.non_trainable_variables]
         places = [ids.index(id(v)) for v in self.variables]
-
-        def watched(state: Any, iterator: Any) -> Any:
-            logs, state = step(state, iterator)
-            self.values = [ops.copy(state[1][i]) for i in places]
-            return logs, state
-
-        self.steps.append((step, watched))
-        self.model.train_function = watched
+        self.model.train_function = _Watched(self.model.train_function, self, places)
 
     def forget(self) -> None:
-        """The model has its own train function again."""
-        for step, watched in self.steps:
-            if self.model.train_function is watched:
-                self.model.train_function = step
+        """The model has its own train function again, or that of others who still watch."""
+        chain = _watched(self.model)
+        if chain:
+            self.model.train_function = chain[-1].step
+        for watched in reversed([w for w in chain if w.reported is not self]):
+            watched.step, self.model.train_function = self.model.train_function, watched
+
+
+class _Watched:
+    """A train function that tells what the step returns; several may stand around one another."""
+
+    def __init__(self, step: Callable, reported: Reported, places: Sequence[int]) -> None:
+        self.step, self.reported, self.places = step, reported, places
+
+    def __call__(self, state: Any, iterator: Any) -> Any:
+        logs, state = self.step(state, iterator)
+        self.reported.values = [ops.copy(state[1][i]) for i in self.places]
+        return logs, state
+
+
+def _watched(model: Any) -> list[_Watched]:
+    """Those who watch the model's train function, the outermost first."""
+    found, step = [], model.train_function
+    while isinstance(step, _Watched):
+        found.append(step)
+        step = step.step
+    return found
 
 
 @contextlib.contextmanager

@@ -9,31 +9,33 @@ from keras_polar.costs.count import Cost, counted
 from keras_polar.costs.measures import MEASURES, cost_of
 from keras_polar.coupling.coupling import Coupling, couple, why_fixed
 from keras_polar.gates.groups import is_gated
+from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import is_unknown, trace_model
 from keras_polar.surgery.strip import stripped
 from keras_polar.tables import table_html, table_text
 from keras_polar.training.gate_specs import branches_of
 
 
-def cost(model: Any) -> Cost:
+def cost(model: Any, *, input_shape: Any = None) -> Cost:
     """Counts weights, multiply-accumulates and units of a functional model, layer by layer.
 
     Args:
         model: a functional or built Sequential Keras model. Gates are left out: of a gated model
             the whole network is counted, but for residual branches that are closed.
+        input_shape: of a subclassed network, as for `keras_polar.apply`.
 
     Returns:
         `Cost` with the totals as ints, and `.rows`; `print(cost(model))` shows a table.
 
     Raises:
-        TypeError: the model is not functional.
+        TypeError: the model is not functional and cannot be made so.
 
     Example:
 
         >>> keras_polar.cost(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])).weights
         36
     """
-    return counted(_coupled(model))
+    return counted(_coupled(as_functional(model, input_shape)))
 
 
 def _coupled(model: Any, ignore: Iterable[str] = ()) -> Coupling:
@@ -123,21 +125,22 @@ def _percent(share: float | None) -> str:
     return "?" if share is None else f"{share:.1%}"
 
 
-def inspect(model: Any, *, ignore: Iterable[str] = ()) -> Inspection:
+def inspect(model: Any, *, ignore: Iterable[str] = (), input_shape: Any = None) -> Inspection:
     """Says of every layer which of its units can be pruned, with which others, or why not.
 
     Args:
         model: a functional or built Sequential Keras model; gates are left out.
         ignore: as for `keras_polar.apply`.
+        input_shape: of a subclassed network, as for `keras_polar.apply`.
 
     Raises:
-        TypeError: the model is not functional.
+        TypeError: the model is not functional and cannot be made so.
 
     Example:
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = _coupled(model, ignore)
+    coupling = _coupled(as_functional(model, input_shape), ignore)
     found = counted(coupling)
     rows = _layer_rows(coupling, _shares(found))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]

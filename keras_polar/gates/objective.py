@@ -1,12 +1,13 @@
 """The losses that turn per-sample gates into one static sub-network, and their layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_polar.backends import global_mean
+from keras_polar.backends import global_mean, to_numpy
 from keras_polar.costs.polynomial import Polynomial
 from keras_polar.gates.gate import saved_as
 from keras_polar.gates.listening import balance
@@ -68,9 +69,15 @@ class PruningObjective(keras.layers.Layer):
             those are the user's, in the order that he compiled.
         listeners: for every group the gate's `log_damage`, `is_led_open`, and a setter of its
             `lead`; the gated model sets them. None of them where gates decide alone.
+        is_attended: whether somebody announces the steps of the run and settles the gates in time.
+        is_over: whether the gates have been settled, as far as can be known without a look at the
+            variables: while Keras on JAX trains, they are empty.
+        alarm: called in training steps that nobody attends to; the gated model sets it.
     """
 
     listeners: tuple = ()
+    is_attended = is_over = False
+    alarm: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -123,6 +130,8 @@ class PruningObjective(keras.layers.Layer):
 
     def call(self, x: Any, gates: list, training: bool = False) -> Any:
         if training:
+            if self.alarm is not None and not (self.is_attended or self.is_over):
+                self.alarm()
             local = [ops.mean(ops.cast(g, "float32"), axis=0) for g in gates]
             rates = global_mean(ops.concatenate(local))
             sparsity = self.expected_sparsity(rates)
@@ -132,6 +141,10 @@ class PruningObjective(keras.layers.Layer):
                 self._lead(1 - self.pressure() * self.sparsity)
             self._press(sparsity, disagreement)
         return x
+
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        self.is_over = bool(to_numpy(self.settled) > 0.5)
 
     def _lead(self, target: Any) -> None:
         """Tells the gates which units are worth their cost when no more than `target` may stay.

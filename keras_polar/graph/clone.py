@@ -96,15 +96,54 @@ def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_cut: b
         return new
     except Exception as error:
         if not op.weights and not changes:
-            return with_other_values(
-                op, name=name
-            )  # nothing to train and nothing to copy (a Lambda, say)
+            # Nothing to train and nothing to copy (a Lambda, say).
+            return with_other_values(op, name=name)
         if not (changes or is_cut):
-            return duplicate(op, name, made=made)
+            return _copied_or_shared(op, name, made)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
         ) from error
+
+
+def _copied_or_shared(op: Any, name: str, made: Mapping[int, Any]) -> Any:
+    """A copy; of what cannot be copied (a graph of TensorFlow, say) the very same, not trained.
+
+    Units in front of it stay, as nobody knows what it does with them, so that it never has to be
+    cut; were it trained, the caller's model would change as well.
+    """
+    try:
+        return duplicate(op, name, made=made)
+    except TypeError as error:
+        if has_parts(op):  # whose variables are those of its parts
+            raise
+        if op.trainable_variables:
+            warnings.warn(
+                f"{error} Until then the new model shares this layer with the one that it is made "
+                "of, and does not train it.",
+                stacklevel=2,
+            )
+        return _fixed(with_other_values(op, name=name))
+
+
+def _fixed(op: Any) -> Any:
+    """The layer with variables that read the same memory, but are not trained by those who have it.
+
+    Of a layer that is not to be trained Keras freezes the variables: here those of the caller's.
+    """
+    vars(op).update(
+        _trainable=False,
+        _trainable_variables=[],
+        _non_trainable_variables=[_untrained(v) for v in op.variables],
+        is_shared=True,
+    )
+    return op
+
+
+def _untrained(variable: Any) -> Any:
+    new = object.__new__(type(variable))
+    vars(new).update(vars(variable), _trainable=False)
+    return new
 
 
 def _config_of(op: Any, changes: dict) -> dict:
@@ -250,7 +289,8 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
     Returns:
         The pairs of variables.
     """
-    if source is target or not isinstance(source, keras.layers.Layer):
+    is_shared = source is target or getattr(target, "is_shared", False)
+    if is_shared or not isinstance(source, keras.layers.Layer):
         return []
     layers = list(zip(layers_of(source), layers_of(target), strict=True))
     states = (_states(old, new) for old, new in layers)
@@ -262,6 +302,8 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
     for old, new in layers:
         new.trainable = old.trainable
         new.activity_regularizer = old.activity_regularizer
+        if getattr(old, "lora_enabled", False):
+            new.lora_alpha = old.lora_alpha  # Keras' Dense and Embedding do not build with it
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()  # its mean and variance are derived from its variables
     for old, new in pairs:

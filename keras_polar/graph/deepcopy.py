@@ -62,14 +62,28 @@ def duplicate(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             f"Layer {layer.name!r} ({type(layer).__name__}) can neither be rebuilt from its config "
-            f"nor copied: {error}. Implement `get_config` so that `from_config(get_config())` "
-            "gives an equal layer."
+            f"nor copied: {error}. {_remedy(layer)}"
         ) from error
     vars(new)["name"] = name
     _name_variables(layer, new, {id(v) for x in made.values() for v in _variables_of(x)})
     if dtype is not None:
         _set_policies(new, dtype)
     return new
+
+
+def _remedy(layer: Any) -> str:
+    """What lets a layer be made from its config; tried, since that may be forbidden only."""
+    try:
+        type(layer).from_config(layer.get_config())
+    except ValueError as error:
+        if "enable_unsafe_deserialization" in str(error):
+            return (
+                "Its config says how, but Keras loads code with it: if you trust where that comes "
+                "from, call keras.config.enable_unsafe_deserialization() before."
+            )
+    except Exception:  # whatever the code of a layer raises
+        pass
+    return "Implement `get_config` so that `from_config(get_config())` gives an equal layer."
 
 
 def is_other_float(dtype: Any, float_name: str) -> bool:

@@ -52,6 +52,7 @@ __all__ = [
     "source_of",
     "takes_training",
     "to_snake_case",
+    "without_latest_call",
     "without_metrics",
 ]
 
@@ -93,6 +94,8 @@ def _not_functional(model: Any) -> str:
         return (
             f"{problem} {model.name!r}, whose `call` is Python code that cannot be rewritten. Make "
             "it functional: `x = keras.Input(shape); model = keras.Model(x, <layers called on x>)`."
+            " If its `call` consists of layers and keras.ops, `apply` and `inspect` do that: for a "
+            "network that has been called, or given input_shape=."
         )
     return f"{problem}. Pass a `keras.Model` built from `keras.Input` tensors."
 
@@ -208,3 +211,8 @@ def source_of(tensor: Any) -> tuple[Any, int, list]:
     history = tensor._keras_history
     node = history.operation._inbound_nodes[history.node_index]
     return history.operation, history.tensor_index, node.input_tensors
+
+
+def without_latest_call(op: Any) -> None:
+    """Takes the graph node of the latest symbolic call away from an operation; its model has it."""
+    del op._inbound_nodes[-1:]

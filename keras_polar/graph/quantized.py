@@ -19,8 +19,12 @@ def listed(modes: dict[str, str]) -> str:
     return ", ".join([*shown, *more])
 
 
-def why_altered(layer: Any) -> str:
-    """Why an operation cannot be cut although its class can; empty if nothing speaks against it."""
+def why_altered(layer: Any, cuts_adapters: bool = False) -> str:
+    """Why an operation cannot be cut although its class can; empty if nothing speaks against it.
+
+    Args:
+        cuts_adapters: whether adapters of low rank of its own are cut along.
+    """
     if not isinstance(layer, keras.layers.Layer):
         return ""
     found = quantized(layer)
@@ -29,7 +33,8 @@ def why_altered(layer: Any) -> str:
             f"has been quantized by Keras ({', '.join(dict.fromkeys(found.values()))}): prune and "
             "`convert` first, then `quantize` the small model"
         )
-    if any(getattr(x, "lora_enabled", False) for x in layer._flatten_layers()):
+    parts = [x for x in layer._flatten_layers() if not (cuts_adapters and x is layer)]
+    if any(getattr(x, "lora_enabled", False) for x in parts):
         return (
             "has adapters of low rank (LoRA): prune and `convert` first, then `enable_lora` on "
             "the small model"

@@ -22,6 +22,7 @@ from keras_polar.graph.configs import is_found_again
 from keras_polar.graph.ir import Call, Graph, Ref, Spec, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import backend, core_of, functional, layers_of, takes_training
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
+from keras_polar.graph.symbolic.held import Held, steps_to
 from keras_polar.graph.symbolic.merge import Expansion
 from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, exact_shapes
 
@@ -42,7 +43,8 @@ class _Tracer:
         self.specs: list[Spec] = []
         self.notes: dict[int, str] = {}  # id(composite layer) -> why it is not opened
         self.masks: dict[int, tuple] = {}  # tensor -> Keras mask, and where to look it up
-        self.alive: list[Expansion] = []  # tables are keyed by id
+        self.alive: list[Any] = []  # tables are keyed by id
+        self.held: dict[int, Ref] = {}  # id(variable of a network's own) -> what stands for it
 
     def new_tensor(self, tensor: Any, shape: Iterable) -> Ref:
         self.specs.append(Spec(tuple(shape), keras.backend.standardize_dtype(tensor.dtype)))
@@ -167,10 +169,22 @@ class _Tracer:
             raise CannotTrace("is called on a tensor that is not part of the model")
         table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
         self.alive.append(opened)
+        table.update((id(h.symbol), self._held(h, known[0], path)) for h in opened.held)
         self.notes.update((k, f"{NOT_OPENED}: it {v}") for k, v in opened.closed.items())
         for step in opened.steps:
             self.step(step, table, path, kwargs.get("training"))
         return [table[id(x)] for x in opened.outputs]
+
+    def _held(self, held: Held, sample: Ref, path: str) -> Ref:
+        """A tensor of the values of a variable that no layer has."""
+        if id(held.variable) not in self.held:
+            steps, inlet, outlet = steps_to(held, self._symbol(sample.index))
+            table = {id(inlet): sample}
+            for step in steps:
+                self.step(step, table, path, None)
+            self.alive.append((steps, inlet))
+            self.held[id(held.variable)] = table[id(outlet)]
+        return self.held[id(held.variable)]
 
     def _symbol(self, index: int) -> Any:
         spec = self.specs[index]

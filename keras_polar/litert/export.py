@@ -23,6 +23,7 @@ from keras_polar.litert.validation import (
     exportable_core,
     put_in_place,
 )
+from keras_polar.surgery.certificate import UNKNOWN_SIZE
 
 _REPRESENTATIVE = 500  # samples; ranges of activations hardly change with more
 
@@ -130,7 +131,9 @@ def _finished(
     try:
         comparison = compare(core, draft, samples)
     except RuntimeError as error:  # the runtime checks some limits only when it runs
-        raise ValueError(not_exportable(core, mode, error)) from error
+        raise ValueError(
+            f"{not_exportable(core, mode, error)}{_tried_on(core, samples)}"
+        ) from error
     inputs, outputs = signature(core, draft)
     put_in_place(draft, path)
     return ExportReport(
@@ -141,6 +144,16 @@ def _finished(
         inputs=inputs,
         outputs=outputs,
         float_operations=float_operations(path) if mode.is_integer else (),
+    )
+
+
+def _tried_on(core: Any, samples: Samples) -> str:
+    """That a file was tried on samples of sizes that may not be the user's."""
+    if not samples.random or all(None not in x.shape[1:] for x in core.inputs):
+        return ""
+    return (
+        f" It was tried on random samples of shapes {[x.shape[1:] for x in samples.arrays]}; sizes "
+        f"that the model leaves open are {UNKNOWN_SIZE} there. Pass evaluation_data=x for others."
     )
 
 

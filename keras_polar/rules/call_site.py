@@ -114,7 +114,7 @@ class CallSite:
         """
         vector = self.follow(name, axis, tensor)
         self.reads.append((tensor, axis % self.inputs[tensor].ndim))
-        if by is not None:
+        if by is not None and not getattr(self.op, "lora_enabled", False):  # or it is a sum
             self.multiplied_by[tensor] = by
         return vector
 

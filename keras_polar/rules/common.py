@@ -57,3 +57,15 @@ def spread(site: CallSite, vector: Ids, axis: int) -> Ids:
     """The first output's ids: `vector` along `axis`, constant along all other axes."""
     shape = site.output_shapes[0]
     return broadcast_along(vector, axis % len(shape), shape)
+
+
+def with_adapters(op: Any, axes: dict[str, tuple]) -> dict[str, tuple]:
+    """Axes of a layer's weights, the first of which may have adapters of low rank (LoRA).
+
+    With them that attribute is a sum: the variable behind it, and the product of two factors.
+    """
+    if not getattr(op, "lora_enabled", False):
+        return axes
+    (name, names), *others = axes.items()
+    factors = {f"lora_{name}_a": (*names[:-1], None), f"lora_{name}_b": (None, names[-1])}
+    return {f"_{name}": names, **factors, **dict(others)}

@@ -12,7 +12,7 @@ from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.activations import activated
 from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.common import channel_axis, spread
+from keras_polar.rules.common import channel_axis, spread, with_adapters
 from keras_polar.rules.ids import Ids, no_unit
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
@@ -21,12 +21,14 @@ from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 class DenseRule(Rule):
     """Reads and makes units on the last axis, at every position of the others."""
 
+    cuts_adapters = True
+
     def flow(self, site: CallSite) -> list[Ids]:
         site.read("in", -1, by=("kernel", 0))
         return activated(site, site.produce("out", site.op.units, -1))
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        return {"kernel": ("in", "out"), "bias": ("out",)}
+        return with_adapters(op, {"kernel": ("in", "out"), "bias": ("out",)})
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"units": kept.count(site.axes["out"])}
@@ -46,10 +48,12 @@ class ConvRule(Rule):
     unit), or the same channels out of every group: whichever leaves more to choose from.
     """
 
+    cuts_adapters = True
+
     def flow(self, site: CallSite) -> list[Ids]:
         axis = channel_axis(site.op)
         if getattr(site.op, "groups", 1) == 1:  # transposed ones have no groups
-            kernel = self.weights(site.op)["kernel"]
+            kernel, *_ = self.weights(site.op).values()
             site.read("in", axis, by=("kernel", kernel.index("in")))
             return activated(site, site.produce("out", site.op.filters, axis))
         return activated(site, self._grouped(site, axis))
@@ -72,7 +76,8 @@ class ConvRule(Rule):
         return out
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        return {"kernel": (*self._window(op), "in", "out"), "bias": ("out",)}
+        axes = {"kernel": (*self._window(op), "in", "out"), "bias": ("out",)}
+        return with_adapters(op, axes)
 
     def _window(self, op: Any) -> tuple:
         return (None,) * op.rank

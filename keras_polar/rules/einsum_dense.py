@@ -9,6 +9,7 @@ from keras import layers
 
 from keras_polar.rules.activations import activated
 from keras_polar.rules.call_site import CallSite, alone, sizes
+from keras_polar.rules.common import with_adapters
 from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
@@ -50,6 +51,8 @@ class EinsumDenseRule(Rule):
     one is left there. Units on an axis that stays pass through it, and then its own are pinned: an
     element of the output can belong to one unit only.
     """
+
+    cuts_adapters = True
 
     def flow(self, site: CallSite) -> list[Ids]:
         (ids,), shape = site.inputs, site.output_shapes[0]
@@ -103,7 +106,7 @@ class EinsumDenseRule(Rule):
             first = min(outputs.index(c) for c in op.bias_axes)
             names = [c if c in op.bias_axes else None for c in outputs[first:]]
             axes["bias"] = (*names, *(None,) * (len(op.bias.shape) - len(names)))
-        return axes
+        return with_adapters(op, axes)
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         op = site.op

@@ -6,6 +6,7 @@ from typing import Any
 from keras import layers
 
 from keras_polar.rules.call_site import CallSite
+from keras_polar.rules.common import with_adapters
 from keras_polar.rules.ids import Ids, no_unit
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
@@ -14,12 +15,14 @@ from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 class EmbeddingRule(Rule):
     """Makes the channels of its vectors; what it reads are numbers of rows, not units."""
 
+    cuts_adapters = True
+
     def flow(self, site: CallSite) -> list[Ids]:
         site.pin(site.inputs[0], "is used as row numbers of a table")
         return [site.produce("out", site.op.output_dim, -1)]
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        return {"embeddings": (None, "out")}
+        return with_adapters(op, {"embeddings": (None, "out")})
 
     def config(self, site: CallSite, kept: KeptUnits) -> dict[str, Any]:
         return {"output_dim": kept.count(site.axes["out"])}
@@ -41,7 +44,8 @@ class ReversibleEmbeddingRule(EmbeddingRule):
         return bool(site.given().get("reverse", False))
 
     def weights(self, op: Any) -> dict[str, tuple]:
-        return {"embeddings": (None, "out"), "reverse_embeddings": ("out", None)}
+        axes = {"embeddings": (None, "out"), "reverse_embeddings": ("out", None)}
+        return with_adapters(op, axes)
 
     def adapter_macs(self, site: CallSite) -> int:
         return 0 if self._is_reverse(site) else super().adapter_macs(site)

@@ -240,30 +240,43 @@ class UnstackRule(Rule):
 
 
 class TakeRule(Rule):
-    """`ops.take` with constant indices along one axis: they are renumbered when units go."""
+    """`ops.take` along one axis: constant indices of units are renumbered when units go.
+
+    Along an axis without units (samples, the nodes of a graph) indices may be computed as well.
+    """
 
     def flow(self, site: CallSite) -> list[Ids]:
-        if len(site.inputs) > 1 or not isinstance(site.call.args[0], Ref) or site.op.axis is None:
+        given = self._given(site)
+        if not isinstance(site.call.args[0], Ref) or site.op.axis is None:
             return site.pin_all("takes from all samples, or by indices that are computed")
-        (ids,), index = site.inputs, self._index(site)
-        axis = site.op.axis % ids.ndim
-        if axis == 0:
-            return site.pin_all("picks samples")
+        ids, axis = site.inputs[0], site.op.axis % site.inputs[0].ndim
+        site.pin_argument(given, "is used as indices")
         if not varies(ids, axis):
-            return [self._from_fixed(site, ids, axis, index)]
+            return [self._from_fixed(site, ids, axis, len(site.shape_of(given)))]
+        if isinstance(given, Ref) or axis == 0:
+            return site.pin_all("takes from all samples, or by indices that are computed")
+        index = self._index(site)
         if index.ndim != 1:
             return site.pin_all("picks single units")
         taken = np.take(ids, index % ids.shape[axis], axis)
         site.set_axis("taken", ids_along(taken, axis))  # so that not all of them vanish
         return [taken]
 
-    def _index(self, site: CallSite) -> np.ndarray:
+    def _given(self, site: CallSite) -> Any:
         given = site.call.kwargs.get("indices", (*site.call.args, None)[1])
-        return to_numpy(given).astype(int)
+        return given if isinstance(given, Ref) else to_numpy(given)
 
-    def _from_fixed(self, site: CallSite, ids: Ids, axis: int, index: np.ndarray) -> Ids:
-        first = ids.take(np.zeros((1,) * index.ndim, int), axis)
+    def _index(self, site: CallSite) -> np.ndarray:
+        return self._given(site).astype(int)
+
+    def _from_fixed(self, site: CallSite, ids: Ids, axis: int, ndim: int) -> Ids:
+        """What each row has is the same for all; indices of so many axes pick rows."""
+        first = ids.take(np.zeros((1,) * ndim, int), axis)
         return np.broadcast_to(first, site.output_shapes[0])
+
+    def keeps_batch(self, site: CallSite) -> bool:
+        # Indices with a batch of their own pick from every sample.
+        return isinstance(site.op.axis, int) and site.op.axis % site.inputs[0].ndim > 0
 
     def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:
         """Indices of what stays, counted among what stays."""
@@ -273,6 +286,23 @@ class TakeRule(Rule):
         index = self._index(site) % ids.shape[axis]
         index = index[kept.where(site.outputs[0], axis)]
         return (site.call.args[0], np.searchsorted(kept.where(ids, axis), index)), {}
+
+
+class SegmentRule(Rule):
+    """`ops.segment_sum` and the like: rows along the first axis are combined, unit by unit."""
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        given = (*site.call.args, *site.call.kwargs.values())
+        if not isinstance(given[0], Ref) or len(site.shape_of(given[1])) != 1:
+            return site.pin_all("combines constants, or segments of several axes")
+        site.pin_argument(given[1], "is used as numbers of segments")
+        ids = site.inputs[0]
+        if varies(ids, 0):
+            return site.pin_all("combines units")
+        return [np.broadcast_to(ids[:1], site.output_shapes[0])]
+
+    def keeps_batch(self, site: CallSite) -> bool:
+        return False
 
 
 class GetItemRule(Rule):
@@ -413,4 +443,5 @@ add(SplitRule(lambda op: 1), op_class("Hsplit"))
 add(SplitRule(lambda op: 2), op_class("Dsplit"))
 add(UnstackRule(), op_class("Unstack"))
 add(TakeRule(), op_class("Take"))
+add(SegmentRule(), *map(op_class, "SegmentSum SegmentMax SegmentMin SegmentProd".split()))
 add(GetItemRule(), op_class("GetItem"))

@@ -111,7 +111,7 @@ def rule_for(op: Any) -> Rule:
     rule = find(type(op)) or otherwise
     if rule is UNKNOWN:
         return rule
-    return rule if rule.applies(op) and not why_altered(op) else UNKNOWN
+    return rule if rule.applies(op) and not why_altered(op, rule.cuts_adapters) else UNKNOWN
 
 
 def parts_of(op: Any) -> list:

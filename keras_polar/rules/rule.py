@@ -92,9 +92,11 @@ class Rule:
 
     Attributes:
         fuses: whether a runtime computes it along with the operation before it, in no time.
+        cuts_adapters: whether `weights` knows adapters of low rank (LoRA) that the layer may have.
     """
 
     fuses = False
+    cuts_adapters = False
 
     def flow(self, site: CallSite) -> list[Ids]:
         """Ids of the outputs; ties, pins, reads and names axes on the way."""

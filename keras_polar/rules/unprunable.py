@@ -37,8 +37,8 @@ OPS = {
     "ForiLoop Cond VectorizedMap",
     "writes or reads at computed places": "Scatter ScatterUpdate Slice SliceUpdate TakeAlongAxis "
     "SearchSorted UnravelIndex IsIn Digitize",
-    "groups, counts or lists values": "SegmentReduction SegmentSum SegmentMax SegmentMin "
-    "SegmentProd Bincount Histogram Nonzero Unique InTopK OneHot MultiHot Size Ndim",
+    "groups, counts or lists values": "SegmentReduction Bincount Histogram Nonzero Unique InTopK "
+    "OneHot MultiHot Size Ndim",
     "mixes all elements, samples included": "Ravel Outer Vdot Kron Vstack Vsplit AllClose Select",
     "takes or makes diagonals": "Diag Diagflat Diagonal Trace Vander",
     "makes a tensor of its own": "Arange Linspace Logspace Geomspace Meshgrid Full EmptyLike View",

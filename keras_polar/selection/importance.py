@@ -79,9 +79,10 @@ def _parts(site: CallSite, layer: str) -> Iterator[Part]:
     unit_axes = set(site.produces if reads else site.axes)
     for name, axes in site.rule.weights(site.op).items():
         variable = variable_at(site.op, name)
-        if variable is None or name in STATISTICS:
+        if variable is None or name in STATISTICS or name.startswith("lora_"):
             continue
-        values = to_numpy(variable)
+        name = name.lstrip("_")  # what is computed with, adapters of low rank included
+        values = to_numpy(variable_at(site.op, name))
         for axis in (i for i, axis in enumerate(axes) if axis in unit_axes):
             rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
             yield Part(layer, site.op, name, site.axes[axes[axis]], rows, values.ndim > 1)

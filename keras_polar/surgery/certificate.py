@@ -68,11 +68,16 @@ def check_certificate(
     Raises:
         ValueError: the difference exceeds round-off (1e-4; 2e-2 in half precision).
     """
-    inputs = random_inputs(gated) if inputs is True else inputs
+    is_random = inputs is True
+    inputs = random_inputs(gated) if is_random else inputs
     try:
         deviation = difference(gated, small, inputs)
     except (TypeError, ValueError) as error:
-        raise ValueError(_do_not_fit(gated, inputs, error)) from error
+        raise ValueError(_do_not_fit(gated, inputs, error, is_random)) from error
+    except Exception as error:  # TensorFlow has errors of its own
+        if not is_random:
+            raise
+        raise ValueError(_do_not_fit(gated, inputs, error, is_random)) from error
     is_half = any("16" in layer.compute_dtype for layer in gated.layers)
     tolerance = 2e-2 if is_half else 1e-4
     if not deviation <= tolerance:
@@ -86,9 +91,15 @@ def check_certificate(
     return deviation
 
 
-def _do_not_fit(model: Any, inputs: Any, error: Exception) -> str:
+def _do_not_fit(model: Any, inputs: Any, error: Exception, is_random: bool) -> str:
     wanted = [tuple(x.shape) for x in model.inputs]
     received = [getattr(x, "shape", x) for x in tree.flatten(inputs)]
+    if is_random:
+        return (
+            f"verify: model {model.name!r} cannot be called on random inputs of shapes {received}: "
+            f"sizes that it leaves open, in {wanted}, are {UNKNOWN_SIZE} there, integers 0 or 1. "
+            f"Pass inputs of your own, verify=x. {error}"
+        )
     return (
         f"verify: expected at least one sample for each input of model {model.name!r}, in shapes "
         f"{wanted}, or True for random ones; received {received}. {error}"

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import Coupling, couple
 from keras_polar.gates.groups import require_gated
 from keras_polar.graph.configs import repair_configs
@@ -24,8 +25,8 @@ def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
 
     Args:
         gated: what `keras_polar.apply` returned.
-        verify: inputs of the model, or True for random ones: checks the certificate, that both
-            models give the same outputs.
+        verify: inputs of the model, or True for random ones (sizes that it leaves open are 32 in
+            those): checks the certificate, that both models give the same outputs.
         into: the `keras_hub` task that `apply` was given, or one that is built like it: the result
             is a task of its class around the smaller backbone, with its preprocessor.
 
@@ -81,9 +82,22 @@ def _warn_of_early_conversion(gated: Any) -> None:
         warnings.warn(
             f"convert({gated.name!r}): the gates are not settled, and their consensus removes "
             f"{found:.1%} of the {gated.consensus.measure} by now instead of {wanted:.1%}. Let "
-            "`fit` reach the settle step of the schedule, or call gated.settle() first.",
+            "`fit` reach the settle step of the schedule, or call gated.settle() first."
+            f"{_unfollowed(gated)}",
             stacklevel=3,
         )
+
+
+def _unfollowed(gated: Any) -> str:
+    """Of gates that were trained as if there were no schedule, or past its settle step."""
+    schedule = gated.consensus.schedule
+    step, steps = (int(to_numpy(v)) for v in (gated.consensus.step, gated.consensus.steps))
+    if step < schedule.settle_step(steps or step):
+        return ""
+    return (
+        " Nobody followed its training: `fit` of another model around it wants "
+        "callbacks=[keras_polar.callbacks.Follow(gated)]."
+    )
 
 
 def small_twin(
@@ -109,7 +123,8 @@ def _flags(gated: Any, coupling: Coupling) -> np.ndarray:
     producers = {name for group in gated.groups for name in group.members}
     lost = [s for s in coupling.sites if s.name in producers - made.keys()]
     closed = np.unique(coupling.roots[~flags]).tolist()
-    reasons = [f"{s.name!r} {why_altered(s.op) or 'has no rule'}" for s in lost]
+    found = [(s.name, why_altered(s.op, s.rule.cuts_adapters)) for s in lost]
+    reasons = [f"{name!r} {why or 'has no rule'}" for name, why in found]
     reasons += [coupling.reasons[root] for root in closed if root in coupling.reasons]
     if reasons:
         raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_polar.coupling.coupling import Coupling, analyze
 from keras_polar.gates.groups import is_gated
+from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import KeptUnits
 from keras_polar.surgery.cut import cut
 
@@ -42,7 +43,7 @@ def remove(model: Any, units: Mapping[str, Any]) -> keras.Model:
             f"remove: model {model.name!r} has gates. `convert` it first and cut the result, or "
             "close units of the gated model with `gated.groups[i].set_mask(mask)`."
         )
-    coupling = analyze(model)
+    coupling = analyze(as_functional(model))
     produced = coupling.produced()
     flags = np.ones(len(coupling.roots), bool)
     for name, indices in units.items():

@@ -16,6 +16,7 @@ from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.configs import OTHER_WEIGHTS, REMEDY, refuse_configs
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.subclassed import as_functional
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
 from keras_polar.surgery.tasks import Pipeline, is_task
@@ -42,6 +43,7 @@ def apply(
     latency_table: LatencyTable | str | os.PathLike | None = None,
     importance: str | Importance = "gradients",
     teacher: Teacher | keras.Model | None = None,
+    input_shape: Any = None,
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -49,9 +51,10 @@ def apply(
     Pass Training" (arXiv 2302.10798); the formulas are ours.
 
     Args:
-        model: a functional or built Sequential Keras model, fresh or trained. It is not changed.
-            A task of KerasHub: the gated model compiles and preprocesses as the task does; its
-            head keeps its units, so that `convert(gated, into=task)` can put it together again.
+        model: a functional or built Sequential Keras model, fresh or trained, or a subclassed one
+            whose `call` consists of layers and `keras.ops`. It is not changed. A task of KerasHub:
+            the gated model compiles and preprocesses as the task does; its head keeps its units,
+            so that `convert(gated, into=task)` can put it together again.
         sparsity: share of the cost to be removed, in (0, 1).
         measure: what `sparsity` is a share of: "weights" (`model.count_params()`), "macs"
             (multiply-accumulates per sample), "units" (channels and neurons), "latency" (time
@@ -93,13 +96,17 @@ def apply(
         teacher: a trained model, `model` itself in most cases, or a `keras_polar.Teacher` that
             also says how: the gated model learns to give its outputs, besides the labels, before
             and after the gates settle. A frozen copy teaches, with the values of this moment.
+        input_shape: of a subclassed network: the shape of one sample (None for open sizes), or
+            what its `call` takes with shapes in the places of tensors; a `keras.Input` instead of
+            a shape says the type as well. By default the shapes that it was called on first.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
 
     Raises:
         FileNotFoundError: there is no table of latencies at that path.
-        TypeError: the model is not functional, or an argument has the wrong type.
+        TypeError: the model is not functional and cannot be made so, or an argument has the wrong
+            type.
         ValueError: an argument is out of range or not known, the model has gates already, nothing
             in it can be pruned, `sparsity` cannot be reached (says what can), nobody can count the
             multiply-accumulates of a layer with weights (`measure="macs"`), or the table of
@@ -111,7 +118,8 @@ def apply(
             nobody can count the multiply-accumulates of a layer without weights
             (`measure="macs"`); layers stay whole because sizes of the inputs are open; a layer
             cannot be made anew from what it says of itself, so that neither the gated nor the
-            small model can be saved as a whole.
+            small model can be saved as a whole; a subclassed network does something else in
+            training.
 
     Example:
 
@@ -140,15 +148,16 @@ def apply(
         importance=importance,
         teacher=teacher,
     )
+    network, model = model, as_functional(model, input_shape)
     problem = pruning_problem(model, options)
     graph, inserter = problem.coupling.graph, GateInserter(problem)
     taught = problem.teaching
     visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)
     gated = rebuild(graph, visit, GatedModel)
-    gated.dtype_policy = model.dtype_policy  # by which `compile` decides about loss scaling
-    gated.pipeline = Pipeline(model) if is_task(model) else None
+    gated.dtype_policy = network.dtype_policy  # by which `compile` decides about loss scaling
+    gated.pipeline = Pipeline(network) if is_task(network) else None
     warn_of_ties(graph, "apply", inserter.copies.split)
-    _warn_of_own_training(model)
+    _warn_of_own_training(network)
     _warn_of_files(gated, graph)
     return gated
 

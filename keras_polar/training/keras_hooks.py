@@ -1,9 +1,12 @@
 """What training needs of Keras' trainer and optimizers that has no public name."""
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import keras
 
 
 def losses_are_handed_over(model: Any) -> bool:
@@ -13,10 +16,36 @@ def losses_are_handed_over(model: Any) -> bool:
 
 def is_called_by(function: Callable) -> bool:
     """Whether a function is being run. What Keras says of it differs between backends."""
+    return _frame_of(function) is not None
+
+
+def caller(method: Callable) -> Any:
+    """The object whose method is being run, None if it is not."""
+    frame = _frame_of(method)
+    return frame and frame.f_locals.get("self")
+
+
+def _frame_of(function: Callable) -> Any:
+    code = inspect.unwrap(function).__code__  # Keras wraps `fit` and others, all in one function
     frame: Any = sys._getframe()
-    while frame is not None and frame.f_code is not function.__code__:
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return frame is not None
+    return frame
+
+
+def leaves_losses_out(model: Any) -> bool:
+    """Whether a model is a `Distiller`, which does not train what its layers add as losses."""
+    return isinstance(model, keras.distillation.Distiller) and "compute_loss" not in vars(model)
+
+
+def add_losses(model: Any) -> None:
+    """Makes up for that, from its next training step on that is traced."""
+    own = model.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        return sum(model.losses, own(*args, **kwargs))
+
+    vars(model)["compute_loss"] = compute_loss
 
 
 def learning_rate(optimizer: Any) -> Any:

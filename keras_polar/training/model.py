@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import keras
@@ -26,7 +27,9 @@ from keras_polar.surgery.strip import scores_of
 from keras_polar.surgery.tasks import Pipeline
 from keras_polar.training.keras_hooks import (
     average_what_is_overwritten,
+    caller,
     is_called_by,
+    leaves_losses_out,
     losses_are_handed_over,
 )
 from keras_polar.training.loop import Run
@@ -59,6 +62,7 @@ class GatedModel(keras.Model):
             self.consensus.listeners = tuple(map(_listener, self.groups))
         if gates:
             mask_penalties(self)
+            self.consensus.alarm = partial(_warn_of_another_fit, self.name)
         if self.lesson is not None:
             self._attend(self.lesson)
 
@@ -124,6 +128,7 @@ class GatedModel(keras.Model):
                 if not group.settled:
                     group.set_mask(mask)
         self.consensus.settled.assign(1.0)
+        self.consensus.is_over = True
 
     def _importances(self) -> list[np.ndarray]:
         """What `select_units` ranks units by; infinite where masks were set by hand."""
@@ -225,7 +230,7 @@ class GatedModel(keras.Model):
             ValueError: processes of JAX that train together disagree.
         """
         require_supported(self)
-        _warn_of_frozen_gates(self)
+        warn_of_frozen_gates(self)
         average_what_is_overwritten(self)
         arguments = inspect.signature(super().fit).bind(*args, **kwargs).arguments
         if self.pipeline is not None:
@@ -328,12 +333,13 @@ class GatedModel(keras.Model):
         return self.sub_network.model.trainable_weights
 
     def _refuse_distiller(self, training: Any) -> None:
-        if training and is_called_by(keras.distillation.Distiller.call):
+        if training and leaves_losses_out(caller(keras.distillation.Distiller.call)):
             raise NotImplementedError(
                 f"keras.distillation.Distiller cannot train the gated model {self.name!r}: it "
                 "leaves out the losses of its student, the gates' among them, and the schedule "
-                "that settles them. Expected a student without gates. Train the gated model with "
-                "its own `fit` first; `small = keras_polar.convert(gated)` can be the student then."
+                "that settles them. Give `distiller.fit` callbacks=[keras_polar.callbacks.Follow("
+                "gated)], which makes up for both, or a student without gates: train the gated "
+                "model with its own `fit` first, and take `keras_polar.convert(gated)`."
             )
 
 
@@ -343,7 +349,19 @@ def _listener(group: GateGroup) -> tuple:
     return gate.log_damage, gate.is_led_open, lambda lead: gate.lead.assign(lead)
 
 
-def _warn_of_frozen_gates(gated: GatedModel) -> None:
+def _warn_of_another_fit(name: str) -> None:
+    """`fit` of a gated model settles its gates; that of another model knows nothing of them."""
+    if is_called_by(keras.Model.fit):
+        warnings.warn(
+            f"The gated model {name!r} is trained by the `fit` of another model, which does not "
+            "say how many steps there are and never settles the gates: nothing will be pruned. "
+            "Give that fit callbacks=[keras_polar.callbacks.Follow(gated)], or "
+            "call gated.settle() beforehand if it is to train the sub-network alone.",
+            stacklevel=2,
+        )
+
+
+def warn_of_frozen_gates(gated: GatedModel) -> None:
     """Loops over all layers freeze gates as well: then nothing says which units are to go."""
     names = [g._gate.name for g in gated.groups if not g._gate.trainable and not g.settled]
     if names:

@@ -249,10 +249,12 @@ def _check_macs(measure: Any, coupling: Coupling, model: Any) -> None:
 def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     if "channels" not in kinds:
         return "It has no residual branch that could go as a whole"
-    altered = {s.name: why_altered(s.op) for s in coupling.sites}
+    altered = {s.name: why_altered(s.op, s.rule.cuts_adapters) for s in coupling.sites}
     why = [f"{name}: {reason}" for name, reason in altered.items() if reason]
     why += [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
-    why += [f"{s.name}: {s.refused}" for s in coupling.sites if s.call.note and s.refused]
+    refused = [s for s in coupling.sites if s.refused and not altered[s.name]]
+    refused = [s for s in refused if s.call.note or getattr(s.op, "weights", None)]
+    why += [f"{s.name}: {s.refused}" for s in refused]
     of_size = [x for x in why if OPEN_LENGTH in x]
     why = [*of_size[:1], *(x for x in why if OPEN_LENGTH not in x)]
     return "; ".join(why) or "It has no layer whose units could go"

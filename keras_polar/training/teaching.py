@@ -15,6 +15,7 @@ from keras_polar.graph.clone import Copies, copy_weights
 from keras_polar.graph.ir import Call, Graph, Ref, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.rebuild import rebuild
+from keras_polar.graph.subclassed import as_functional
 from keras_polar.graph.trace import trace
 from keras_polar.rules import trace_model
 
@@ -65,7 +66,8 @@ def teaching_of(teacher: Any, graph: Graph) -> Teaching | None:
     if teacher is None:
         return None
     given = teacher if isinstance(teacher, Teacher) else _teacher(teacher)
-    sides = _Side(graph), _Side(_traced(given.model), trace_model(given.model))
+    whole = as_functional(given.model)
+    sides = _Side(graph), _Side(_traced(whole), trace_model(whole))
     losses = given.losses or [LogitsDistillation()]
     found = [_compared(loss, *sides) for loss in losses]
     comparisons = [

@@ -147,10 +147,6 @@ def test_apply_to_a_quantized_model_says_so():
     model.quantize("int8")
     with pytest.raises(ValueError, match=r"first: has been quantized by Keras \(int8\)"):
         keras_polar.apply(model, 0.5)
-    model = dense_net(16)
-    model.get_layer("first").enable_lora(2)
-    row = next(r for r in keras_polar.inspect(model).rows if r.name == "first")
-    assert "LoRA" in row.reason
 
 
 def test_adapters_are_merged_by_the_export(tmp_path):
@@ -163,6 +159,17 @@ def test_adapters_are_merged_by_the_export(tmp_path):
     report = export_tflite(model, path)
     assert report.relative_difference <= 1e-5
     assert report.bytes < plain + 1000
+
+
+def test_a_length_that_is_too_short_for_the_model_is_ours(tmp_path):
+    inputs = keras.Input((None, 4))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Conv1D(8, 41)(inputs)))
+    told = r"tried on random samples of shapes \[\(32, 4\)\]; .*Pass evaluation_data=x"
+    with pytest.raises(ValueError, match=told):
+        export_tflite(model, tmp_path / "net.tflite")
+    samples = np.random.default_rng(0).random((3, 60, 4), "float32")
+    report = export_tflite(model, tmp_path / "net.tflite", evaluation_data=samples)
+    assert report.relative_difference <= 1e-5
 
 
 # --- other formats ---------------------------------------------------------------------------

@@ -265,3 +265,16 @@ def test_a_rule_that_fits_in_shape_but_not_in_function_is_caught_at_its_layer():
     close_half(gated)
     with pytest.raises(ValueError, match=r"first layer that differs is 'reversed' \(Reversed\)"):
         keras_polar.convert(gated, verify=True)
+
+
+def test_random_inputs_that_a_model_with_open_sizes_cannot_take_are_told_apart_from_the_users():
+    inputs = keras.Input((None, 4))
+    x = layers.Conv1D(8, 3)(layers.Conv1D(8, 41, activation="relu")(inputs))
+    gated = keras_polar.apply(keras.Model(inputs, layers.Dense(2)(x)), 0.1, gate="static")
+    gated.settle()
+    told = (
+        r"random inputs of shapes \[\(5, 32, 4\)\]: sizes that it leaves open.* are 32 .*verify=x"
+    )
+    with pytest.raises(ValueError, match=told):
+        keras_polar.convert(gated, verify=True)
+    keras_polar.convert(gated, verify=np.ones((3, 60, 4), "float32"))

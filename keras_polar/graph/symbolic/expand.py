@@ -8,21 +8,30 @@ Python code can do more than a graph can say, so that every layer is opened twic
 sizes, once in training and once in inference mode. What is the same both times is what the layer
 does; sizes that grow with the batch are recognised by the prime numbers that stand for it. A layer
 that differs otherwise, that uses a trainable variable of its own, changes one, draws random
-numbers or adds a loss is not opened (`CannotTrace` says why): something of it would be lost.
+numbers or adds a loss is not opened (`CannotTrace` says why): something of it would be lost. Of a
+whole network inference mode counts then, with a warning, and variables that it uses element by
+element get a layer (see held.py).
 """
 
+import ast
+import inspect
+import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import keras
 from keras import KerasTensor, tree
 
 from keras_polar.graph.keras_private import backend
+from keras_polar.graph.symbolic.held import held_by
 from keras_polar.graph.symbolic.merge import BATCHES, Expansion, LeafMerge, Merge
 from keras_polar.graph.symbolic.record import (
     CallRecorder,
     CannotTrace,
+    DiffersInTraining,
     Reads,
     RecordedRun,
     in_mode,
@@ -60,12 +69,61 @@ def open_layer(
             continue
         try:
             opened = Merge(first, second).opened()
-        except CannotTrace:
-            if not _close_culprits(first, opens, closed):
+        except CannotTrace as error:
+            if _close_culprits(first, opens, closed):
+                continue
+            if not isinstance(error, DiffersInTraining):
                 raise
-            continue
+            again = run_layer(op, args, kwargs, opens, closed, BATCHES[1], False)
+            opened = _in_inference(op, first, again, second, error)
+        held = held_by(op, first.variables, opened.steps, BATCHES[0])
+        opened = replace(opened, inlets=first.inputs, held=held, closed=closed)
         _check_variables(op, opened)
-        return replace(opened, closed=closed)
+        return opened
+
+
+def _in_inference(
+    op: Any, first: RecordedRun, again: RecordedRun, trained: RecordedRun, error: CannotTrace
+) -> Expansion:
+    """What a whole network does in inference mode, should it do something else in training.
+
+    Layers inside stay as they are: what they do in training (BatchNormalization, Dropout, a block
+    that is left out at random) is not to be lost.
+    """
+    where = mode_asked_for(op)
+    why_not = DiffersInTraining(f"{error}{where and f' ({where})'}")
+    if not isinstance(op, keras.Model):
+        raise why_not from error
+    try:
+        opened = Merge(first, again, (False, False)).opened()
+    except CannotTrace:
+        raise why_not from error
+    fixed = {id(s.op) for s in trained.steps if s.kwargs.get("training") is False}
+    if any(id(s.op) in fixed for s in opened.steps):
+        raise why_not from error
+    warnings.warn(
+        f"{type(op).__name__} {op.name!r} {why_not}: what is made of it computes, in training as "
+        "well, what that does in inference mode. What only training has (outputs, losses) is "
+        "left out; layers that differ by themselves, Dropout say, go on to do so.",
+        stacklevel=2,
+    )
+    return opened
+
+
+def mode_asked_for(op: Any) -> str:
+    """Where the `call` of a layer asks whether it is training; empty if that is not to be seen."""
+    try:
+        lines, start = inspect.getsourcelines(type(op).call)
+        code = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    file = Path(inspect.getsourcefile(type(op)) or "").name
+    asked = [x.test for x in ast.walk(code) if isinstance(x, (ast.If, ast.IfExp))]
+    for test in asked:
+        if "training" in {getattr(x, "id", "") for x in ast.walk(test)}:
+            line = lines[test.lineno - 1].strip()
+            return f"line {start + test.lineno - 1} of {file}: `{line}`"
+    return ""
 
 
 def run_functional(
@@ -91,6 +149,7 @@ def _check_masks(run: RecordedRun) -> None:
 def _check_variables(op: Any, opened: Expansion) -> None:
     """Nothing that is trained may be missing from the calls that stand for the layer."""
     reached = {id(v) for s in opened.steps for v in getattr(s.op, "weights", ())}
+    reached |= {id(h.variable) for h in opened.held}
     for variable in op.weights:
         if variable.trainable and id(variable) not in reached:
             raise CannotTrace(f"does not use its variable {variable.path!r} by way of a sublayer")
@@ -127,7 +186,7 @@ def _try_alone(layer: Any, args: tuple, kwargs: dict, opens: Callable, closed: d
             run_layer(layer, args, kwargs, lambda x: opens(x) and id(x) not in closed, {}, b, t)
             for b, t in zip(BATCHES, (False, True), strict=True)
         ]
-        Merge(*pair).opened()
+        Merge(pair[0], pair[1]).opened()
     except CannotTrace as error:
         closed[id(layer)] = str(error)
 

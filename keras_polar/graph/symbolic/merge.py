@@ -14,7 +14,13 @@ import numpy as np
 from keras import KerasTensor, tree
 
 from keras_polar.graph.keras_private import backend
-from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, RecordedRun, tensors_in
+from keras_polar.graph.symbolic.record import (
+    CannotTrace,
+    DiffersInTraining,
+    RecordedCall,
+    RecordedRun,
+    tensors_in,
+)
 
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.
@@ -37,25 +43,32 @@ class Expansion:
     outputs: list
     closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
     variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
+    held: list = field(default_factory=list)  # of a network: what `Held` says of its own weights
 
 
 class Merge:
-    """Reduces two runs, of different batch sizes and modes, to one that holds for both."""
+    """Reduces two runs, of different batch sizes and modes, to one that holds for both.
 
-    def __init__(self, first: RecordedRun, second: RecordedRun) -> None:
-        self.first, self.second = first, second
+    Args:
+        modes: of the runs, whether they were for training.
+    """
+
+    def __init__(
+        self, first: RecordedRun, second: RecordedRun, modes: Iterable[bool] = (False, True)
+    ) -> None:
+        self.first, self.second, self.modes = first, second, list(modes)
         self.numbers: list[dict[int, int]] = [{}, {}]
         self._number(first.inlets, second.inlets)
 
     def _number(self, a: list, b: list) -> None:
         if len(a) != len(b):
-            raise CannotTrace("behaves differently in training")
+            raise DiffersInTraining()
         for table, tensors in zip(self.numbers, (a, b), strict=True):
             table.update((id(x), len(table) + i) for i, x in enumerate(tensors))
 
     def opened(self) -> Expansion:
         if len(self.first.steps) != len(self.second.steps):
-            raise CannotTrace("behaves differently in training")
+            raise DiffersInTraining()
         pairs = zip(self.first.steps, self.second.steps, strict=True)
         steps = [self._step(a, b) for a, b in pairs]
         self.value(self.first.outputs, self.second.outputs)
@@ -64,9 +77,9 @@ class Merge:
     def _step(self, a: RecordedCall, b: RecordedCall) -> RecordedCall:
         is_layer = isinstance(a.op, keras.layers.Layer)
         if type(a.op) is not type(b.op) or (is_layer and not _alike(a.op, b.op)):
-            raise CannotTrace("behaves differently in training")
+            raise DiffersInTraining()
         modes = [x.kwargs.get("training") for x in (a, b)]
-        if modes not in ([False, True], [None, None]):
+        if modes not in (self.modes, [None, None]):
             raise CannotTrace(f"sets the mode of {a.op.name!r} (training={modes[0]}) itself")
         given = [{k: v for k, v in x.kwargs.items() if k != "training"} for x in (a, b)]
         args, kwargs = self.value((a.args, given[0]), (b.args, given[1]))
@@ -84,7 +97,7 @@ class Merge:
         """The first of two `keras.ops` nodes, its attributes free of the batch size."""
         attributes, others = (_attributes(op) for op in (step.op, other))
         if attributes.keys() != others.keys():
-            raise CannotTrace("behaves differently in training")
+            raise DiffersInTraining()
         merged = {k: self.value(attributes[k], others[k]) for k in attributes}
         if "newshape" in merged:
             merged["newshape"] = _newshape(merged["newshape"], step.outputs[0].shape)
@@ -174,7 +187,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _differ() -> Any:
-    raise CannotTrace("behaves differently in training, or computes with the batch size")
+    raise DiffersInTraining("behaves differently in training, or computes with the batch size")
 
 
 def _whole_number(a: Any, b: Any) -> Any:

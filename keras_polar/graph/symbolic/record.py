@@ -6,9 +6,11 @@ Keras records on them are taken away again: the caller's layers are as before af
 
 import functools
 import itertools
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -23,6 +25,13 @@ class CannotTrace(Exception):
 
     The message says why: what the layer does or has, as follows on "it".
     """
+
+
+class DiffersInTraining(CannotTrace):
+    """A layer that computes something else in training, or with another batch size."""
+
+    def __init__(self, message: str = "behaves differently in training") -> None:
+        super().__init__(message)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +55,7 @@ class RecordedRun:
     outputs: list
     composites: list = field(default_factory=list)  # (layer, args, kwargs) opened on the way
     buffers: set[int] = field(default_factory=set)  # ids of variables that are constants
-    inputs: list = field(default_factory=list)  # of a leaf: the inlets that are no variables
+    inputs: list = field(default_factory=list)  # the inlets that are no variables
     variables: dict[str, Any] = field(default_factory=dict)
     loses_mask: bool = False  # an output has a mask that the calls do not attach to it
 
@@ -89,16 +98,30 @@ def run_layer(
     if training is not None:
         kwargs = _with_training(op, kwargs, training)
     watch = CallRecorder(op, opens, closed, needs_masks)
+    held = {} if batch is None else _own_weights(op)
+    symbols = {k: keras.Input(batch_shape=v.shape, dtype=_cast(op, v)) for k, v in held.items()}
     with watch(training):
+        vars(op).update(symbols)
         try:
             outputs = op(*args, **kwargs)
         except Exception as error:
-            raise CannotTrace(_with_sizes(why(error), args, kwargs)) from error
-        inlets, flat = list(fresh.values()), [x for x in tree.flatten(outputs) if x is not None]
+            reason = f"{why(error)}{line_of(op, error)}"
+            raise CannotTrace(_with_sizes(reason, args, kwargs)) from error
+        finally:
+            vars(op).update(held)
+        inlets = [*fresh.values(), *symbols.values()]
+        flat = [x for x in tree.flatten(outputs) if x is not None]
         flat = [_symbolic(x, inlets[0]) for x in flat]
         steps = named(steps_between(flat, inlets, watch), watch)
     return RecordedRun(
-        inlets, steps, flat, watch.composites, watch.buffers, loses_mask=watch.loses_mask
+        inlets,
+        steps,
+        flat,
+        watch.composites,
+        watch.buffers,
+        inputs=list(fresh.values()),
+        variables=symbols,
+        loses_mask=watch.loses_mask,
     )
 
 
@@ -129,6 +152,38 @@ def why(error: Exception) -> str:
     if isinstance(error, CannotTrace):
         return text
     return f"does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
+
+
+def _own_weights(op: Any) -> dict[str, Any]:
+    """The trained variables that a network holds itself, by the names of its attributes."""
+    if not isinstance(op, keras.Model):
+        return {}
+    own = {id(v) for v in op._trainable_variables} - handed(op).keys()
+    return {k: v for k, v in vars(op).items() if id(v) in own}
+
+
+def _cast(op: Any, variable: Any) -> str:
+    """The type that a layer's variable has in its call."""
+    is_float = keras.backend.is_float_dtype(variable.dtype)
+    return op.compute_dtype if is_float else variable.dtype
+
+
+def line_of(op: Any, error: Exception) -> str:
+    """The latest line of the code around a network's `call` that led to an error."""
+    if isinstance(error, CannotTrace) or not isinstance(op, keras.Model):
+        return ""
+    file = type(op).call.__code__.co_filename
+    frames = [f for f in _frames_behind(error) if f.filename == file]
+    if not frames:
+        return ""
+    return f" at line {frames[-1].lineno} of {Path(file).name}: `{frames[-1].line}`"
+
+
+def _frames_behind(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
+    """Where an error comes from; Keras and JAX raise others in its place."""
+    while error is not None:
+        yield from traceback.extract_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _with_sizes(reason: str, args: tuple, kwargs: dict) -> str:
