@@ -49,6 +49,7 @@ __all__ = [
     "own_variables",
     "parts_of_layer",
     "remembered_arguments",
+    "scale_scores_alike",
     "source_of",
     "takes_training",
     "to_snake_case",
@@ -216,3 +217,14 @@ def source_of(tensor: Any) -> tuple[Any, int, list]:
 def without_latest_call(op: Any) -> None:
     """Takes the graph node of the latest symbolic call away from an operation; its model has it."""
     del op._inbound_nodes[-1:]
+
+
+def scale_scores_alike(source: Any, target: Any) -> bool:
+    """Has attention divide its scores as another layer does; whether there is anything to divide.
+
+    Stock layers divide by the root of the width of their own keys.
+    """
+    names = [n for n in ("_inverse_sqrt_key_dim", "_inverse_sqrt_head_dim") if n in vars(source)]
+    for name in names:
+        setattr(target, name, getattr(source, name))
+    return bool(names)

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from keras_polar.backends import to_numpy
-from keras_polar.graph.keras_private import layers_of
+from keras_polar.graph.keras_private import layers_of, scale_scores_alike
 from keras_polar.processes import assign
 from keras_polar.surgery.convert import small_twin
 from keras_polar.surgery.cut import Piece
@@ -58,7 +58,7 @@ class Compaction:
                 self.model, cutter = small_twin(gated, lesson_of_twin(gated))
             except (TypeError, ValueError) as error:
                 raise CannotCompact(f"its smaller one cannot be made: {error}") from error
-            _refuse_scaled(cutter.pieces)
+            _refuse_scaled(cutter.pieces, _scaled_alike(cutter.twins))
             _refuse_spectral(cutter.twins)
             self.metrics, states = _metrics(cutter.twins)
             self.whole = gated.optimizer
@@ -143,12 +143,22 @@ def _masks(gated: Any) -> list[np.ndarray]:
     return [group.mask for group in gated.groups]
 
 
-def _refuse_scaled(pieces: Iterable[Piece]) -> None:
+def _scaled_alike(twins: Iterable[tuple[Any, Any]]) -> set[int]:
+    """Ids of the variables of attention, which divides by the width of its whole keys from now on.
+
+    Then the weights need not be rescaled when keys become narrower, and learn as they would have.
+    """
+    layers = (zip(layers_of(a), layers_of(b), strict=True) for a, b in twins if _is_layer(a))
+    pairs = itertools.chain.from_iterable(layers)
+    scaled = [whole for whole, part in pairs if scale_scores_alike(whole, part)]
+    return {id(v) for whole in scaled for v in whole.variables}
+
+
+def _refuse_scaled(pieces: Iterable[Piece], scaled_alike: set[int]) -> None:
     for piece in pieces:
-        if piece.factor != 1:
+        if piece.factor != 1 and id(piece.whole) not in scaled_alike:
             raise CannotCompact(
-                f"{piece.whole.path!r} is rescaled when it is cut (attention keys), which changes "
-                "its gradients"
+                f"{piece.whole.path!r} is rescaled when it is cut, which changes its gradients"
             )
 
 

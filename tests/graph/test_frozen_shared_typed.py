@@ -508,7 +508,6 @@ def check_type(dtype, model, x, tmp_path, **options):
             assert keras.backend.standardize_dtype(v.dtype) == "float32", v.path
 
 
-@pytest.mark.filterwarnings("ignore:fit goes on with the whole network")
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 @pytest.mark.parametrize(("dtype", "name", "gate"), quick(FLOATS[::4], FLOATS))
 def test_trains_in_other_floats(dtype, name, gate, floatx, tmp_path):

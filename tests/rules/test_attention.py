@@ -215,9 +215,7 @@ def values(model):
 @pytest.mark.parametrize("gate", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
 def test_gated_transformer_trains_saves_and_loads(gate, tmp_path):
     schedule = keras_polar.Schedule(0.1, 0.4, 0.8)  # of 16 steps, some in which gates learn
-    # Cut keys are rescaled: `fit` would say that it does not compact them.
-    options = {"gate": gate, "schedule": schedule, "compact": False}
-    gated = keras_polar.apply(transformer(blocks=1), 0.3, **options)
+    gated = keras_polar.apply(transformer(blocks=1), 0.3, gate=gate, schedule=schedule)
     tokens, labels = padded_tokens(64), np.arange(64) % 2
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     gated.compile("adam", loss, jit_compile=False)

@@ -13,8 +13,6 @@ hub = pytest.importorskip("keras_hub")
 M = hub.models
 WORDS = ["the", "quick", "brown", "fox", "jumped", "over", "a", "lazy", "dog", "."]
 VOCABULARY = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *WORDS]
-# Attention keys are not compacted.
-pytestmark = pytest.mark.filterwarnings("ignore:fit goes on with the whole network")
 
 
 def image_classifier():

@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from helpers import close_half, randomise, small_resnet
+from helpers import close_half, quick, randomise, small_resnet
 from keras import layers, ops
 
 import keras_polar
@@ -116,6 +116,37 @@ def test_the_run_goes_on_as_it_would_have(name):
 
 def _all(gated):
     return [*gated.variables, *gated.optimizer.variables]
+
+
+@pytest.mark.parametrize("kind", quick(["heads"], ["heads", "grouped", "in time"]))
+def test_narrower_keys_learn_as_they_would_have(kind):
+    """Attention goes on dividing its scores by the width of the whole keys."""
+    inputs = keras.Input((4, 6, 8) if kind == "in time" else (6, 8))
+    attention = layers.GroupQueryAttention(8, 4, 2) if kind == "grouped" else None
+    attention = attention or layers.MultiHeadAttention(2, 8, name="attention")
+    if kind == "in time":
+        frame = keras.Input((6, 8))
+        attended = keras.Model(frame, attention(frame, frame))
+        x = layers.TimeDistributed(attended)(inputs)
+    else:
+        x = attention(inputs, inputs)
+    x = layers.Dense(3)(layers.Flatten()(x))
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((32, *inputs.shape[1:])).astype("float32"), rng.integers(0, 3, 32)
+    model = randomise(keras.Model(inputs, x))
+    runs = []
+    for compact in (True, False):
+        gated = keras_polar.apply(model, 0.2, gate="static", compact=compact, schedule=LONG)
+        gated.compile(optimizers.Adam(1e-2), LOSS, jit_compile=False)
+        assert any("key" in group.name for group in gated.groups)
+        close_half(gated)
+        options = {"batch_size": 8, "epochs": 3, "shuffle": False, "verbose": 0}
+        runs.append((gated.fit(*data, **options).history["loss"], gated))
+    (losses, small), (wanted, whole) = runs
+    np.testing.assert_allclose(losses, wanted, rtol=2e-5)
+    assert losses[-1] < losses[0]
+    assert difference(whole, small, data[0]) <= 1e-4
+    keras_polar.convert(small, verify=data[0])
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="written with TensorFlow")
