@@ -195,7 +195,7 @@ CASES = {
     "normalize": (dense(lambda x: ops.normalize(x, axis=-1)), 8 + 5),
     "unit_normalization": (dense(layers.UnitNormalization()), 8 + 5),
     "norm": (dense(lambda x: x * ops.norm(x, axis=-1, keepdims=True)), 8 + 5),
-    "layer_norm_op": (dense(lambda x: ops.layer_normalization(x, constant(8), constant(8))), 5),
+    "layer_norm_op": (dense(lambda x: ops.layer_normalization(x, constant(8), constant(8))), 8 + 5),
     "layer_norm_positions": (dense(lambda x: ops.layer_normalization(x, axis=1)), 8 + 5),
     "batch_norm_op": (
         dense(
