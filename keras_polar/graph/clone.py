@@ -81,22 +81,24 @@ def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any]) -> Any:
         with contextlib.suppress(TypeError):
             return duplicate(op, name, made=made)
     try:
-        config = _config_of(op)
-        arrays = _without_arrays(op, config) if changes else {}
-        new = _from_config(op, {**config, **arrays, "name": name, **changes})
-        hand_on(op, new)
-        return new
+        return _from_its_config(op, name, changes)
     except Exception as error:
-        if not op.weights and not changes:
-            return with_other_values(
-                op, name=name
-            )  # nothing to train and nothing to copy (a Lambda, say)
+        if not op.weights and not changes:  # nothing to train or to copy (a Lambda, say)
+            return with_other_values(op, name=name)
         if not changes:
             return duplicate(op, name, made=made)
         raise TypeError(
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
         ) from error
+
+
+def _from_its_config(op: Any, name: str, changes: dict) -> Any:
+    config = _config_of(op)
+    arrays = _without_arrays(op, config) if changes else {}
+    new = _from_config(op, {**config, **arrays, "name": name, **changes})
+    hand_on(op, new)
+    return new
 
 
 def _config_of(op: Any) -> dict:
@@ -170,9 +172,9 @@ def _sized(op: Any, numbers: Container[int]) -> dict[str, int]:
 
 
 def _built(op: Any, args: tuple, kwargs: dict, changes: dict) -> Any:
-    """A clone that was called on these KerasTensors; None if it cannot be."""
+    """A new layer that was called on these KerasTensors; None if it cannot be."""
     try:
-        twin = clone(op, op.name, **changes)
+        twin = _from_its_config(op, op.name, changes)
         twin(*args, **kwargs)
     except Exception:
         return None
