@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_polar.graph.handed import SETTINGS, attributes_of_every_layer
+from keras_polar.graph.handed import SETTINGS, attributes_of_every_layer, handed
 from keras_polar.graph.keras_private import (
     call_on_symbols,
     is_from_keras,
@@ -110,6 +110,8 @@ def _problems(layer: Any) -> Iterator[tuple[Any, str]]:
         for part in () if isinstance(layer, keras.Model) else parts_of_layer(layer):
             yield from _problems(part)
         return
+    if handed(layer):
+        return  # no file holds what a layer was handed, nor did one of the model before
     arguments, why = _config_of(layer)
     if why:
         arguments, why = _built_by_its_call(layer) or (arguments, why)
