@@ -151,6 +151,8 @@ def trace_model(model: Any) -> Graph:
 
 
 def find(layer_class: type) -> Rule | None:
-    """The registered rule of a class, or None."""
+    """The registered rule of a class, or None; also for what is none."""
     found = _REGISTRY.get(layer_class)
-    return found or _BY_NAME.get(f"{layer_class.__module__}.{layer_class.__qualname__}")
+    if found is not None or not isinstance(layer_class, type):
+        return found
+    return _BY_NAME.get(f"{layer_class.__module__}.{layer_class.__qualname__}")

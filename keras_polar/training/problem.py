@@ -97,7 +97,8 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     teaching = teaching_of(options.teacher, whole.graph)
     features = () if teaching is None else teaching.features
     comparable = keeping(whole, features, "is compared with the teacher")
-    ignore = [*options.ignore, *widths_of_head(model, whole.sites)]
+    head = widths_of_head(model, whole.sites)
+    ignore = [*options.ignore, *head] if head else options.ignore
     coupling = ignoring(comparable, ignore if "channels" in options.granularity else "*")
     branches = branches_of(coupling, ignore) if "blocks" in options.granularity else ()
     names = [site.name for site in coupling.sites]
