@@ -35,10 +35,10 @@ class Copies:
         self.made: dict[int, Any] = {}
         self.split: set[int] = set()
 
-    def of(self, op: Any, name: str, **changes: Any) -> Any:
+    def of(self, op: Any, name: str, is_cut: bool = False, **changes: Any) -> Any:
         """A copy of an operation with other values in its config; see `clone`."""
-        new = clone(op, name, self.made, **changes)
-        if isinstance(op, keras.layers.Layer) and not changes:
+        new = clone(op, name, self.made, is_cut, **changes)
+        if isinstance(op, keras.layers.Layer) and not is_cut and not changes:
             parts = zip(layers_of(op), layers_of(new), strict=False)  # some come with the call
             self.made.update((id(a), b) for a, b in parts if type(a) is type(b))
         return new
@@ -55,27 +55,32 @@ class Copies:
 
 
 def clone(
-    op: Any, name: str, made: Mapping[int, Any] = MappingProxyType({}), **changes: Any
+    op: Any,
+    name: str,
+    made: Mapping[int, Any] = MappingProxyType({}),
+    is_cut: bool = False,
+    **changes: Any,
 ) -> Any:
     """A new operation with the same configuration but for `name` and `changes`; not built.
 
     Args:
         made: copies of parts and variables, by the ids of the originals, for it to hold.
+        is_cut: whether it is to be built for inputs with fewer units.
 
     Raises:
         TypeError: the layer cannot be made anew from its `get_config()`.
     """
-    new = _clone(op, name, changes, made)
+    new = _clone(op, name, changes, made, is_cut)
     if refused(op):
         refuse_config(new, refused(op))
     return new
 
 
-def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any]) -> Any:
+def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_cut: bool) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
-    is_special = has_parts(op) or not is_from_keras(op) or any(id(v) in made for v in op.weights)
-    if not changes and op.built and is_special:
+    is_special = not is_from_keras(op) or any(id(v) in made for v in op.weights)
+    if not changes and op.built and (has_parts(op) or (is_special and not is_cut)):
         # A new one could make its variables in another order, under other names; what a config
         # leaves out nobody may have missed so far; and it would have variables of its own.
         with contextlib.suppress(TypeError):

@@ -60,7 +60,10 @@ class Cutter:
         is_new = key not in self.made
         if is_new:
             copies, name = self.copies, self._name(site)
-            own = copies.of(site.op, name, **changes) if changes else copies.same(site.op, name)
+            is_cut = _is_cut(site, self.kept)
+            own = (
+                copies.of(site.op, name, True, **changes) if is_cut else copies.same(site.op, name)
+            )
             self.made[key] = own
         op = self.made[key]
         args, kwargs = site.rule.arguments(site, self.kept)
@@ -132,10 +135,13 @@ def _off(full: Any, small: Any, ids: np.ndarray, kept: KeptUnits) -> float:
     return float(np.abs(full - small).max(initial=0) / max(np.abs(full).max(initial=0), 1e-30))
 
 
-def _changes(site: CallSite, kept: KeptUnits) -> dict[str, Any]:
+def _is_cut(site: CallSite, kept: KeptUnits) -> bool:
     is_cut = any(not kept.all(v) for v in site.axes.values())
-    is_cut = is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
-    return site.rule.config(site, kept) if is_cut else {}
+    return is_cut or any(not kept.flags[i[i >= 0]].all() for i in _small(site))
+
+
+def _changes(site: CallSite, kept: KeptUnits) -> dict[str, Any]:
+    return site.rule.config(site, kept) if _is_cut(site, kept) else {}
 
 
 def _small(site: CallSite) -> list[np.ndarray]:
