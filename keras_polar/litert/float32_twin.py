@@ -109,7 +109,7 @@ def _input_as_float32(layer: Any) -> Any:
 
 def _copy(call: Call, unrolled: bool) -> Any:
     if not _is_layer(call.op):
-        return clone(call.op, call.name, {}, **_names_of_floats(call.op))
+        return clone(call.op, call.name, {}, False, **_names_of_floats(call.op))
     try:
         new = duplicate(call.op, call.name, PRECISION)
     except TypeError:
