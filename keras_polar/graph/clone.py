@@ -45,7 +45,9 @@ class Copies:
 
     def same(self, op: Any, name: str) -> Any:
         """The one copy of an operation, made if there is none: as a part it keeps its name."""
-        return self.made[id(op)] if id(op) in self.made else self.of(op, name)
+        if id(op) not in self.made:
+            self.made[id(op)] = self.of(op, name)
+        return self.made[id(op)]
 
     def note(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """Variables and what they have become."""
