@@ -451,7 +451,8 @@ def steps_between(outputs: list, inlets: list, watch: CallRecorder) -> list[Reco
             stack.append((node, True))
             needed = [*node.arguments.keras_tensors]
             if id(node.operation) in watch.masked:
-                needed += filter(None.__ne__, map(backend.get_keras_mask, needed))
+                masks = map(backend.get_keras_mask, needed)
+                needed = [*needed, *(m for m in masks if m is not None)]
             stack += [(_node(x, known), False) for x in reversed(needed)]
     return steps
 
