@@ -81,22 +81,13 @@ def clone(
 def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_cut: bool) -> Any:
     if not isinstance(op, keras.layers.Layer):
         return _clone_op_node(op, name, changes)
-    is_special = has_parts(op) or not (is_cut or is_from_keras(op))
-    is_special = is_special or any(id(v) in made for v in op.weights)
-    if not changes and op.built and is_special:
-        # A new one could make its variables in another order, under other names; what a config
-        # leaves out nobody may have missed so far; and it would have variables of its own.
+    if not changes and op.built and _is_special(op, made, is_cut):
         with contextlib.suppress(TypeError):
             return duplicate(op, name, made=made)
     try:
-        config = _config_of(op, changes)
-        arrays = _without_arrays(op, config) if changes else {}
-        new = _from_config(op, {**config, **arrays, "name": name, **changes})
-        hand_on(op, new)
-        return new
+        return _from_its_config(op, name, changes)
     except Exception as error:
-        if not op.weights and not changes:
-            # Nothing to train and nothing to copy (a Lambda, say).
+        if not op.weights and not changes:  # nothing to train or to copy (a Lambda, say)
             return with_other_values(op, name=name)
         if not (changes or is_cut):
             return _copied_or_shared(op, name, made)
@@ -104,6 +95,24 @@ def _clone(op: Any, name: str, changes: dict, made: Mapping[int, Any], is_cut: b
             f"Layer {op.name!r} ({type(op).__name__}) cannot be rebuilt from its config: {error}. "
             "Expected `from_config(get_config())` to give an equal layer; implement `get_config`."
         ) from error
+
+
+def _is_special(op: Any, made: Mapping[int, Any], is_cut: bool) -> bool:
+    """Whether a layer is rather copied than made anew.
+
+    A new one could make its variables in another order, under other names; what a config leaves out
+    nobody may have missed so far; and it would have variables of its own.
+    """
+    is_foreign = not (is_cut or is_from_keras(op))
+    return has_parts(op) or is_foreign or any(id(v) in made for v in op.weights)
+
+
+def _from_its_config(op: Any, name: str, changes: dict) -> Any:
+    config = _config_of(op, changes)
+    arrays = _without_arrays(op, config) if changes else {}
+    new = _from_config(op, {**config, **arrays, "name": name, **changes})
+    hand_on(op, new)
+    return new
 
 
 def _copied_or_shared(op: Any, name: str, made: Mapping[int, Any]) -> Any:
@@ -300,16 +309,20 @@ def copy_weights(source: Any, target: Any, cut: Callable[[Any, Any], Any]) -> li
         new.assign(cut(old, to_numpy(old)))
         new.regularizer, new.constraint = old.regularizer, old.constraint
     for old, new in layers:
-        new.trainable = old.trainable
-        new.activity_regularizer = old.activity_regularizer
-        if getattr(old, "lora_enabled", False):
-            new.lora_alpha = old.lora_alpha  # Keras' Dense and Embedding do not build with it
-        if isinstance(new, keras.layers.Normalization):
-            new.finalize_state()  # its mean and variance are derived from its variables
+        _copy_attributes(old, new)
     for old, new in pairs:
         if new.trainable != old.trainable:  # frozen one by one
             new.trainable = old.trainable
     return pairs
+
+
+def _copy_attributes(old: Any, new: Any) -> None:
+    new.trainable = old.trainable
+    new.activity_regularizer = old.activity_regularizer
+    if getattr(old, "lora_enabled", False):
+        new.lora_alpha = old.lora_alpha  # Keras' Dense and Embedding do not build with it
+    if isinstance(new, keras.layers.Normalization):
+        new.finalize_state()  # its mean and variance are derived from its variables
 
 
 def _states(old: Any, new: Any) -> Iterable[tuple[Any, Any]]:
