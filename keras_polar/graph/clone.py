@@ -38,10 +38,15 @@ class Copies:
     def of(self, op: Any, name: str, is_cut: bool = False, /, **changes: Any) -> Any:
         """A copy of an operation with other values in its config; see `clone`."""
         new = clone(op, name, self.made, is_cut, **changes)
-        if isinstance(op, keras.layers.Layer) and not changes:
+        if not changes:
+            self.made[id(op)] = new
+            self._note_parts(op, new)
+        return new
+
+    def _note_parts(self, op: Any, new: Any) -> None:
+        if isinstance(op, keras.layers.Layer):
             parts = zip(layers_of(op), layers_of(new), strict=False)  # some come with the call
             self.made.update((id(a), b) for a, b in parts if type(a) is type(b))
-        return new
 
     def same(self, op: Any, name: str) -> Any:
         """The one copy of an operation, made if there is none: as a part it keeps its name."""

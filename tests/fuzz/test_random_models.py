@@ -23,7 +23,7 @@ from keras_polar.surgery.certificate import random_inputs
 # Keras says so of a Flatten behind a Masking, and of a softmax where one unit is left.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not support masking:UserWarning",
-    "ignore:(?s:.*)You are using a softmax over axis:UserWarning",
+    "ignore:(?s).*You are using a softmax over axis:UserWarning",
 )
 SEEDS = int(os.environ.get("FUZZ_SEEDS", "100"))  # of the quick tests; twenty times as many in all
 CHUNK = 10

@@ -15,9 +15,11 @@ from keras_polar.rules.unprunable import PINNED
 
 # Keras says so where one unit is left.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s:.*)You are using a softmax over axis:UserWarning"
+    "ignore:(?s).*You are using a softmax over axis:UserWarning"
 )
+_OF_GRAPHS = "joins samples: tests of graph networks"
 NEVER_DRAWN = {
+    **{op_class(f"Segment{kind}"): _OF_GRAPHS for kind in ("Max", "Min", "Prod", "Sum")},
     layers.Layer: "stands for all layers without a rule, of which the steps have some",
     op_class("BroadcastTo"): "needs a batch of known size",
 }

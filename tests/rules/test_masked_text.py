@@ -100,7 +100,8 @@ def test_a_mask_by_which_losses_are_weighed_is_not_lost():
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Dense(12, name="before")(layers.Embedding(20, 8, mask_zero=True)(tokens))
     model = randomise(keras.Model(tokens, layers.TimeDistributed(feed_forward())(x)))
-    gated, small = check(model, inputs=TOKENS)
+    # A mask that Keras makes besides the model's own calls is in no file of Keras.
+    gated, small = check(model, inputs=TOKENS, files=False)
     y = np.ones((3, 6, 5), "float32")
     losses = []
     for m in (gated, small):
