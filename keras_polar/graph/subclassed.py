@@ -26,25 +26,28 @@ def as_functional(model: Any, input_shape: Any = None) -> Any:
         ValueError: `input_shape` was given for a model that has inputs.
     """
     if not isinstance(model, keras.Model) or functional(model) is not None:
-        if input_shape is not None:
-            raise ValueError(
-                f"input_shape={input_shape!r} is for subclassed networks; received a "
-                f"{type(model).__name__}, which says its inputs itself. Leave it out."
-            )
+        _refuse_shape(model, input_shape)
         return model
     shapes = _called_on(model) if input_shape is None else {"": input_shape}
     if not shapes or (isinstance(model, keras.Sequential) and input_shape is None):
         return model
     inputs = {name: _map_shapes(_input, shape, name) for name, shape in shapes.items()}
-    given = [x for name, x in inputs.items() if not name]
-    named = {name: x for name, x in inputs.items() if name}
+    given = [inputs.pop("")] if "" in inputs else []
     try:
-        outputs = model(*given, **named)
+        outputs = model(*given, **inputs)
     except Exception as error:  # whatever the code of a network raises
         raise TypeError(_cannot_be_called(model, shapes, error)) from error
-    whole = keras.Model(given[0] if given else named, outputs, name=model.name)
+    whole = keras.Model(*given or [inputs], outputs, name=model.name)
     without_latest_call(model)
     return whole
+
+
+def _refuse_shape(model: Any, input_shape: Any) -> None:
+    if input_shape is not None:
+        raise ValueError(
+            f"input_shape={input_shape!r} is for subclassed networks; received a "
+            f"{type(model).__name__}, which says its inputs itself. Leave it out."
+        )
 
 
 def _called_on(model: Any) -> dict[str, Any]:

@@ -154,12 +154,9 @@ class SoftmaxRule(Rule):
     def flow(self, site: CallSite) -> list[Ids]:
         axis = site.op.axis
         ids, *masks = site.inputs
-        for mask in masks:
-            if any(varies(mask, i) for i in range(mask.ndim)):
-                return site.pin_all("is used as a mask")
         given = site.call.kwargs.get("mask", (*site.call.args, None)[1])
-        if given is not None and not isinstance(given, Ref) and np.size(given) > 1:
-            return site.pin_all("has a constant mask")
+        if why := _why_masked(masks, given):
+            return site.pin_all(why)
         axes = [axis] if isinstance(axis, int) else axis or range(1, ids.ndim)
         one = site.tie_along(ids, [i % ids.ndim for i in axes])
         if one is not None:
@@ -177,6 +174,14 @@ class SoftmaxRule(Rule):
         x = ops.minimum(x - ops.stop_gradient(highest), 0.0)
         total = ops.sum(share * ops.exp(x), axis, keepdims=True)
         return ops.cast(x - ops.log(total) if self.is_log else ops.exp(x) / total, dtype)
+
+
+def _why_masked(masks: list[Ids], given: Any) -> str:
+    """Why units stay for the mask of a softmax; empty if they need not."""
+    if any(varies(mask, i) for mask in masks for i in range(mask.ndim)):
+        return "is used as a mask"
+    is_constant = given is not None and not isinstance(given, Ref)
+    return "has a constant mask" if is_constant and np.size(given) > 1 else ""
 
 
 LOWEST = -1e30  # stands for a unit that is closed, where the highest is sought

@@ -36,7 +36,7 @@ def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
 
     Raises:
         TypeError: `gated` has no gates, or `into` is no task.
-        ValueError: a gated layer has been quantized, or given LoRA adapters, since `apply`; the
+        ValueError: a gated layer has been quantized since `apply`; the
             certificate does not hold (says by how much), the inputs do not fit, or the task of
             `into` cannot be made of what stays.
 

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,15 +250,21 @@ def _check_macs(measure: Any, coupling: Coupling, model: Any) -> None:
 def _why_nothing(coupling: Coupling, kinds: tuple) -> str:
     if "channels" not in kinds:
         return "It has no residual branch that could go as a whole"
-    altered = {s.name: why_altered(s.op, s.rule.cuts_adapters) for s in coupling.sites}
-    why = [f"{name}: {reason}" for name, reason in altered.items() if reason]
-    why += [f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items()]
-    refused = [s for s in coupling.sites if s.refused and not altered[s.name]]
-    refused = [s for s in refused if s.call.note or getattr(s.op, "weights", None)]
-    why += [f"{s.name}: {s.refused}" for s in refused]
+    why = [*_reasons(coupling)]
     of_size = [x for x in why if OPEN_LENGTH in x]
     why = [*of_size[:1], *(x for x in why if OPEN_LENGTH not in x)]
     return "; ".join(why) or "It has no layer whose units could go"
+
+
+def _reasons(coupling: Coupling) -> Iterator[str]:
+    """Why units stay, layer by layer; what was changed first."""
+    altered = {s.name: why_altered(s.op, s.rule.cuts_adapters) for s in coupling.sites}
+    yield from (f"{name}: {reason}" for name, reason in altered.items() if reason)
+    yield from (f"{n}: {why_fixed(coupling, v)}" for n, v in coupling.produced().items())
+    for site in coupling.sites:
+        has_say = site.call.note or getattr(site.op, "weights", None)
+        if site.refused and has_say and not altered[site.name]:
+            yield f"{site.name}: {site.refused}"
 
 
 def _warn_of_open_sizes(coupling: Coupling, model: Any) -> None:

@@ -131,7 +131,7 @@ def test_frames_without_a_known_number_stay_whole_and_are_counted_as_one():
     model = randomise(video(each(cnn()), layers.LSTM(6), steps_of_time=None))
     frames = np.random.default_rng(0).standard_normal((2, 3, 8, 8, 3)).astype("float32")
     with pytest.warns(UserWarning, match="time_distributed .* stay as they are, for the length is"):
-        # A copy of a functional model inside a layer knows the nodes of the original: no file of it.
+        # A functional model in a layer that is copied knows the nodes of the original: no file.
         check(model, inputs=frames, files=False)
     found, one = keras_polar.cost(model), video(each(cnn()), layers.LSTM(6), steps_of_time=1)
     assert not found.sizes_known

@@ -162,7 +162,7 @@ def test_runs_of_controls_do_not_depend_on_our_options(comparison):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("l2", "No method"), ("static+teacher", "static has no option teacher")]
+    ("name", "message"), [("l2", "No method"), ("static+late", "static has no option late")]
 )
 def test_methods_that_are_not_there(name, message, comparison):
     with pytest.raises(ValueError, match=message):
