@@ -130,7 +130,8 @@ class Rule:
 
         Args:
             gates: how much each unit counts, 0 or 1, in a shape that broadcasts against the tensor.
-            args, kwargs: of the call.
+            *args: of the call.
+            **kwargs: of the call.
         """
         raise NotImplementedError(
             f"{type(op).__name__} {op.name!r}: the rule {type(self).__name__} has no `over_open`, "

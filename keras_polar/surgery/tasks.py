@@ -4,7 +4,7 @@ KerasHub is not imported here: a model can only be a task where somebody else ha
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,11 @@ class Pipeline:
 
         Args:
             arguments: by name; "x" may be arrays, lists of strings, dictionaries and tuples of
-                these, a `keras.utils.PyDataset`, or a dataset that has `map`.
+                these, a `keras.utils.PyDataset`, or a dataset of tf.data or grain.
             shuffle: whether samples come in another order in each epoch.
+
+        Raises:
+            TypeError: the data are something else.
         """
         if self.task.preprocessor is None or arguments.get("x") is None:
             return arguments
@@ -72,8 +75,14 @@ class Pipeline:
         x, y, weights = (arguments.pop(name, None) for name in ("x", "y", "sample_weight"))
         if isinstance(x, keras.utils.PyDataset):
             return {**arguments, "x": PreparedBatches(self.task, x)}
-        if hasattr(x, "map"):
+        if hasattr(x, "map") and hasattr(x, "batch"):
             return {**arguments, "x": x.map(self.task.preprocess_samples)}
+        if not hasattr(x, "__len__"):
+            raise TypeError(
+                f"The preprocessor of {self.task.name!r} takes arrays, lists of strings, dicts and "
+                f"tuples of these, a PyDataset or a dataset of tf.data; received {type(x).__name__}"
+                ". Set task.preprocessor = None and yield what task.preprocess_samples(x, y) gives."
+            )
         size = arguments.pop("batch_size", None) or 32  # Keras' own
         samples = PreparedSamples(self.task, (x, y, weights), size, shuffle)
         return {**arguments, "x": samples}
@@ -115,9 +124,9 @@ class PreparedSamples(keras.utils.PyDataset):
 
     def __init__(self, task: Any, samples: tuple, batch_size: int, shuffle: bool) -> None:
         super().__init__()
-        self.task, self.samples = task, samples
+        self.task, self.samples = task, _map(_array, samples)
         self.batch_size, self.shuffle = batch_size, shuffle
-        self.order = np.arange(len(next(_leaves(samples))))
+        self.order = np.arange(len(next(_leaves(self.samples))))
         self.on_epoch_end()
 
     def __len__(self) -> int:
@@ -149,14 +158,22 @@ def _leaves(x: Any) -> Iterator:
         yield x
 
 
-def _rows(x: Any, rows: np.ndarray) -> Any:
+def _map(function: Callable, x: Any) -> Any:
     if isinstance(x, dict):
-        return {k: _rows(v, rows) for k, v in x.items()}
+        return {k: _map(function, v) for k, v in x.items()}
     if isinstance(x, tuple):
-        return tuple(_rows(v, rows) for v in x)
-    if isinstance(x, list):
-        return [x[i] for i in rows]
-    return x if x is None else x[rows]
+        return tuple(_map(function, v) for v in x)
+    return x if x is None else function(x)
+
+
+def _array(x: Any) -> Any:
+    """Numbers as an array, strings as the list that preprocessors take."""
+    array = np.asarray(x)
+    return array.tolist() if array.dtype.kind in "USO" else array
+
+
+def _rows(x: Any, rows: np.ndarray) -> Any:
+    return _map(lambda x: [x[i] for i in rows] if isinstance(x, list) else x[rows], x)
 
 
 # --- around a smaller backbone --------------------------------------------------------------------

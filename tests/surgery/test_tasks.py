@@ -150,6 +150,22 @@ def test_datasets_are_preprocessed(kind):
     gated.fit(batches, epochs=1, shuffle=False, verbose=0)
 
 
+def test_data_in_other_forms_are_preprocessed_as_well():
+    task, (x, y) = text_classifier(), sentences(20)
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    gated.settle()
+    gated.compile()
+    wanted = gated.evaluate(x, y, batch_size=8, verbose=0)
+    for given in ((np.array(x), y.tolist()), (np.array(x, object), y)):
+        assert gated.evaluate(*given, batch_size=8, verbose=0) == pytest.approx(wanted)
+    with pytest.raises(TypeError, match=r"received generator.*preprocessor = None"):
+        gated.predict(iter_of(x))
+
+
+def iter_of(x):
+    yield from x
+
+
 def test_without_preprocessor_data_are_taken_as_they_are():
     task, (x, _) = text_classifier(), sentences()
     ready = {k: np.array(v) for k, v in task.preprocessor(x).items()}
