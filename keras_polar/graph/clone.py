@@ -34,6 +34,7 @@ class Copies:
     def __init__(self) -> None:
         self.made: dict[int, Any] = {}
         self.split: set[int] = set()
+        self.called: set[int] = set()
 
     def of(self, op: Any, name: str, is_cut: bool = False, /, **changes: Any) -> Any:
         """A copy of an operation with other values in its config; see `clone`."""
@@ -51,6 +52,15 @@ class Copies:
     def same(self, op: Any, name: str) -> Any:
         """The one copy of an operation, made if there is none: as a part it keeps its name."""
         return self.made[id(op)] if id(op) in self.made else self.of(op, name)
+
+    def call(self, op: Any, name: str, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """The one copy of an operation and its outputs; with the first call come the weights."""
+        new = self.same(op, name)
+        outputs = new(*args, **kwargs)
+        if id(op) not in self.called:
+            self.called.add(id(op))
+            self.note(copy_weights(op, new, lambda _, value: value))
+        return new, outputs
 
     def note(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """Variables and what they have become."""

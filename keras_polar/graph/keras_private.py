@@ -44,6 +44,7 @@ __all__ = [
     "is_from_keras",
     "is_fused_attention",
     "layers_of",
+    "node_of",
     "only_loss",
     "op_class",
     "own_variables",
@@ -210,8 +211,13 @@ def is_fused_attention(attention: Any) -> bool:
 def source_of(tensor: Any) -> tuple[Any, int, list]:
     """The operation that made a symbolic tensor, as which of its outputs, and of what tensors."""
     history = tensor._keras_history
-    node = history.operation._inbound_nodes[history.node_index]
-    return history.operation, history.tensor_index, node.input_tensors
+    return history.operation, history.tensor_index, node_of(tensor).input_tensors
+
+
+def node_of(tensor: Any) -> Any:
+    """The call, a node of Keras' graph, that a symbolic tensor comes out of."""
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
 
 
 def without_latest_call(op: Any) -> None:

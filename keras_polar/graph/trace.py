@@ -20,7 +20,14 @@ from keras.activations import linear
 from keras_polar.graph.clone import with_other_values
 from keras_polar.graph.configs import is_found_again
 from keras_polar.graph.ir import Call, Graph, Ref, Spec, alive, fill, refs_in, unused
-from keras_polar.graph.keras_private import backend, core_of, functional, layers_of, takes_training
+from keras_polar.graph.keras_private import (
+    backend,
+    core_of,
+    functional,
+    layers_of,
+    node_of,
+    takes_training,
+)
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
 from keras_polar.graph.symbolic.held import Held, steps_to
 from keras_polar.graph.symbolic.merge import Expansion
@@ -204,8 +211,7 @@ class _Tracer:
     def _ensure(self, tensor: Any, table: dict, path: str) -> None:
         if id(tensor) in table:
             return
-        history = tensor._keras_history
-        node = history.operation._inbound_nodes[history.node_index]
+        node = node_of(tensor)
         for x in node.input_tensors:
             self._ensure(x, table, path)
         self.step(_as_step(node), table, path, None)

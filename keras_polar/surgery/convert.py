@@ -36,9 +36,9 @@ def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
 
     Raises:
         TypeError: `gated` has no gates, or `into` is no task.
-        ValueError: a gated layer has been quantized since `apply`; the
-            certificate does not hold (says by how much), the inputs do not fit, or the task of
-            `into` cannot be made of what stays.
+        ValueError: a gated layer has been quantized since `apply`, the certificate does not hold
+            (says by how much), the inputs do not fit, or the task of `into` cannot be made of what
+            stays.
 
     Warns:
         UserWarning: the gates are not settled, and what their consensus removes by now is more

@@ -181,8 +181,8 @@ def _warn_of_files(gated: GatedModel, graph: Graph) -> None:
     parts = {call.name for call in graph.calls if call.is_part}
     found = gated.not_loadable.items()
     reasons = {n: why for n, why in found if n in parts or why.startswith(OTHER_WEIGHTS)}
-    refuse_configs(gated.layers, reasons)
     if reasons:
+        refuse_configs(gated.layers, reasons)
         listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
         warnings.warn(
             f"apply: the gated model can be trained, converted and exported, but neither it nor "

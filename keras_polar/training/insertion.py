@@ -14,7 +14,7 @@ from keras_polar.gates.over_open import OverOpen
 from keras_polar.gates.stand_in import StandIn, pack
 from keras_polar.gates.template import for_all_samples, made_like
 from keras_polar.gates.weight_mask import WeightMask
-from keras_polar.graph.clone import Copies, copy_weights
+from keras_polar.graph.clone import Copies
 from keras_polar.graph.ir import Call, fill, unused
 from keras_polar.rules import CallSite
 from keras_polar.rules.call_site import ids_along, inner_vector
@@ -35,7 +35,7 @@ class MaskInserter:
         for i, spec in enumerate(self.specs):
             self.decided_at[spec.site].append(i)
         self.branches = {t.adds: i for i, t in enumerate(self.specs) if t.adds >= 0}
-        self.copies, self.copied = Copies(), set[int]()
+        self.copies = Copies()
         self.stand_ins: dict[tuple, StandIn] = {}
         self.gates: dict[int, Any] = {}
         self.masked: dict[tuple, Any] = {}
@@ -56,13 +56,8 @@ class MaskInserter:
 
     def _call(self, site: CallSite, values: Any) -> Any:
         call = site.call
-        is_new = id(call.op) not in self.copied
-        op = self.copies.same(call.op, call.name)
-        self.copied.add(id(call.op))
         args, kwargs = fill((call.args, call.kwargs), values)
-        outputs = op(*args, **kwargs)
-        if is_new:
-            self.copies.note(copy_weights(call.op, op, lambda _, value: value))
+        op, outputs = self.copies.call(call.op, call.name, args, kwargs)
         averaged = [ids_along(site.inputs[tensor], axis) for tensor, axis in site.averaged]
         reads = [*site.inner_reads, *self._masked_weights(site).values()]
         vectors = averaged or [inner_vector(site, *read) for read in reads]

@@ -11,7 +11,7 @@ from keras import tree
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.lesson import Comparison, FeatureDistillation, Lesson, LogitsDistillation
 from keras_polar.gates.teacher import Teacher
-from keras_polar.graph.clone import Copies, copy_weights
+from keras_polar.graph.clone import Copies
 from keras_polar.graph.ir import Call, Graph, Ref, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.rebuild import rebuild
@@ -168,15 +168,10 @@ def _made(theirs: Graph, ours: Graph, tensors: Sequence[int]) -> Graph:
 
 def _copied(graph: Graph) -> Any:
     """A model of copies of a graph's layers, with the values that they have now."""
-    copies, copied = Copies(), set[int]()
+    copies = Copies()
 
     def visit(call: Call, values: dict) -> Any:
-        op = copies.same(call.op, call.name)
-        outputs = op(*fill(call.args, values), **fill(call.kwargs, values))
-        if id(call.op) not in copied:
-            copies.note(copy_weights(call.op, op, lambda _, value: value))
-            copied.add(id(call.op))
-        return outputs
+        return copies.call(call.op, call.name, *fill((call.args, call.kwargs), values))[1]
 
     return rebuild(graph, visit, keras.Model)
 

@@ -15,12 +15,12 @@ from keras import KerasTensor, ops
 
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.symbolic.record import (
-    CallRecorder,
     CannotTrace,
     RecordedCall,
     named,
     steps_between,
     tensors_in,
+    watch_from,
 )
 
 _ELEMENTWISE = tuple(
@@ -100,7 +100,7 @@ def steps_to(held: Held, sample: KerasTensor) -> tuple[list[RecordedCall], Any, 
         y = keras.layers.Reshape(held.shape)(y)
     table.embeddings.assign(ops.reshape(variable, (count, width)))
     table.embeddings.trainable = variable.trainable
-    watch = CallRecorder(x._keras_history.operation, lambda op: False, {}, lambda op: False)
+    watch = watch_from(x)
     steps = named(steps_between([y], [x], watch), watch)
     return list(_finished(steps, table, variable.name)), x, y
 

@@ -17,7 +17,13 @@ import keras
 from keras import KerasTensor, tree
 
 from keras_polar.graph.handed import handed
-from keras_polar.graph.keras_private import CallContext, backend, global_state, to_snake_case
+from keras_polar.graph.keras_private import (
+    CallContext,
+    backend,
+    global_state,
+    node_of,
+    to_snake_case,
+)
 
 
 class CannotTrace(Exception):
@@ -202,7 +208,7 @@ def function_steps(function: Callable, units: int) -> list[RecordedCall]:
         CannotTrace: it does not run on symbolic tensors.
     """
     x = keras.Input((3, units))
-    watch = CallRecorder(x._keras_history.operation, lambda op: False, {}, lambda op: False)
+    watch = watch_from(x)
     try:
         with Reads(watch):
             y = function(x)
@@ -211,6 +217,11 @@ def function_steps(function: Callable, units: int) -> list[RecordedCall]:
     if not isinstance(y, KerasTensor):
         raise CannotTrace("does not return a tensor that depends on its input")
     return steps_between([y], [x], watch)
+
+
+def watch_from(x: KerasTensor) -> "CallRecorder":
+    """Who notes what is computed from a tensor, operation by operation: nothing is opened."""
+    return CallRecorder(node_of(x).operation, lambda op: False, {}, lambda op: False)
 
 
 # --- who calls whom, and what it changes -----------------------------------------------------
@@ -476,7 +487,7 @@ def _node(x: Any, known: set[int]) -> Any:
     history = getattr(x, "_keras_history", None)
     if history is None or history.operation is None:
         raise CannotTrace("uses a tensor of unknown origin")
-    node = history.operation._inbound_nodes[history.node_index]
+    node = node_of(x)
     if node.is_input:
         raise CannotTrace(f"uses the tensor {x.name!r} that is not among its inputs")
     return node
