@@ -479,7 +479,6 @@ def profile():
 def training():
     """What a run costs, in operations and in time."""
     ratios = rows("training_cost")["overhead"]["ratios"]
-    dense, ours = runs("dense", SHORT), runs("static_logits", SHORT)
     small, large = (ratios[f"compacted, {m}"][1] for m in ("macs", "weights"))
     run = ratios["whole run, static, macs"][1]
     return f"""\
@@ -487,7 +486,7 @@ A training step of ResNet-20 with gates takes {ratios["static"][1]:.2f} (static)
 {ratios["dynamic"][1]:.2f} times (dynamic) as long as a dense one; once the gates are settled and
 the network is compacted, {large:.2f} (half of the weights gone) or {small:.2f} (half of the MACs).
 With the default schedule and half of the MACs removed a run of static gates takes {run:.2f} of
-the dense time and {effort(ours, dense):.2f} of its MACs.
+the dense time.
 """
 
 
