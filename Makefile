@@ -11,7 +11,7 @@ INSTALLED_TORCH := $(VENV)/.installed-torch
 INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
 INSTALLED_PRETRAINED := $(VENV)/.installed-pretrained
-CODE := setup.py keras_polar tests examples docs/draw_ids.py
+CODE := setup.py keras_polar tests examples docs/draw_ids.py docs/draw_transformer.py
 # What runs on every backend of Keras.
 ANYWHERE := $(addprefix tests/,gates/test_gradients.py graph/test_frozen_shared_typed.py surgery/test_precision.py \
 	$(addprefix training/test_,backends.py fit_variants.py distribute.py idioms.py loop.py))

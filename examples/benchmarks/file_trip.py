@@ -10,49 +10,52 @@ import sys
 import tempfile
 from pathlib import Path
 
-FILES = ("small.keras", "gated.keras")  # in this order: what is imported once stays
+FIRST = "small"  # what is imported once stays
 
 
-def trouble(gated, small, inputs) -> str:
-    """Why one of the two cannot be saved, or not loaded, or is another then; empty if none is."""
+def trouble(models, inputs) -> str:
+    """Why one of the models cannot be saved, or not loaded, or is another then; empty if none is.
+
+    Args:
+        models: by name; the one that is called "small" is loaded without keras_polar.
+        inputs: of all of them.
+    """
     from half_closed import difference
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in zip(FILES, (small, gated), strict=True):
+        for name, model in models.items():
             try:
-                model.save(Path(folder, name))
+                model.save(Path(folder, f"{name}.keras"))
             except Exception as error:  # the reason is what the table is for
-                return f"{name} is not saved: {error}"
+                return f"{name}.keras is not saved: {error}"
         Path(folder, "inputs").write_bytes(pickle.dumps(inputs))
         command = [sys.executable, __file__, folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return f"not loaded: {done.stderr.strip().splitlines()[-1]}"
         found = pickle.loads(Path(folder, "outputs").read_bytes())
-    off = [
-        difference(model, lambda x, training, y=y: y, inputs)
-        for model, y in zip((small, gated), found, strict=True)
-    ]
-    return "" if max(off) <= 1e-5 else f"another model is loaded: it differs by {max(off):.0e}"
+    off = {n: difference(m, lambda x, training, n=n: found[n], inputs) for n, m in models.items()}
+    worst = max(off, key=off.get)
+    return "" if off[worst] <= 1e-5 else f"{worst}.keras is another model: by {off[worst]:.0e}"
 
 
-def outputs_of(folder: Path, name: str) -> list:
+def outputs_of(file: Path, inputs) -> list:
     import keras
 
-    model = keras.models.load_model(folder / name)
-    y = model(pickle.loads((folder / "inputs").read_bytes()), training=False)
+    y = keras.models.load_model(file)(inputs, training=False)
     return [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(y)]
 
 
 def main(folder: Path) -> None:
     with contextlib.suppress(ImportError):
         import keras_hub  # noqa: F401  the classes of its layers
-    small = outputs_of(folder, FILES[0])
-    assert "keras_polar" not in sys.modules
-    import keras_polar  # noqa: F401
-
-    outputs = pickle.dumps([small, outputs_of(folder, FILES[1])])
-    (folder / "outputs").write_bytes(outputs)
+    found, inputs = {}, pickle.loads((folder / "inputs").read_bytes())
+    for file in sorted(folder.glob("*.keras"), key=lambda f: f.stem != FIRST):
+        if file.stem != FIRST:
+            import keras_polar  # noqa: F401
+        found[file.stem] = outputs_of(file, inputs)
+        assert file.stem != FIRST or "keras_polar" not in sys.modules
+    (folder / "outputs").write_bytes(pickle.dumps(found))
 
 
 if __name__ == "__main__":
