@@ -24,13 +24,15 @@ from keras_polar.graph.keras_private import (
     backend,
     core_of,
     functional,
+    has_parts,
     layers_of,
     node_of,
     takes_training,
 )
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
-from keras_polar.graph.symbolic.held import Held, steps_to
+from keras_polar.graph.symbolic.held import Held, steps_to, table_of
 from keras_polar.graph.symbolic.merge import Expansion
+from keras_polar.graph.symbolic.products import Product
 from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, exact_shapes
 
 
@@ -51,7 +53,9 @@ class _Tracer:
         self.notes: dict[int, str] = {}  # id(composite layer) -> why it is not opened
         self.masks: dict[int, tuple] = {}  # tensor -> Keras mask, and where to look it up
         self.alive: list[Any] = []  # tables are keyed by id
-        self.held: dict[int, Ref] = {}  # id(variable of a network's own) -> what stands for it
+        self.tables: dict[int, Any] = {}  # id(variable that code uses) -> a layer that has it
+        self.held: dict[tuple, Ref] = {}  # (that, which samples) -> what stands for it
+        self.products: dict[tuple, Any] = {}  # ids of a kernel, its bias -> a layer that has them
 
     def new_tensor(self, tensor: Any, shape: Iterable) -> Ref:
         self.specs.append(Spec(tuple(shape), keras.backend.standardize_dtype(tensor.dtype)))
@@ -100,7 +104,8 @@ class _Tracer:
         try:
             return self._inline(self._open, op, args, kwargs, path)
         except CannotTrace as error:
-            self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
+            if has_parts(op):
+                self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
             return None
         finally:
             self.depth -= 1
@@ -171,27 +176,40 @@ class _Tracer:
         refs = list(dict.fromkeys(refs_in((args, kwargs))))
         symbols = {i: self._symbol(i) for i in refs}
         opened = how(op, *fill((args, kwargs), symbols), self.opens)
+        steps = list(map(self._made, opened.steps))
         known = [Ref(i) for i in refs for i in (i, *self._mask_ref(i))]
         if len(known) != len(opened.inlets):
             raise CannotTrace("is called on a tensor that is not part of the model")
         table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
         self.alive.append(opened)
         table.update((id(h.symbol), self._held(h, known[0], path)) for h in opened.held)
-        self.notes.update((k, f"{NOT_OPENED}: it {v}") for k, v in opened.closed.items())
-        for step in opened.steps:
+        self.notes.update((k, f"{NOT_OPENED}: it {v}") for k, v in opened.closed.items() if v)
+        for step in steps:
             self.step(step, table, path, kwargs.get("training"))
         return [table[id(x)] for x in opened.outputs]
 
     def _held(self, held: Held, sample: Ref, path: str) -> Ref:
         """A tensor of the values of a variable that no layer has."""
-        if id(held.variable) not in self.held:
-            steps, inlet, outlet = steps_to(held, self._symbol(sample.index))
+        key = id(held.variable), sample.index
+        if key not in self.held:
+            if key[0] not in self.tables:
+                self.tables[key[0]] = table_of(held)
+            symbol = self._symbol(sample.index)
+            steps, inlet, outlet = steps_to(held, self.tables[key[0]], symbol)
             table = {id(inlet): sample}
             for step in steps:
                 self.step(step, table, path, None)
             self.alive.append((steps, inlet))
-            self.held[id(held.variable)] = table[id(outlet)]
-        return self.held[id(held.variable)]
+            self.held[key] = table[id(outlet)]
+        return self.held[key]
+
+    def _made(self, step: RecordedCall) -> RecordedCall:
+        """The step, its operation a layer if it only stands for one."""
+        if not isinstance(step.op, Product):
+            return step
+        if step.op.key not in self.products:
+            self.products[step.op.key] = step.op.layer()
+        return replace(step, op=self.products[step.op.key])
 
     def _symbol(self, index: int) -> Any:
         spec = self.specs[index]

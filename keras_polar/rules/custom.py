@@ -262,7 +262,9 @@ def _site(site: CallSite, step: Any, table: dict) -> _Inner:
     outputs = tuple(range(len(tensors), len(tensors) + len(step.outputs)))
     specs = [Spec(tuple(x.shape), x.dtype) for x in tensors]
     specs += [Spec(tuple(s), x.dtype) for s, x in zip(step.shapes, step.outputs, strict=True)]
-    call = Call(step.op, step.op.name, site.call.path, args, kwargs, inputs, outputs)
+    call = Call(
+        step.op, f"{site.name}/{step.op.name}", site.call.path, args, kwargs, inputs, outputs
+    )
     ids = [table[id(x)] for x in tensors]
     return _Inner(call, tuple(specs), site.units, ids, {}, rule_for(step.op))
 

@@ -125,8 +125,14 @@ def is_unknown(op: Any) -> bool:
 
 
 def opens(op: Any) -> bool:
-    """Whether a layer is to be replaced by its parts: it has some, and no rule of its own."""
-    return rule_for(op) is UNKNOWN and has_parts(op)
+    """Whether a layer is to be replaced by its parts: it has some, and no rule of its own.
+
+    A layer with a matrix may be one that multiplies by it, which is to say that a Dense is a part.
+    """
+    rule = rule_for(op)
+    if rule is _REGISTRY[keras.layers.Layer]:
+        return any(len(v.shape) > 1 for v in op.trainable_variables)
+    return rule is UNKNOWN and has_parts(op)
 
 
 def opens_inside(op: Any) -> bool:

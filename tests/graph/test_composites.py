@@ -240,12 +240,12 @@ class OwnVariable(Parts):
         self.scale = self.add_weight((6,), "ones", name="scale")
 
     def call(self, x):
-        return self.plain(x) * self.scale
+        return self.plain(x) * ops.sort(self.scale)
 
 
 class OwnVariableCast(OwnVariable):
     def call(self, x):
-        return self.plain(x) * ops.cast(self.scale, "float32")
+        return self.plain(x) * ops.cast(self.scale, "bool")
 
 
 class Counts(Parts):

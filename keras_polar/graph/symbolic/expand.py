@@ -7,10 +7,10 @@ operations, and that is what the layer computes: nothing about any class has to 
 Python code can do more than a graph can say, so that every layer is opened twice, with two batch
 sizes, once in training and once in inference mode. What is the same both times is what the layer
 does; sizes that grow with the batch are recognised by the prime numbers that stand for it. A layer
-that differs otherwise, that uses a trainable variable of its own, changes one, draws random
-numbers or adds a loss is not opened (`CannotTrace` says why): something of it would be lost. Of a
-whole network inference mode counts then, with a warning, and variables that it uses element by
-element get a layer (see held.py).
+that differs otherwise, that changes a variable of its own, draws random numbers or adds a loss is
+not opened (`CannotTrace` says why): something of it would be lost. Of a whole network inference
+mode counts then, with a warning. Variables of its own that the code uses get a layer, if they are
+kernels (see products.py) or used element by element (see held.py).
 """
 
 import ast
@@ -25,9 +25,10 @@ from typing import Any
 import keras
 from keras import KerasTensor, tree
 
-from keras_polar.graph.keras_private import backend
+from keras_polar.graph.keras_private import backend, has_parts
 from keras_polar.graph.symbolic.held import held_by
 from keras_polar.graph.symbolic.merge import BATCHES, Expansion, LeafMerge, Merge
+from keras_polar.graph.symbolic.products import Product, with_products
 from keras_polar.graph.symbolic.record import (
     CallRecorder,
     CannotTrace,
@@ -68,7 +69,7 @@ def open_layer(
         if len(closed) > known:
             continue
         try:
-            opened = Merge(first, second).opened()
+            opened = _merged(first, second)
         except CannotTrace as error:
             if _close_culprits(first, opens, closed):
                 continue
@@ -76,10 +77,30 @@ def open_layer(
                 raise
             again = run_layer(op, args, kwargs, opens, closed, BATCHES[1], False)
             opened = _in_inference(op, first, again, second, error)
-        held = held_by(op, first.variables, opened.steps, BATCHES[0])
-        opened = replace(opened, inlets=first.inputs, held=held, closed=closed)
+        if _close_plain(first, opened, closed):
+            continue
+        opened = replace(opened, inlets=first.inputs, closed=closed)
         _check_variables(op, opened)
         return opened
+
+
+def _merged(first: RecordedRun, second: RecordedRun, modes: tuple = (False, True)) -> Expansion:
+    """What two runs have in common, layers in place of the weights that the code uses itself."""
+    opened, weights = Merge(first, second, modes).opened(), first.weights
+    steps = with_products(opened.steps, weights, opened.outputs, BATCHES[0])
+    return replace(opened, steps=steps, held=held_by(weights, steps, BATCHES[0]))
+
+
+def _close_plain(run: RecordedRun, opened: Expansion, closed: dict[int, str]) -> bool:
+    """Leaves layers without sublayers as they are where nothing is gained: see rules/custom.py."""
+    owners = {id(s.op.kernel.owner) for s in opened.steps if isinstance(s.op, Product)}
+    plain = [
+        x for x, *_ in run.composites if not has_parts(x) and id(x) not in owners and x.weights
+    ]
+    if plain and plain[0] is run.composites[0][0]:
+        raise CannotTrace("has no kernel that its call multiplies its inputs with")
+    closed.update((id(x), "") for x in plain)
+    return bool(plain)
 
 
 def _in_inference(
@@ -95,7 +116,7 @@ def _in_inference(
     if not isinstance(op, keras.Model):
         raise why_not from error
     try:
-        opened = Merge(first, again, (False, False)).opened()
+        opened = _merged(first, again, (False, False))
     except CannotTrace:
         raise why_not from error
     fixed = {id(s.op) for s in trained.steps if s.kwargs.get("training") is False}
@@ -186,7 +207,7 @@ def _try_alone(layer: Any, args: tuple, kwargs: dict, opens: Callable, closed: d
             run_layer(layer, args, kwargs, lambda x: opens(x) and id(x) not in closed, {}, b, t)
             for b, t in zip(BATCHES, (False, True), strict=True)
         ]
-        Merge(pair[0], pair[1]).opened()
+        _merged(pair[0], pair[1])
     except CannotTrace as error:
         closed[id(layer)] = str(error)
 

@@ -1,4 +1,4 @@
-"""Weights that a network holds itself (a layer scale, say): a home for them in a functional model.
+"""Weights that code uses itself (a layer scale, say): a home for them in a functional model.
 
 A functional model has weights in layers only. What is multiplied with every sample, or added, or
 the like, comes out of a table instead that each sample reads whole: a stock Embedding.
@@ -16,6 +16,7 @@ from keras import KerasTensor, ops
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.symbolic.record import (
     CannotTrace,
+    OwnWeight,
     RecordedCall,
     named,
     steps_between,
@@ -30,42 +31,48 @@ _ELEMENTWISE = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A variable that a network's `call` uses itself.
+    """A variable that a `call` uses element by element.
 
     Attributes:
-        variable: the network's.
-        symbol: the tensor that stands for it in the calls.
         shape: of what each sample is given instead.
-        policy: the network's, by which the variable is cast.
     """
 
-    variable: Any
-    symbol: KerasTensor
+    weight: OwnWeight
     shape: tuple
-    policy: Any
+
+    @property
+    def variable(self) -> Any:
+        return self.weight.variable
+
+    @property
+    def symbol(self) -> KerasTensor:
+        return self.weight.symbol
+
+    @property
+    def name(self) -> str:
+        is_network = isinstance(self.weight.owner, keras.Model)
+        return self.variable.name if is_network else self.weight.full_name
 
 
-def held_by(op: Any, symbols: dict, steps: list[RecordedCall], batch: int) -> list[Held]:
-    """The variables that the recorded calls of a network use.
+def held_by(weights: list[OwnWeight], steps: list[RecordedCall], batch: int) -> list[Held]:
+    """The variables that recorded calls use.
 
     Args:
-        symbols: attribute of the network -> what stands for its variable.
         batch: the size that stands for the number of samples.
 
     Raises:
         CannotTrace: one is used in another way than element by element with every sample.
     """
     found = []
-    for name, symbol in symbols.items():
-        variable = getattr(op, name)
-        readers = [s for s in steps if any(x is symbol for x in tensors_in((s.args, s.kwargs)))]
-        shapes = {_beside(step, symbol, batch) for step in readers}
+    for w in weights:
+        readers = [s for s in steps if any(x is w.symbol for x in tensors_in((s.args, s.kwargs)))]
+        shapes = {_beside(step, w.symbol, batch) for step in readers}
         if len(shapes) > 1 or None in shapes:
             raise CannotTrace(
-                f"uses its own variable {variable.path!r} directly, not just element by element "
-                "with every sample"
+                f"uses its own variable {w.variable.path!r} directly, not just as a kernel, or "
+                "element by element with every sample"
             )
-        found += [Held(variable, symbol, shape, op.dtype_policy) for shape in shapes if shape]
+        found += [Held(w, shape) for shape in shapes if shape]
     return found
 
 
@@ -79,30 +86,37 @@ def _beside(step: RecordedCall, symbol: Any, batch: int) -> tuple | None:
     return padded[1:] or (1,) if missing >= 0 and padded[0] == 1 else None
 
 
-def steps_to(held: Held, sample: KerasTensor) -> tuple[list[RecordedCall], Any, Any]:
-    """The calls that give each sample the values of a variable; from which tensor, and the result.
-
-    Args:
-        sample: some input of the network.
-    """
-    x = keras.Input(batch_shape=sample.shape, dtype=sample.dtype)
+def table_of(held: Held) -> Any:
+    """The layer that has the values of a variable."""
+    variable = held.variable
     *rows, width = held.shape
-    variable, count = held.variable, math.prod(rows)
     table = keras.layers.Embedding(
-        count,
+        math.prod(rows),
         width,
         embeddings_regularizer=variable.regularizer,
         embeddings_constraint=variable.constraint,
-        dtype=held.policy,
+        dtype=held.weight.owner.dtype_policy,
     )
-    y = table(_numbers(x, count))
-    if len(rows) != 1:
-        y = keras.layers.Reshape(held.shape)(y)
-    table.embeddings.assign(ops.reshape(variable, (count, width)))
+    table.build()
+    table.embeddings.assign(ops.reshape(variable, table.embeddings.shape))
     table.embeddings.trainable = variable.trainable
+    return table
+
+
+def steps_to(held: Held, table: Any, sample: KerasTensor) -> tuple[list[RecordedCall], Any, Any]:
+    """The calls that give each sample the values of a variable; from which tensor, and the result.
+
+    Args:
+        table: as `table_of` makes it.
+        sample: some input of the layer or network.
+    """
+    x = keras.Input(batch_shape=sample.shape, dtype=sample.dtype)
+    y = table(_numbers(x, table.input_dim))
+    if len(held.shape) != 2:
+        y = keras.layers.Reshape(held.shape)(y)
     watch = watch_from(x)
     steps = named(steps_between([y], [x], watch), watch)
-    return list(_finished(steps, table, variable.name)), x, y
+    return list(_finished(steps, table, held.name)), x, y
 
 
 def _numbers(x: Any, count: int) -> Any:

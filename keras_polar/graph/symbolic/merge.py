@@ -43,7 +43,9 @@ class Expansion:
     outputs: list
     closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
     variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
-    held: list = field(default_factory=list)  # of a network: what `Held` says of its own weights
+    held: list = field(
+        default_factory=list
+    )  # what `Held` says of weights that the code uses itself
 
 
 class Merge:

@@ -52,6 +52,24 @@ class RecordedCall:
     shapes: list
 
 
+@dataclass(frozen=True, eq=False)
+class OwnWeight:
+    """A trained variable that a layer holds itself, as its attribute `name`.
+
+    Attributes:
+        symbol: the tensor that stands for it in the recorded calls.
+    """
+
+    owner: Any
+    name: str
+    variable: Any
+    symbol: KerasTensor
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.owner.name}_{self.name.strip('_')}"
+
+
 @dataclass(eq=False)
 class RecordedRun:
     """What one run of a layer's `call` did, from `inlets` to `outputs`."""
@@ -62,7 +80,8 @@ class RecordedRun:
     composites: list = field(default_factory=list)  # (layer, args, kwargs) opened on the way
     buffers: set[int] = field(default_factory=set)  # ids of variables that are constants
     inputs: list = field(default_factory=list)  # the inlets that are no variables
-    variables: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
+    weights: list[OwnWeight] = field(default_factory=list)  # that the calls use themselves
     loses_mask: bool = False  # an output has a mask that the calls do not attach to it
 
 
@@ -104,29 +123,28 @@ def run_layer(
     if training is not None:
         kwargs = _with_training(op, kwargs, training)
     watch = CallRecorder(op, opens, closed, needs_masks)
-    held = {} if batch is None else _own_weights(op)
-    symbols = {k: keras.Input(batch_shape=v.shape, dtype=_cast(op, v)) for k, v in held.items()}
+    if batch is not None:
+        watch.give_symbols()
     with watch(training):
-        vars(op).update(symbols)
         try:
             outputs = op(*args, **kwargs)
         except Exception as error:
             reason = f"{why(error)}{line_of(op, error)}"
             raise CannotTrace(_with_sizes(reason, args, kwargs)) from error
-        finally:
-            vars(op).update(held)
-        inlets = [*fresh.values(), *symbols.values()]
+        inlets = [*fresh.values(), *(w.symbol for w in watch.weights)]
         flat = [x for x in tree.flatten(outputs) if x is not None]
         flat = [_symbolic(x, inlets[0]) for x in flat]
         steps = named(steps_between(flat, inlets, watch), watch)
+    used = {id(x) for s in steps for x in tensors_in((s.args, s.kwargs))}
+    weights = [w for w in watch.weights if id(w.symbol) in used]
     return RecordedRun(
-        inlets,
+        [*fresh.values(), *(w.symbol for w in weights)],
         steps,
         flat,
         watch.composites,
         watch.buffers,
         inputs=list(fresh.values()),
-        variables=symbols,
+        weights=weights,
         loses_mask=watch.loses_mask,
     )
 
@@ -160,12 +178,10 @@ def why(error: Exception) -> str:
     return f"does not run on symbolic tensors ({type(error).__name__}: {text[:200]})"
 
 
-def _own_weights(op: Any) -> dict[str, Any]:
-    """The trained variables that a network holds itself, by the names of its attributes."""
-    if not isinstance(op, keras.Model):
-        return {}
-    own = {id(v) for v in op._trainable_variables} - handed(op).keys()
-    return {k: v for k, v in vars(op).items() if id(v) in own}
+def _own_weights(layer: Any) -> dict[str, Any]:
+    """The trained variables that a layer holds itself, by the names of its attributes."""
+    own = {id(v) for v in layer._trainable_variables} - handed(layer).keys()
+    return {k: v for k, v in vars(layer).items() if id(v) in own}
 
 
 def _cast(op: Any, variable: Any) -> str:
@@ -259,11 +275,23 @@ class CallRecorder:
         # What no training changes may become a constant, unless the call itself changes it.
         self.buffers = {id(v) for x in self.layers for v in _made_untrainable(x)}
         self.buffers -= handed(root).keys()  # what their owner may change at any time
+        self.weights: list[OwnWeight] = []
+        self.symbols: dict[int, dict] = {}  # id(layer) -> attribute -> what stands for a variable
         self.is_paused = False
         self.stack: list = []
         self.paths: dict[int, str] = {}
         self.composites: list = []
         self.loses_mask = False
+
+    def give_symbols(self) -> None:
+        """Lets symbols stand for the weights of the layers that run in line, while they do."""
+        known: dict[int, KerasTensor] = {}
+        for layer in (x for x in self.layers if id(x) in self.inline):
+            for name, v in _own_weights(layer).items():
+                if id(v) not in known:
+                    known[id(v)] = keras.Input(batch_shape=v.shape, dtype=_cast(layer, v))
+                    self.weights.append(OwnWeight(layer, name, v, known[id(v)]))
+                self.symbols.setdefault(id(layer), {})[name] = known[id(v)]
 
     @contextmanager
     def __call__(self, training: Any) -> Iterator:
@@ -343,10 +371,15 @@ class CallRecorder:
     def _in_line(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if layer.activity_regularizer is not None:
             raise CannotTrace(f"{self.part(layer)}has an activity regularizer")
-        results = []
+        results, symbols = [], self.symbols.get(id(layer), {})
+        variables = {name: vars(layer)[name] for name in symbols}
 
         def symbolic_call(*args: Any, **kwargs: Any) -> list:
-            results.append(layer.call(*args, **kwargs))
+            vars(layer).update(symbols)
+            try:
+                results.append(layer.call(*args, **kwargs))
+            finally:
+                vars(layer).update(variables)
             return [_twin(x) for x in tensors_in(results[0])]
 
         # Keras' own `__call__` casts the inputs, finds masks and sets the mode as ever, but the

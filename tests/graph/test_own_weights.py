@@ -1,0 +1,240 @@
+"""Layers whose `call` uses weights of its own: a kernel becomes a stock layer, which is pruned."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import check, randomise
+from keras import layers, ops
+
+import keras_polar
+from keras_polar.backends import to_numpy
+
+X = np.random.default_rng(0).standard_normal((5, 6)).astype("float32")
+
+
+class Linear(layers.Layer):
+    """The layer of Keras' guide "Making new layers via subclassing"."""
+
+    def __init__(self, units=8, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, shape):
+        self.w = self.add_weight(
+            (shape[-1], self.units), "random_normal", regularizer=keras.regularizers.L2(0.1)
+        )
+        self.b = self.add_weight((self.units,), "zeros")
+
+    def call(self, x):
+        return ops.matmul(x, self.w) + self.b
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+class Operator(Linear):
+    def call(self, x):
+        return self.b + x @ self.w
+
+
+class Dotted(Linear):
+    def call(self, x):
+        return ops.tanh(ops.dot(x, self.w)) * self.b  # the vector is no bias here
+
+
+class Einsum(Linear):
+    def call(self, x):
+        return ops.einsum("bnc,cd->bnd", x, self.w) + self.b
+
+
+class Heads(layers.Layer):
+    """Attention from weights of its own."""
+
+    def build(self, shape):
+        self.query, self.key, self.value = (
+            self.add_weight((shape[-1], 2, 4), name=name) for name in ("q", "k", "v")
+        )
+        self.out = self.add_weight((2, 4, shape[-1]), name="o")
+
+    def call(self, x):
+        q, k, v = (ops.einsum("bnc,chd->bhnd", x, w) for w in (self.query, self.key, self.value))
+        scores = ops.softmax(ops.matmul(q, ops.swapaxes(k, -1, -2)))
+        return ops.einsum("bhnd,hdc->bnc", ops.matmul(scores, v), self.out)
+
+
+class Convolution(layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight((3, 3, shape[-1], 8), name="kernel")
+        self.offset = self.add_weight((8,), name="offset")
+
+    def call(self, x):
+        y = ops.conv(x, self.kernel, strides=2, padding="same", data_format="channels_last")
+        return ops.relu(y + self.offset)
+
+
+class Convolution1D(layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight((3, shape[-1], 8), name="kernel")
+
+    def call(self, x):
+        return ops.conv(x, self.kernel, padding="same", data_format="channels_last")
+
+
+class Block(layers.Layer):
+    """The MLPBlock of the same guide: layers of one's own in a layer of one's own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.second = Linear(12), Linear(6)
+        self.norm = layers.LayerNormalization()
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build((*shape[:-1], 12))
+        self.norm.build((*shape[:-1], 6))
+        self.gamma = self.add_weight((6,), "ones", name="gamma")
+
+    def call(self, x):
+        gamma = ops.cast(ops.convert_to_tensor(self.gamma), x.dtype)
+        return x + gamma * self.norm(self.second(ops.relu(self.first(x))))
+
+
+class Experts(layers.Layer):
+    """Several matrices, of which each token takes a share."""
+
+    def build(self, shape):
+        self.router = self.add_weight((shape[-1], 3), name="router")
+        self.kernels = self.add_weight((3, shape[-1], 8), name="kernels")
+
+    def call(self, x):
+        shares = ops.softmax(ops.matmul(x, self.router))
+        return ops.einsum("bned,bne->bnd", ops.einsum("bnc,ecd->bned", x, self.kernels), shares)
+
+
+def sequence(*parts, shape=(5, 6)):
+    x = inputs = keras.Input(shape)
+    for part in (layers.Dense(6, name="before"), *parts, layers.Dense(6, name="after")):
+        x = part(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x)))
+
+
+ROWS = {
+    "matmul": lambda: sequence(Linear(name="own")),
+    "vector": lambda: sequence(Linear(name="own"), shape=(6,)),
+    "operator": lambda: sequence(Operator(name="own")),
+    "dot": lambda: sequence(Dotted(name="own")),
+    "einsum": lambda: sequence(Einsum(name="own")),
+    "attention": lambda: sequence(Heads(name="own")),
+    "conv": lambda: sequence(Convolution(name="own"), shape=(6, 6, 3)),
+    "block": lambda: sequence(Block(name="own")),
+    "experts": lambda: sequence(Experts(name="own")),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_multiplies_by_weights_of_its_own_is_pruned(name):
+    model = ROWS[name]()
+    before = [to_numpy(w) for w in model.weights]
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["before"].prunable == 6, rows["before"].reason
+    own = [row for name, row in rows.items() if name.startswith(("own", "linear"))]
+    assert sum(row.prunable for row in own) >= 6, [row.reason for row in own]
+    _, small = check(model)
+    assert all(type(x).__module__.startswith("keras.") for x in small.layers)
+    assert all(map(np.array_equal, before, map(to_numpy, model.weights)))
+
+
+def test_a_bias_is_one_and_what_weights_are_regularised_by_goes_along():
+    own = Linear(name="own")
+    gated = keras_polar.apply(sequence(own, shape=(6,)), 0.3, gate="static")
+    dense = next(x for x in gated.layers if x.name == "own_w")
+    assert type(dense) is layers.Dense
+    assert dense.use_bias
+    assert dense.kernel_regularizer.l2 == pytest.approx(0.1)
+    np.testing.assert_array_equal(to_numpy(dense.kernel), to_numpy(own.w))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_precision_is_that_of_the_layer(policy):
+    x = keras.Input((6,))
+    h = Linear(8, name="own", dtype=policy)(layers.Dense(6)(x))
+    model = randomise(keras.Model(x, layers.Dense(2)(h)))
+    gated = keras_polar.apply(model, 1e-6, gate="static")
+    for group in gated.groups:
+        group.set_mask(np.ones(group.units, bool))
+    np.testing.assert_array_equal(
+        to_numpy(model(X, training=False)), to_numpy(gated(X, training=False))
+    )
+
+
+def test_a_layer_called_twice_is_one_layer():
+    own, x = Linear(6, name="own"), keras.Input((6,))
+    h = own(ops.relu(own(layers.Dense(6)(x))))
+    model = keras.Model(x, layers.Dense(2)(h))
+    _, small = check(model)
+    assert sum(type(x) is layers.Dense for x in small.layers) == 3
+
+
+def test_lengths_may_be_open():
+    x = keras.Input((None, 6))
+    h = Convolution1D(name="own")(Linear(7)(layers.Dense(6, name="before")(x)))
+    model = keras.Model(x, layers.Dense(2)(ops.max(h, axis=1)))
+    samples = np.random.default_rng(0).standard_normal((4, 9, 6)).astype("float32")
+    check(model, inputs=samples)
+    assert keras_polar.inspect(model).prunable > 0.9
+
+
+class Tied(Linear):
+    def call(self, x):
+        return ops.matmul(ops.matmul(x, self.w), ops.transpose(self.w))
+
+
+class Standardised(Linear):
+    def call(self, x):
+        return ops.matmul(x, self.w / ops.std(self.w, axis=0)) + self.b
+
+
+class Noisy(Linear):
+    def call(self, x, training=False):
+        return super().call(x + 1.0 if training else x)
+
+
+@pytest.mark.parametrize("kind", [Tied, Standardised, Noisy])
+def test_other_uses_stay_whole(kind):
+    model = sequence(kind(name="own"), shape=(6,))
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["before"].prunable == 0
+    assert "own" in rows["before"].reason
+    check(model)
+
+
+class Positions(layers.Layer):
+    """A matrix that is added: units are followed through the layer as it is."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape[1:], "random_normal", name="table")
+
+    def call(self, x):
+        return x + self.table
+
+
+def test_a_layer_without_a_kernel_stays_the_layer_that_it_is():
+    model = sequence(Positions(name="own"))
+    _, small = check(model)
+    assert any(isinstance(x, Positions) for x in small.layers)
+
+
+def test_it_trains_like_the_layer():
+    """One step of the gated model, all open, is one of the model."""
+    model = randomise(sequence(Block(name="own")))
+    schedule = keras_polar.Schedule(steps=1000)
+    gated = keras_polar.apply(model, 1e-6, gate="static", schedule=schedule)
+    x = np.random.default_rng(1).standard_normal((8, 5, 6)).astype("float32")
+    y = np.arange(8) % 2
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for net in (model, gated):
+        net.compile(keras.optimizers.SGD(0.1), loss)
+        net.train_on_batch(x, y)
+    np.testing.assert_allclose(
+        to_numpy(model(x, training=False)), to_numpy(gated(x, training=False)), atol=1e-5
+    )
