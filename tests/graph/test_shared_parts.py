@@ -24,7 +24,7 @@ class Opaque(layers.Layer):
         self.kernel = self.add_weight((shape[-1], 3), name="kernel")
 
     def call(self, x):
-        return keras.ops.matmul(x, self.kernel)
+        return keras.ops.matmul(x, keras.ops.absolute(self.kernel))
 
 
 def around(layer):
