@@ -182,7 +182,8 @@ class _Tracer:
             raise CannotTrace("is called on a tensor that is not part of the model")
         table = {id(x): ref for x, ref in zip(opened.inlets, known, strict=True)}
         self.alive.append(opened)
-        table.update((id(h.symbol), self._held(h, known[0], path)) for h in opened.held)
+        for held in opened.held:
+            table.update(dict.fromkeys(map(id, held.symbols), self._held(held, known[0], path)))
         self.notes.update((k, f"{NOT_OPENED}: it {v}") for k, v in opened.closed.items() if v)
         for step in steps:
             self.step(step, table, path, kwargs.get("training"))

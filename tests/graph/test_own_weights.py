@@ -111,6 +111,33 @@ class Experts(layers.Layer):
         return ops.einsum("bned,bne->bnd", ops.einsum("bnc,ecd->bned", x, self.kernels), shares)
 
 
+class Tokens(layers.Layer):
+    """A token for the class in front, and a vector for each position: the beginning of a ViT."""
+
+    def __init__(self, how="broadcast", **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+        self.project = layers.Dense(6)
+
+    def build(self, shape):
+        self.project.build(shape)
+        self.token = self.add_weight((1, 1, 6), "random_normal", name="token")
+        self.positions = self.add_weight((1, shape[1] + 1, 6), "random_normal", name="positions")
+
+    def call(self, x):
+        batch = ops.shape(x)[0]
+        token = {
+            "broadcast": lambda: ops.broadcast_to(self.token, (batch, 1, 6)),
+            "tile": lambda: ops.tile(self.token, (batch, 1, 1)),
+            "repeat": lambda: ops.repeat(ops.cast(self.token, x.dtype), batch, axis=0),
+            "reshaped": lambda: ops.broadcast_to(ops.reshape(self.token, (1, 6)), (batch, 1, 6)),
+        }[self.how]()
+        return ops.concatenate([token, self.project(x)], axis=1) + self.positions
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+
 def sequence(*parts, shape=(5, 6)):
     x = inputs = keras.Input(shape)
     for part in (layers.Dense(6, name="before"), *parts, layers.Dense(6, name="after")):
@@ -127,6 +154,10 @@ ROWS = {
     "attention": lambda: sequence(Heads(name="own")),
     "conv": lambda: sequence(Convolution(name="own"), shape=(6, 6, 3)),
     "block": lambda: sequence(Block(name="own")),
+    **{
+        how: lambda how=how: sequence(Tokens(how, name="own"), Block())
+        for how in ("broadcast", "tile", "repeat", "reshaped")
+    },
     "experts": lambda: sequence(Experts(name="own")),
 }
 
@@ -142,6 +173,14 @@ def test_what_multiplies_by_weights_of_its_own_is_pruned(name):
     _, small = check(model)
     assert all(type(x).__module__.startswith("keras.") for x in small.layers)
     assert all(map(np.array_equal, before, map(to_numpy, model.weights)))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="LiteRT needs TensorFlow")
+def test_the_small_model_becomes_a_file(tmp_path):
+    gated = keras_polar.apply(randomise(ROWS["tile"]()), 0.3, gate="static")
+    gated.settle()
+    report = keras_polar.export_tflite(keras_polar.convert(gated), tmp_path / "small.tflite")
+    assert report.max_difference <= 1e-5
 
 
 def test_a_bias_is_one_and_what_weights_are_regularised_by_goes_along():
@@ -194,12 +233,20 @@ class Standardised(Linear):
         return ops.matmul(x, self.w / ops.std(self.w, axis=0)) + self.b
 
 
+class Crowd(Linear):
+    """Each sample is given as many as there are samples."""
+
+    def call(self, x):
+        rows = ops.broadcast_to(ops.sum(self.w, axis=0)[None], (ops.shape(x)[0], self.units))
+        return ops.matmul(x, self.w) + ops.matmul(rows, ops.transpose(rows))[:, :1]
+
+
 class Noisy(Linear):
     def call(self, x, training=False):
         return super().call(x + 1.0 if training else x)
 
 
-@pytest.mark.parametrize("kind", [Tied, Standardised, Noisy])
+@pytest.mark.parametrize("kind", [Tied, Standardised, Crowd, Noisy])
 def test_other_uses_stay_whole(kind):
     model = sequence(kind(name="own"), shape=(6,))
     rows = {row.name: row for row in keras_polar.inspect(model).rows}

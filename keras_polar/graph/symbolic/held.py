@@ -1,7 +1,8 @@
 """Weights that code uses itself (a layer scale, say): a home for them in a functional model.
 
-A functional model has weights in layers only. What is multiplied with every sample, or added, or
-the like, comes out of a table instead that each sample reads whole: a stock Embedding.
+A functional model has weights in layers only. What every sample is given (a token that stands for
+the class, say), what is multiplied with every sample, or added, or the like, comes out of a table
+instead that each sample reads whole: a stock Embedding.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 from keras import KerasTensor, ops
 
 from keras_polar.graph.keras_private import op_class
+from keras_polar.graph.symbolic.merge import SPREADS
 from keras_polar.graph.symbolic.record import (
     CannotTrace,
     OwnWeight,
@@ -27,26 +29,25 @@ from keras_polar.graph.symbolic.record import (
 _ELEMENTWISE = tuple(
     map(op_class, "Add Subtract Multiply Divide TrueDivide Maximum Minimum Power".split())
 )
+_RESHAPES = tuple(map(op_class, "Reshape ExpandDims Squeeze".split()))
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A variable that a `call` uses element by element.
+    """A variable that a `call` gives to each sample, or uses element by element with each.
 
     Attributes:
-        shape: of what each sample is given instead.
+        shape: of what each sample is given.
+        symbols: tensors of the calls that this stands for.
     """
 
     weight: OwnWeight
     shape: tuple
+    symbols: list[KerasTensor]
 
     @property
     def variable(self) -> Any:
         return self.weight.variable
-
-    @property
-    def symbol(self) -> KerasTensor:
-        return self.weight.symbol
 
     @property
     def name(self) -> str:
@@ -54,8 +55,10 @@ class Held:
         return self.variable.name if is_network else self.weight.full_name
 
 
-def held_by(weights: list[OwnWeight], steps: list[RecordedCall], batch: int) -> list[Held]:
-    """The variables that recorded calls use.
+def held_by(
+    weights: list[OwnWeight], steps: list[RecordedCall], batch: int
+) -> tuple[list[Held], list[RecordedCall]]:
+    """The variables that recorded calls use, and the calls that are left.
 
     Args:
         batch: the size that stands for the number of samples.
@@ -63,26 +66,45 @@ def held_by(weights: list[OwnWeight], steps: list[RecordedCall], batch: int) -> 
     Raises:
         CannotTrace: one is used in another way than element by element with every sample.
     """
-    found = []
+    found: list[Held] = []
     for w in weights:
-        readers = [s for s in steps if any(x is w.symbol for x in tensors_in((s.args, s.kwargs)))]
-        shapes = {_beside(step, w.symbol, batch) for step in readers}
+        forms, left = _forms(w.symbol, steps)
+        shapes = {
+            _per_sample(step, x, w.symbol, batch)
+            for step in left
+            for x in tensors_in((step.args, step.kwargs))
+            if id(x) in forms
+        }
         if len(shapes) > 1 or None in shapes:
             raise CannotTrace(
                 f"uses its own variable {w.variable.path!r} directly, not just as a kernel, or "
                 "element by element with every sample"
             )
-        found += [Held(w, shape) for shape in shapes if shape]
-    return found
+        found += [Held(w, shape, list(forms.values())) for shape in shapes if shape]
+        steps = left
+    return found, steps
 
 
-def _beside(step: RecordedCall, symbol: Any, batch: int) -> tuple | None:
-    """The shape per sample with which a variable can stand beside samples in a call."""
-    others = [x for x in tensors_in((step.args, step.kwargs)) if x is not symbol]
+def _forms(symbol: KerasTensor, steps: list[RecordedCall]) -> tuple[dict, list[RecordedCall]]:
+    """The tensors, by id, that have a weight's values and nothing else, and the other calls."""
+    forms, left = {id(symbol): symbol}, []
+    for step in steps:
+        if isinstance(step.op, (*_RESHAPES, *SPREADS)) and id(step.args[0]) in forms:
+            forms[id(step.outputs[0])] = step.outputs[0]
+        else:
+            left.append(step)
+    return forms, left
+
+
+def _per_sample(step: RecordedCall, x: Any, symbol: Any, batch: int) -> tuple | None:
+    """The shape per sample with which a form of a variable can stand beside samples in a call."""
+    if math.prod(x.shape) == batch * math.prod(symbol.shape) and x.shape[0] == batch:
+        return tuple(x.shape[1:])
+    others = [y for y in tensors_in((step.args, step.kwargs)) if y is not x]
     if not isinstance(step.op, _ELEMENTWISE) or len(others) != 1 or others[0].shape[:1] != (batch,):
         return None
-    missing = len(others[0].shape) - len(symbol.shape)
-    padded = (1,) * missing + tuple(symbol.shape)
+    missing = len(others[0].shape) - len(x.shape)
+    padded = (1,) * missing + tuple(x.shape)
     return padded[1:] or (1,) if missing >= 0 and padded[0] == 1 else None
 
 

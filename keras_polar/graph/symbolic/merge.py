@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, tree
 
-from keras_polar.graph.keras_private import backend
+from keras_polar.graph.keras_private import backend, op_class
 from keras_polar.graph.symbolic.record import (
     CannotTrace,
     DiffersInTraining,
@@ -25,6 +25,10 @@ from keras_polar.graph.symbolic.record import (
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.
 BATCHES = (1009, 1013)
+
+
+# Operations that give each sample the same.
+SPREADS = tuple(map(op_class, ("BroadcastTo", "Tile", "Repeat")))
 
 
 class _Batch:
@@ -61,6 +65,7 @@ class Merge:
         self.first, self.second, self.modes = first, second, list(modes)
         self.numbers: list[dict[int, int]] = [{}, {}]
         self._number(first.inlets, second.inlets)
+        self.of_weights = {id(w.symbol) for w in first.weights}  # and what is made of them alone
 
     def _number(self, a: list, b: list) -> None:
         if len(a) != len(b):
@@ -87,6 +92,8 @@ class Merge:
         args, kwargs = self.value((a.args, given[0]), (b.args, given[1]))
         args, kwargs = _resolved(a, args, kwargs)
         op = a.op if is_layer else self._operation(a, b.op)
+        if self._is_of_weights(a):
+            self.of_weights.update(map(id, a.outputs))
         self._number(a.outputs, b.outputs)
         shapes = [self._shape(x.shape, y.shape) for x, y in zip(a.outputs, b.outputs, strict=True)]
         return RecordedCall(op, a.path, args, kwargs, a.outputs, shapes)
@@ -104,9 +111,16 @@ class Merge:
         if "newshape" in merged:
             merged["newshape"] = _newshape(merged["newshape"], step.outputs[0].shape)
         if any(isinstance(x, _Batch) for x in tree.flatten(merged)):
+            if isinstance(step.op, SPREADS) and self._is_of_weights(step):
+                return step.op  # held.py says what becomes of it
             raise CannotTrace(f"uses the batch size in {type(step.op).__name__}")
         changes = {k: v for k, v in merged.items() if isinstance(v, tuple) and v != attributes[k]}
         return with_attributes(step.op, changes) if changes else step.op
+
+    def _is_of_weights(self, step: RecordedCall) -> bool:
+        """Whether a call reads nothing but weights that the code uses itself."""
+        read = tensors_in((step.args, step.kwargs))
+        return bool(read) and all(id(x) in self.of_weights for x in read)
 
     def value(self, a: Any, b: Any) -> Any:
         """What stands for two values; raises if they differ in more than the batch size."""
