@@ -191,12 +191,12 @@ class _Tracer:
 
     def _held(self, held: Held, sample: Ref, path: str) -> Ref:
         """A tensor of the values of a variable that no layer has."""
-        key = id(held.variable), sample.index
+        key = id(held.variable), sample.index, held.rows.tobytes(), held.shape
         if key not in self.held:
-            if key[0] not in self.tables:
-                self.tables[key[0]] = table_of(held)
+            if id(held.variable) not in self.tables:
+                self.tables[id(held.variable)] = table_of(held)
             symbol = self._symbol(sample.index)
-            steps, inlet, outlet = steps_to(held, self.tables[key[0]], symbol)
+            steps, inlet, outlet = steps_to(held, self.tables[id(held.variable)], symbol)
             table = {id(inlet): sample}
             for step in steps:
                 self.step(step, table, path, None)

@@ -12,20 +12,34 @@ from keras_polar.graph.ir import Ref
 from keras_polar.graph.keras_private import op_class
 from keras_polar.rules.activations import activated
 from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.common import channel_axis, spread, with_adapters
-from keras_polar.rules.ids import Ids, no_unit
+from keras_polar.rules.common import channel_axis, spread, widest, with_adapters
+from keras_polar.rules.ids import Ids, no_unit, varies
 from keras_polar.rules.registry import add
 from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
 
 class DenseRule(Rule):
-    """Reads and makes units on the last axis, at every position of the others."""
+    """Reads and makes units on the last axis, at every position of the others.
+
+    Where units are on another axis (tokens are mixed, say) they pass through, and its own stay: an
+    element of the output can belong to one unit only.
+    """
 
     cuts_adapters = True
 
     def flow(self, site: CallSite) -> list[Ids]:
+        (ids,) = site.inputs
+        axis = None if varies(ids, ids.ndim - 1) else widest(ids, {*range(1, ids.ndim - 1)})
+        if axis is not None:
+            return activated(site, self._through(site, axis))
         site.read("in", -1, by=("kernel", 0))
         return activated(site, site.produce("out", site.op.units, -1))
+
+    def _through(self, site: CallSite, axis: int) -> Ids:
+        site.set_axis("in", no_unit((site.inputs[0].shape[-1],)))
+        own = site.produce_inside("out", site.op.units)
+        site.pin(own, "units of its input pass through it on another axis")
+        return spread(site, site.follow("through", axis), axis)
 
     def weights(self, op: Any) -> dict[str, tuple]:
         return with_adapters(op, {"kernel": ("in", "out"), "bias": ("out",)})
@@ -34,7 +48,11 @@ class DenseRule(Rule):
         return {"units": kept.count(site.axes["out"])}
 
     def macs(self, site: CallSite) -> list[CostTerm]:
-        return [CostTerm((site.axes["in"], site.axes["out"]), macs=site.positions(0, -1))]
+        own = (site.axes["in"], site.axes["out"])
+        if "through" not in site.axes:
+            return [CostTerm(own, macs=site.positions(0, -1))]
+        through = site.axes["through"]
+        return [CostTerm((through, *own), macs=site.positions(0, -1) // len(through))]
 
     def adapter_macs(self, site: CallSite) -> int:
         adapters = (site.op.lora_kernel_a, site.op.lora_kernel_b)

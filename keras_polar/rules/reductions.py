@@ -20,9 +20,9 @@ from keras_polar.rules.rule import Rule
 class ReduceRule(Rule):
     """`ops.mean` and the like: over axes without units they act channel by channel.
 
-    A sum over the units reads them (a closed one adds zero), a mean is taken over open ones;
-    a maximum would change when one is cut, so that they stay. Of units on several axes those go
-    together that are reduced to one element.
+    A sum over the units reads them (a closed one adds zero), a mean or maximum is taken over open
+    ones; a product would change when one is cut, so that they stay. Of units on several axes those
+    go together that are reduced to one element.
     """
 
     def flow(self, site: CallSite) -> list[Ids]:
@@ -95,6 +95,25 @@ def _variance(mean: Callable, x: Any) -> Any:
     return mean(ops.square(x - mean(x)))
 
 
+class ExtremeRule(ReduceSumRule):
+    """A maximum or minimum over the units: in the gated model of those that are open.
+
+    Args:
+        never: what no closed unit is ahead of.
+    """
+
+    def __init__(self, never: float) -> None:
+        self.never = never
+
+    def _over_units(self, site: CallSite, axes: set) -> None:
+        site.average("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
+
+    def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        share = ops.cast(gates, x.dtype)
+        return op(ops.where(share > 0, x * share, ops.full_like(x, self.never)))
+
+
 class NormRule(ReduceSumRule):
     """`ops.norm`: as a sum if zeros add nothing to that norm."""
 
@@ -134,11 +153,13 @@ add(StatisticsRule(lambda mean, x: mean(x)), op_class("Mean"))
 add(StatisticsRule(_variance), op_class("Var"))
 add(StatisticsRule(lambda mean, x: ops.sqrt(_variance(mean, x))), op_class("Std"))
 add(StatisticsRule(lambda mean, x: (mean(x), _variance(mean, x))), op_class("Moments"))
+add(ExtremeRule(-np.inf), op_class("Max"), op_class("Amax"))
+add(ExtremeRule(np.inf), op_class("Min"), op_class("Amin"))
 add(
     ReduceRule(),
     *map(
         op_class,
-        "Max Min Prod Amax Amin All Ptp Argmax Argmin Logsumexp Median Percentile "
+        "Prod All Ptp Argmax Argmin Logsumexp Median Percentile "
         "Quantile Nanmax Nanmean Nanmedian Nanmin Nanpercentile Nanprod Nanquantile Nanstd Nanvar "
         "Nanargmax Nanargmin".split(),
     ),

@@ -285,3 +285,58 @@ def test_it_trains_like_the_layer():
     np.testing.assert_allclose(
         to_numpy(model(x, training=False)), to_numpy(gated(x, training=False)), atol=1e-5
     )
+
+
+class Positioned(layers.Layer):
+    """Embeddings of positions that are always the same: the beginning of most transformers."""
+
+    def __init__(self, how="row", **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+        self.positions = layers.Embedding(5, 6, name="positions")
+
+    def call(self, x):
+        rows = ops.arange(0, x.shape[1])
+        if self.how == "row":
+            return x + self.positions(rows)
+        if self.how == "batch of one":
+            return self.positions(ops.expand_dims(rows, 0)) * x
+        if self.how == "for each":
+            return x + ops.broadcast_to(self.positions(rows), ops.shape(x))
+        if self.how == "twice":
+            return x + self.positions(rows) + self.positions(rows[::-1])
+        return x + ops.sum(self.positions(rows), axis=0)
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+
+@pytest.mark.parametrize("how", ["row", "batch of one", "for each", "twice"])
+def test_embeddings_of_positions_are_pruned_with_what_they_are_added_to(how):
+    own = Positioned(how, name="own")
+    model = sequence(own, Block())
+    nodes = len(own.positions._inbound_nodes)
+    assert {row.name: row.prunable for row in keras_polar.inspect(model).rows}["before"] == 6
+    _, small = check(model)
+    table = small.get_layer("positions")
+    assert table.output_dim < 6
+    assert (own.positions.name, len(own.positions._inbound_nodes)) == ("positions", nodes)
+
+
+def test_units_pass_through_a_dense_layer_on_another_axis():
+    """As in an MLP-Mixer: tokens are mixed, channel by channel."""
+    x = keras.Input((5, 6))
+    h = layers.Dense(12, name="channels")(x)
+    mixed = layers.Dense(7, "gelu", name="tokens")(ops.swapaxes(h, 1, 2))
+    mixed = layers.Dense(5, name="back")(mixed)
+    h = layers.LayerNormalization()(h + ops.swapaxes(mixed, 1, 2))
+    model = keras.Model(x, layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(h)))
+    rows = {row.name: row.prunable for row in keras_polar.inspect(model).rows}
+    assert rows == {"channels": 12, "tokens": 0, "back": 0, "head": 0}
+    check(model)
+    check(model, gate="dynamic")
+
+
+def test_embeddings_of_positions_that_are_mixed_stay():
+    model = sequence(Positioned("mixed", name="own"))
+    assert {row.name: row.prunable for row in keras_polar.inspect(model).rows}["before"] == 0

@@ -50,6 +50,12 @@ class Held:
         return self.weight.variable
 
     @property
+    def rows(self) -> np.ndarray:
+        """Those of a table that each sample reads."""
+        given = self.weight.rows
+        return np.arange(math.prod(self.shape[:-1])) if given is None else given.reshape(-1)
+
+    @property
     def name(self) -> str:
         is_network = isinstance(self.weight.owner, keras.Model)
         return self.variable.name if is_network else self.weight.full_name
@@ -110,6 +116,8 @@ def _per_sample(step: RecordedCall, x: Any, symbol: Any, batch: int) -> tuple | 
 
 def table_of(held: Held) -> Any:
     """The layer that has the values of a variable."""
+    if held.weight.rows is not None:
+        return held.weight.owner
     variable = held.variable
     *rows, width = held.shape
     table = keras.layers.Embedding(
@@ -118,6 +126,7 @@ def table_of(held: Held) -> Any:
         embeddings_regularizer=variable.regularizer,
         embeddings_constraint=variable.constraint,
         dtype=held.weight.owner.dtype_policy,
+        name=held.name,
     )
     table.build()
     table.embeddings.assign(ops.reshape(variable, table.embeddings.shape))
@@ -133,24 +142,28 @@ def steps_to(held: Held, table: Any, sample: KerasTensor) -> tuple[list[Recorded
         sample: some input of the layer or network.
     """
     x = keras.Input(batch_shape=sample.shape, dtype=sample.dtype)
-    y = table(_numbers(x, table.input_dim))
+    before = len(table._inbound_nodes)
+    y = table(_numbers(x, held.rows))
     if len(held.shape) != 2:
         y = keras.layers.Reshape(held.shape)(y)
     watch = watch_from(x)
+    watch.operations.append(table)  # has its name
     steps = named(steps_between([y], [x], watch), watch)
+    del table._inbound_nodes[before:]  # it may be the caller's
     return list(_finished(steps, table, held.name)), x, y
 
 
-def _numbers(x: Any, count: int) -> Any:
-    """0 to `count - 1` for each sample."""
+def _numbers(x: Any, rows: np.ndarray) -> Any:
+    """The same numbers for each sample."""
     if len(x.shape) > 1:
         x = ops.sum(x, axis=tuple(range(1, len(x.shape))))
     zero = ops.expand_dims(ops.cast(ops.zeros_like(x), "int32"), -1)
-    return ops.add(zero, np.arange(count, dtype="int32")[None])
+    return ops.add(zero, rows.astype("int32")[None])
 
 
 def _finished(steps: list[RecordedCall], table: Any, name: str) -> Iterable[RecordedCall]:
     for step in steps:
-        step.op.name = name if step.op is table else f"{name}_{step.op.name}"
+        if step.op is not table:
+            step.op.name = f"{name}_{step.op.name}"
         shapes = [tuple(x.shape) for x in step.outputs]
         yield replace(step, path=step.op.name, shapes=shapes)

@@ -65,6 +65,8 @@ class Merge:
         self.first, self.second, self.modes = first, second, list(modes)
         self.numbers: list[dict[int, int]] = [{}, {}]
         self._number(first.inlets, second.inlets)
+        for a, b in zip(first.weights, second.weights, strict=True):
+            self.value((a.variable.path, a.rows), (b.variable.path, b.rows))
         self.of_weights = {id(w.symbol) for w in first.weights}  # and what is made of them alone
 
     def _number(self, a: list, b: list) -> None:

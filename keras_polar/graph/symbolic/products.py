@@ -82,7 +82,7 @@ def with_products(
     Raises:
         CannotTrace: what is a kernel in one place is something else in another.
     """
-    own = {id(w.symbol): w for w in weights}
+    own = {id(w.symbol): w for w in weights if w.rows is None}
     steps = _without_casts(steps, own)
     steps = _with_biases([_as_product(s, own, batch) for s in steps], own, outputs)
     keys: dict[int, set] = {}
@@ -90,7 +90,7 @@ def with_products(
         for variable in product.weights:
             keys.setdefault(id(variable), set()).add(product.key)
     read = {id(x) for s in steps for x in tensors_in((s.args, s.kwargs))}
-    for w in weights:
+    for w in own.values():
         found = keys.get(id(w.variable), set())
         if len(found) > 1 or (found and id(w.symbol) in read):
             raise CannotTrace(f"uses its own variable {w.variable.path!r} in several ways")

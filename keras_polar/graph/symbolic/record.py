@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from keras import KerasTensor, tree
 
+from keras_polar.backends import to_numpy
 from keras_polar.graph.handed import handed
 from keras_polar.graph.keras_private import (
     CallContext,
@@ -58,12 +60,14 @@ class OwnWeight:
 
     Attributes:
         symbol: the tensor that stands for it in the recorded calls.
+        rows: of the table that the variable is, if the tensor stands for some of its rows.
     """
 
     owner: Any
     name: str
     variable: Any
     symbol: KerasTensor
+    rows: np.ndarray | None = None
 
     @property
     def full_name(self) -> str:
@@ -276,6 +280,7 @@ class CallRecorder:
         self.buffers = {id(v) for x in self.layers for v in _made_untrainable(x)}
         self.buffers -= handed(root).keys()  # what their owner may change at any time
         self.weights: list[OwnWeight] = []
+        self.has_symbols = False
         self.symbols: dict[int, dict] = {}  # id(layer) -> attribute -> what stands for a variable
         self.is_paused = False
         self.stack: list = []
@@ -285,6 +290,7 @@ class CallRecorder:
 
     def give_symbols(self) -> None:
         """Lets symbols stand for the weights of the layers that run in line, while they do."""
+        self.has_symbols = True
         known: dict[int, KerasTensor] = {}
         for layer in (x for x in self.layers if id(x) in self.inline):
             for name, v in _own_weights(layer).items():
@@ -327,6 +333,8 @@ class CallRecorder:
         )
 
     def called(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
+        if not self.is_paused and self.has_symbols and _looks_up(layer, args, kwargs):
+            return self._rows(layer, to_numpy(args[0]))
         if self.is_paused or not tensors_in((args, kwargs)):
             return layer_class.__call__(layer, *args, **kwargs)
         if not layer.built and layer_class.build is not keras.layers.Layer.build:
@@ -338,6 +346,14 @@ class CallRecorder:
             return self._kept(layer, layer_class, args, kwargs)
         finally:
             self.stack.pop()
+
+    def _rows(self, table: Any, rows: np.ndarray) -> KerasTensor:
+        """What stands for rows of an embedding that are always the same: positions, say."""
+        shape = (*rows.shape, table.output_dim)
+        symbol = keras.Input(batch_shape=shape, dtype=table.compute_dtype)
+        own = OwnWeight(table, "embeddings", table.embeddings, symbol, rows)
+        self.weights.append(own)
+        return symbol
 
     def _check_stateless(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> None:
         """A layer that was never built may be called if a copy of it makes no variables."""
@@ -414,6 +430,13 @@ class CallRecorder:
     def use(self, variable: Any) -> None:
         if id(variable) not in self.buffers:
             raise CannotTrace(f"uses its own variable {variable.path!r} directly")
+
+
+def _looks_up(layer: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is of an embedding, on numbers that do not depend on any input."""
+    is_table = type(layer).__mro__[1] is keras.layers.Embedding  # in its watched class
+    is_fixed = len(args) == 1 and not kwargs and not isinstance(args[0], KerasTensor)
+    return is_table and is_fixed and layer.built and not layer.mask_zero
 
 
 def _exact_spec(layer: Any, *args: Any, **kwargs: Any) -> Any:
