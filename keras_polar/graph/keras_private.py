@@ -14,6 +14,8 @@ from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
+from keras.src.ops.function import Function, make_node_key
+from keras.src.ops.node import KerasHistory
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.naming import to_snake_case
@@ -25,6 +27,7 @@ __all__ = [
     "ConvLSTMCell",
     "CustomScaleLayer",
     "DynamicBackend",
+    "Function",
     "Functional",
     "KerasSaveable",
     "LayerScale",
@@ -35,6 +38,7 @@ __all__ = [
     "attended_axes",
     "backend",
     "call_on_symbols",
+    "calls_in",
     "core_of",
     "forget_losses",
     "functional",
@@ -49,6 +53,7 @@ __all__ = [
     "op_class",
     "own_variables",
     "parts_of_layer",
+    "record_calls",
     "remembered_arguments",
     "scale_scores_alike",
     "source_of",
@@ -218,6 +223,52 @@ def node_of(tensor: Any) -> Any:
     """The call, a node of Keras' graph, that a symbolic tensor comes out of."""
     history = tensor._keras_history
     return history.operation._inbound_nodes[history.node_index]
+
+
+def calls_in(functions: list) -> list[tuple[Any, list]]:
+    """The operations that functional models consist of, each with its calls there, in order.
+
+    What makes the masks of their tensors is among them, though not in the models.
+    """
+    todo = [node for function in functions for node in _nodes_in(function)]
+    own, nodes = {id(node) for node in todo}, {}
+    while todo:
+        node = todo.pop()
+        if id(node) not in nodes:
+            nodes[id(node)] = node
+            masks = [backend.get_keras_mask(x) for x in node.outputs]
+            sources = () if id(node) in own else node.input_tensors
+            todo += [node_of(x) for x in (*masks, *sources) if _is_made(x)]
+    operations = {id(node.operation): node.operation for node in nodes.values()}
+    return [(op, [n for n in op._inbound_nodes if id(n) in nodes]) for op in operations.values()]
+
+
+def _is_made(tensor: Any) -> bool:
+    return getattr(getattr(tensor, "_keras_history", None), "operation", None) is not None
+
+
+def record_calls(calls: list[tuple[Any, list]], functions: list) -> None:
+    """Lets operations know of calls, their outputs where they come from, and models what is theirs.
+
+    Args:
+        calls: like those of `calls_in`.
+        functions: the models that these calls belong to.
+    """
+    for op, nodes in calls:
+        for node in nodes:
+            place = len(op._inbound_nodes)
+            op._inbound_nodes.append(node)
+            for i, x in enumerate(node.outputs):
+                x._keras_history = KerasHistory(op, place, i)
+    for function in functions:
+        function._nodes = {
+            make_node_key(n.operation, n.operation._inbound_nodes.index(n))
+            for n in _nodes_in(function)
+        }
+
+
+def _nodes_in(function: Any) -> list:
+    return [node for nodes in function._nodes_by_depth.values() for node in nodes]
 
 
 def without_latest_call(op: Any) -> None:
