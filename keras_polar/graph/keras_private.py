@@ -1,5 +1,7 @@
 """Every name of Keras that is not public, once, and what this library does with it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -61,6 +63,7 @@ __all__ = [
     "to_snake_case",
     "without_latest_call",
     "without_metrics",
+    "without_sharing",
 ]
 
 OP_MODULES = (keras_numpy, nn, core, math, image, linalg, einops, activations)
@@ -191,6 +194,23 @@ def without_metrics(layer: Any) -> None:
     """The metrics that a layer and its parts own are no longer told to the models they are in."""
     for part in layers_of(layer):
         part._metrics.clear()
+
+
+@contextlib.contextmanager
+def without_sharing() -> Iterator[None]:
+    """Makes objects from configs anew, and writes all of a config, also while Keras loads a file.
+
+    Keras does that in a scope in which it takes what it has made once for what is written again.
+    """
+    names = [f"shared_objects/id_to_{x}_map" for x in ("obj", "config")]
+    before = [global_state.get_global_attribute(name) for name in names]
+    for name in names:
+        global_state.set_global_attribute(name, None)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            global_state.set_global_attribute(name, value)
 
 
 def takes_training(layer: Any) -> bool:
