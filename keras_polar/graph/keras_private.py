@@ -41,6 +41,7 @@ __all__ = [
     "backend",
     "call_on_symbols",
     "calls_in",
+    "compute_loss_of",
     "core_of",
     "forget_losses",
     "functional",
@@ -51,6 +52,7 @@ __all__ = [
     "is_fused_attention",
     "layers_of",
     "node_of",
+    "nodes_in",
     "only_loss",
     "op_class",
     "own_variables",
@@ -190,6 +192,30 @@ def forget_losses(layer: Any) -> None:
         part._loss_ids.clear()
 
 
+def compute_loss_of(model: Any, x: Any, **arguments: Any) -> tuple[Any, dict | None]:
+    """The `compute_loss` of a model's class, apart from the losses that it is compiled with.
+
+    Args:
+        x: inputs of a batch.
+        arguments: what else `compute_loss` takes: y, y_pred, sample_weight, training.
+
+    Returns:
+        The loss and None; or, where the class leaves it to the losses of `compile`, anything, and
+        the arguments that these are called with instead of y, y_pred and sample_weight.
+    """
+    compared: list[dict] = []
+
+    def compiled(y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        compared.append({"y": y, "y_pred": y_pred, "sample_weight": sample_weight})
+        return keras.ops.zeros(())
+
+    twin = object.__new__(type(model))
+    vars(twin).update(vars(model))
+    vars(twin).update(_compile_loss=compiled, _layers=[], _losses=[])
+    loss = twin.compute_loss(x=x, **arguments)
+    return loss, compared[0] if compared else None
+
+
 def without_metrics(layer: Any) -> None:
     """The metrics that a layer and its parts own are no longer told to the models they are in."""
     for part in layers_of(layer):
@@ -250,7 +276,7 @@ def calls_in(functions: list) -> list[tuple[Any, list]]:
 
     What makes the masks of their tensors is among them, though not in the models.
     """
-    todo = [node for function in functions for node in _nodes_in(function)]
+    todo = [node for function in functions for node in nodes_in(function)]
     own, nodes = {id(node) for node in todo}, {}
     while todo:
         node = todo.pop()
@@ -283,11 +309,12 @@ def record_calls(calls: list[tuple[Any, list]], functions: list) -> None:
     for function in functions:
         function._nodes = {
             make_node_key(n.operation, n.operation._inbound_nodes.index(n))
-            for n in _nodes_in(function)
+            for n in nodes_in(function)
         }
 
 
-def _nodes_in(function: Any) -> list:
+def nodes_in(function: Any) -> list:
+    """The calls that a functional model consists of."""
     return [node for nodes in function._nodes_by_depth.values() for node in nodes]
 
 
