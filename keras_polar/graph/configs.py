@@ -23,6 +23,7 @@ from keras_polar.graph.keras_private import (
     is_from_keras,
     parts_of_layer,
     remembered_arguments,
+    without_sharing,
 )
 
 _BASE = ("name", "trainable", "dtype")
@@ -35,7 +36,8 @@ def repair_configs(layers: Iterable[Any]) -> dict[str, str]:
     Returns:
         Layer name -> why a saved model with it cannot be loaded, for all others.
     """
-    return {layer.name: why for x in layers if _is_layer(x) for layer, why in _problems(x)}
+    with without_sharing():
+        return {layer.name: why for x in layers if _is_layer(x) for layer, why in _problems(x)}
 
 
 def refuse_configs(layers: Iterable[Any], reasons: Mapping[str, str]) -> None:

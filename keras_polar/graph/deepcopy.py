@@ -13,10 +13,13 @@ from keras_polar.backends import BACKEND
 from keras_polar.graph.handed import SETTINGS, handed
 from keras_polar.graph.keras_private import (
     DynamicBackend,
+    Function,
     KerasSaveable,
     TrackedDict,
     TrackedList,
     TrackedSet,
+    calls_in,
+    record_calls,
 )
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -29,7 +32,6 @@ _SHARED = (
     types.FunctionType,
     types.BuiltinFunctionType,
     types.MethodType,
-    keras.KerasTensor,
     keras.DTypePolicy,
     DynamicBackend,
 )
@@ -57,8 +59,12 @@ def duplicate(
     writer = _Writer(buffer := io.BytesIO(), dtype, handed(layer), trained, made)
     try:
         writer.dump(layer)
+        # Of what was written already a second dump of the same writer gives the same copies.
+        writer.dump((calls_in(writer.functions), writer.functions))
         buffer.seek(0)
-        new = _Reader(buffer, writer.kept).load()
+        reader = _Reader(buffer, writer.kept)
+        new = reader.load()
+        record_calls(*reader.load())
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             f"Layer {layer.name!r} ({type(layer).__name__}) can neither be rebuilt from its config "
@@ -141,8 +147,11 @@ class _Writer(pickle.Pickler):
         self.numbers: dict[int, int] = {}
         self.count = itertools.count()
         self.alive: list[Any] = []
+        self.functions: list[Any] = []
 
     def persistent_id(self, x: Any) -> int | None:
+        if isinstance(x, keras.KerasTensor):
+            return None
         is_variable = isinstance(x, keras.Variable) or id(x) in self.made
         if not is_variable and not isinstance(x, _SHARED) and not keras.ops.is_tensor(x):
             return None
@@ -163,12 +172,16 @@ class _Writer(pickle.Pickler):
     def _dtype_of(self, x: Any) -> str | None:
         """The type of the copy of a variable or tensor; None for what is kept as it is."""
         is_variable = isinstance(x, keras.Variable)
-        is_tensor = keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor)
+        is_tensor = keras.ops.is_tensor(x)
         if self.dtype and (is_variable or is_tensor) and is_other_float(x.dtype, str(self.dtype)):
             return self.dtype
         return x.dtype if is_variable else None
 
     def reducer_override(self, x: Any) -> Any:
+        if isinstance(x, Function):
+            self.functions.append(x)
+        if isinstance(x, keras.KerasTensor):
+            return _blank, (type(x),), _without_history(x)
         if isinstance(x, KerasSaveable):
             return _blank, (type(x),), _state(x)
         for kind, fill in _TRACKED.items():
@@ -184,6 +197,11 @@ def _state(x: Any) -> dict:
     skipped = ("_self_", "_obj_reference_counts", "build", "get_config", "get_build_config")
     own = {k: v for k, v in vars(x).items() if not k.startswith(skipped) or k == "built"}
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
+
+
+def _without_history(tensor: Any) -> dict:
+    """What a symbolic tensor is, but for the call that it comes out of: the copy has its own."""
+    return {k: v for k, v in vars(tensor).items() if k != "_keras_history"}
 
 
 def _copied(variable: Any, dtype: Any, is_trained: bool) -> Any:

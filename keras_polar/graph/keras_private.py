@@ -1,5 +1,7 @@
 """Every name of Keras that is not public, once, and what this library does with it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -14,6 +16,8 @@ from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.ops import core, einops, image, linalg, math, nn
 from keras.src.ops import numpy as keras_numpy
+from keras.src.ops.function import Function, make_node_key
+from keras.src.ops.node import KerasHistory
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.naming import to_snake_case
@@ -25,6 +29,7 @@ __all__ = [
     "ConvLSTMCell",
     "CustomScaleLayer",
     "DynamicBackend",
+    "Function",
     "Functional",
     "KerasSaveable",
     "LayerScale",
@@ -35,6 +40,8 @@ __all__ = [
     "attended_axes",
     "backend",
     "call_on_symbols",
+    "calls_in",
+    "compute_loss_of",
     "core_of",
     "forget_losses",
     "functional",
@@ -45,10 +52,12 @@ __all__ = [
     "is_fused_attention",
     "layers_of",
     "node_of",
+    "nodes_in",
     "only_loss",
     "op_class",
     "own_variables",
     "parts_of_layer",
+    "record_calls",
     "remembered_arguments",
     "scale_scores_alike",
     "source_of",
@@ -56,6 +65,7 @@ __all__ = [
     "to_snake_case",
     "without_latest_call",
     "without_metrics",
+    "without_sharing",
 ]
 
 OP_MODULES = (keras_numpy, nn, core, math, image, linalg, einops, activations)
@@ -182,10 +192,51 @@ def forget_losses(layer: Any) -> None:
         part._loss_ids.clear()
 
 
+def compute_loss_of(model: Any, x: Any, **arguments: Any) -> tuple[Any, dict | None]:
+    """The `compute_loss` of a model's class, apart from the losses that it is compiled with.
+
+    Args:
+        x: inputs of a batch.
+        arguments: what else `compute_loss` takes: y, y_pred, sample_weight, training.
+
+    Returns:
+        The loss and None; or, where the class leaves it to the losses of `compile`, anything, and
+        the arguments that these are called with instead of y, y_pred and sample_weight.
+    """
+    compared: list[dict] = []
+
+    def compiled(y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        compared.append({"y": y, "y_pred": y_pred, "sample_weight": sample_weight})
+        return keras.ops.zeros(())
+
+    twin = object.__new__(type(model))
+    vars(twin).update(vars(model))
+    vars(twin).update(_compile_loss=compiled, _layers=[], _losses=[])
+    loss = twin.compute_loss(x=x, **arguments)
+    return loss, compared[0] if compared else None
+
+
 def without_metrics(layer: Any) -> None:
     """The metrics that a layer and its parts own are no longer told to the models they are in."""
     for part in layers_of(layer):
         part._metrics.clear()
+
+
+@contextlib.contextmanager
+def without_sharing() -> Iterator[None]:
+    """Makes objects from configs anew, and writes all of a config, also while Keras loads a file.
+
+    Keras does that in a scope in which it takes what it has made once for what is written again.
+    """
+    names = [f"shared_objects/id_to_{x}_map" for x in ("obj", "config")]
+    before = [global_state.get_global_attribute(name) for name in names]
+    for name in names:
+        global_state.set_global_attribute(name, None)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            global_state.set_global_attribute(name, value)
 
 
 def takes_training(layer: Any) -> bool:
@@ -218,6 +269,53 @@ def node_of(tensor: Any) -> Any:
     """The call, a node of Keras' graph, that a symbolic tensor comes out of."""
     history = tensor._keras_history
     return history.operation._inbound_nodes[history.node_index]
+
+
+def calls_in(functions: list) -> list[tuple[Any, list]]:
+    """The operations that functional models consist of, each with its calls there, in order.
+
+    What makes the masks of their tensors is among them, though not in the models.
+    """
+    todo = [node for function in functions for node in nodes_in(function)]
+    own, nodes = {id(node) for node in todo}, {}
+    while todo:
+        node = todo.pop()
+        if id(node) not in nodes:
+            nodes[id(node)] = node
+            masks = [backend.get_keras_mask(x) for x in node.outputs]
+            sources = () if id(node) in own else node.input_tensors
+            todo += [node_of(x) for x in (*masks, *sources) if _is_made(x)]
+    operations = {id(node.operation): node.operation for node in nodes.values()}
+    return [(op, [n for n in op._inbound_nodes if id(n) in nodes]) for op in operations.values()]
+
+
+def _is_made(tensor: Any) -> bool:
+    return getattr(getattr(tensor, "_keras_history", None), "operation", None) is not None
+
+
+def record_calls(calls: list[tuple[Any, list]], functions: list) -> None:
+    """Lets operations know of calls, their outputs where they come from, and models what is theirs.
+
+    Args:
+        calls: like those of `calls_in`.
+        functions: the models that these calls belong to.
+    """
+    for op, nodes in calls:
+        for node in nodes:
+            place = len(op._inbound_nodes)
+            op._inbound_nodes.append(node)
+            for i, x in enumerate(node.outputs):
+                x._keras_history = KerasHistory(op, place, i)
+    for function in functions:
+        function._nodes = {
+            make_node_key(n.operation, n.operation._inbound_nodes.index(n))
+            for n in nodes_in(function)
+        }
+
+
+def nodes_in(function: Any) -> list:
+    """The calls that a functional model consists of."""
+    return [node for nodes in function._nodes_by_depth.values() for node in nodes]
 
 
 def without_latest_call(op: Any) -> None:

@@ -4,7 +4,7 @@ KerasHub is not imported here: a model can only be a task where somebody else ha
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,14 @@ import numpy as np
 from keras import tree
 
 from keras_polar.backends import to_numpy
-from keras_polar.graph.keras_private import layers_of, source_of
+from keras_polar.graph.ir import refs_in
+from keras_polar.graph.keras_private import (
+    compute_loss_of,
+    layers_of,
+    nodes_in,
+    source_of,
+)
+from keras_polar.rules import trace_model
 
 COMPILED = ("optimizer", "loss", "metrics", "weighted_metrics")
 
@@ -96,6 +103,20 @@ class Pipeline:
         samples = dict(zip(("x", "y", "sample_weight"), parts, strict=False))
         samples["batch_size"] = arguments.get("validation_batch_size")
         return {**arguments, "validation_data": self.prepared(samples)["x"]}
+
+    def has_own_loss(self) -> bool:
+        """Whether the class of the task does something with targets before they are compared."""
+        return type(self.task).compute_loss is not keras.Model.compute_loss
+
+    def compared(self, x: Any, arguments: dict) -> tuple[Any, dict | None]:
+        """The loss of a batch, or else what losses are to compare; see `compute_loss_of`."""
+        return compute_loss_of(self.task, x, **arguments)
+
+    def decoded(self, outputs: Any, batch: Any) -> Any:
+        """Outputs of the network as `predict` of the task gives them: boxes, of a detector."""
+        if not hasattr(self.task, "decode_predictions"):
+            return outputs
+        return self.task.decode_predictions(outputs, keras.utils.unpack_x_y_sample_weight(batch)[0])
 
     def inputs(self, x: Any) -> Any:
         """Raw inputs as the network takes them."""
@@ -202,40 +223,55 @@ def put_together(small: keras.Model, task: Any) -> Any:
             "into= out for an ordinary model that gives the logits."
         )
     match = _Match(task)
-    match.follow(task.outputs, small.outputs)
+    match.follow(refs_in(match.graph.outputs)[: len(task.outputs)], small.outputs)
     made = _around(_backbone(match, small), task)
-    trained = {layer.name: small_layer for layer, small_layer in match.layers}
+    heads = {layer.name: layer for layer in _head(task)}
     for layer in _head(made):
-        if layer.weights and layer.name in trained:
-            _take_weights(layer, trained[layer.name])
+        _take_weights(layer, heads[layer.name], match.layers)
     return made
 
 
 def _backbone(match: "_Match", small: keras.Model) -> tuple:
     """Inputs, outputs and name of the part of the sub-network in front of the head."""
-    whole, theirs = match.task.backbone, zip(match.task.inputs, small.inputs, strict=True)
-    known, places = {id(x): other for x, other in theirs}, _places(whole.output)
+    task, whole = match.task, match.task.backbone
+    known = {id(x): other for x, other in zip(task.inputs, small.inputs, strict=True)}
+    places = _places(whole.output)
+    if len(places) != len(whole.outputs):
+        raise TypeError(
+            f"convert: the backbone of into={type(task).__name__} {task.name!r} has outputs within "
+            "outputs, of which no smaller one is put together. Leave into= out for an ordinary "
+            "model that gives what the task decodes."
+        )
     outputs = {places[i]: tensor for i, tensor in sorted(match.outputs.items())}
-    inputs = tree.map_structure(lambda x: known[id(x)], whole.input)
+    inputs = tree.pack_sequence_as(whole.input, [known[id(x)] for x in match.read])
     return inputs, outputs.get("", outputs), whole.name
 
 
 def _around(backbone: tuple, task: Any) -> Any:
     """The task anew; what its class asks its backbone for beyond a network, that is given."""
     inputs, outputs, name = backbone
-    rest = {**task.get_config(), "preprocessor": task.preprocessor}
-    plain = keras.Model(inputs, outputs, name=name)
     try:
-        return type(task).from_config({**rest, "backbone": plain})
+        return _made(task, keras.Model(inputs, outputs, name=name))
     except AttributeError:  # it asks for more
         known = PrunedBackbone(inputs, outputs, name=name)
         known.constants = _constants(task.backbone)
-        return type(task).from_config({**rest, "backbone": known})
+        return _made(task, known)
+
+
+def _made(task: Any, backbone: keras.Model) -> Any:
+    config = task.get_config()  # anew each time: what is made of it may write into it
+    given = {"preprocessor": task.preprocessor, "backbone": backbone}
+    return type(task).from_config({**config, **given})
 
 
 def _constants(backbone: Any) -> dict:
-    simple = (bool, int, float, str, type(None))
-    return {k: v for k, v in vars(backbone).items() if k[0] != "_" and isinstance(v, simple)}
+    return {k: v for k, v in vars(backbone).items() if k[0] != "_" and _is_simple(v)}
+
+
+def _is_simple(x: Any) -> bool:
+    if isinstance(x, (list, tuple)):
+        return all(map(_is_simple, x))
+    return isinstance(x, (bool, int, float, str, type(None)))
 
 
 @keras.saving.register_keras_serializable("keras_polar")
@@ -262,12 +298,13 @@ class PrunedBackbone(keras.Model):
         raise AttributeError(f"A pruned backbone has no {name!r}, which it is asked for.")
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "constants": dict(self.constants)}
+        constants = keras.saving.serialize_keras_object(dict(self.constants))
+        return {**super().get_config(), "constants": constants}
 
     @classmethod
     def from_config(cls, config: dict, **kwargs: Any) -> "PrunedBackbone":
         config = dict(config)
-        constants = config.pop("constants")
+        constants = keras.saving.deserialize_keras_object(config.pop("constants"))
         made = super().from_config(config, **kwargs)
         made.constants = constants
         return made
@@ -282,32 +319,44 @@ class _Match:
     """Goes through the heads of a task and of its sub-network side by side, to the backbone.
 
     Attributes:
+        graph: of the task, layers of the head opened as in its sub-network. Behind the task's
+            outputs it has those of the backbone.
+        read: the inputs of the backbone.
         outputs: of the backbone's outputs that are read, by their places, the sub-network's.
-        layers: pairs of layers of the two heads.
+        layers: id of a layer of the head, or a part of one -> the sub-network's.
     """
 
     def __init__(self, task: Any) -> None:
-        self.task = task
+        calls = [node for node in nodes_in(task) if node.operation is task.backbone]
+        ends = [x for node in calls for x in node.outputs]
+        self.task, self.read = task, calls[0].input_tensors
+        self.graph = trace_model(keras.Model(task.inputs, [*task.outputs, *ends], name=task.name))
+        places = [place for node in calls for place in range(len(node.outputs))]
+        indices = refs_in(self.graph.outputs)[len(task.outputs) :]
+        self.places = dict(zip(indices, places, strict=True))
+        self.made_by = {i: call for call in self.graph.calls for i in call.outputs}
         self.outputs: dict[int, Any] = {}
-        self.layers: list[tuple] = []
+        self.layers: dict[int, Any] = {}
 
-    def follow(self, tensors: Any, theirs: Any) -> None:
+    def follow(self, tensors: Sequence[int], theirs: Sequence) -> None:
         if len(tensors) != len(theirs):
             raise self._mismatch(f"{len(tensors)} tensors", f"{len(theirs)}")
         for pair in zip(tensors, theirs, strict=True):
             self._one(*pair)
 
-    def _one(self, tensor: Any, other: Any) -> None:
-        operation, index, inputs = source_of(tensor)
-        if operation is self.task.backbone:
-            self.outputs[index] = other
+    def _one(self, tensor: int, other: Any) -> None:
+        if tensor in self.places:
+            self.outputs[self.places[tensor]] = other
             return
-        their_operation, their_index, their_inputs = source_of(other)
-        if (type(operation), index) != (type(their_operation), their_index):
-            raise self._mismatch(f"{type(operation).__name__} {operation.name!r}", other.name)
+        operation, index, inputs = source_of(other)
+        call = self.made_by.get(tensor)
+        if call is None:  # an input of the task, which its head reads as well
+            return
+        if (type(call.op), call.outputs.index(tensor)) != (type(operation), index):
+            raise self._mismatch(f"{type(call.op).__name__} {call.op.name!r}", other.name)
         if isinstance(operation, keras.layers.Layer):
-            self.layers.append((operation, their_operation))
-        self.follow(inputs, their_inputs)
+            self.layers[id(call.op)] = operation
+        self.follow(call.inputs, inputs)
 
     def _mismatch(self, expected: str, found: str) -> ValueError:
         return ValueError(
@@ -317,7 +366,20 @@ class _Match:
         )
 
 
-def _take_weights(layer: Any, trained: Any) -> None:
+def _take_weights(layer: Any, whole: Any, trained: Mapping[int, Any]) -> None:
+    """Gives a layer of a new head its trained weights.
+
+    Args:
+        whole: the layer of the task that was pruned.
+        trained: id of this layer or parts of it -> what has their weights; other parts belong to
+            the backbone.
+    """
+    for new, old in zip(layers_of(layer), layers_of(whole), strict=True):
+        if id(old) in trained and new.weights:
+            _set_weights(new, trained[id(old)])
+
+
+def _set_weights(layer: Any, trained: Any) -> None:
     shapes, theirs = ([tuple(v.shape) for v in x.weights] for x in (layer, trained))
     if shapes != theirs:
         raise ValueError(

@@ -25,6 +25,7 @@ from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
 
 TRAINING = ("train_step", "test_step", "compute_loss", "compute_metrics")
+OF_TASKS = ("compute_loss",)  # what a `Pipeline` does as well
 
 
 def apply(
@@ -163,7 +164,8 @@ def apply(
 
 
 def _warn_of_own_training(model: Any) -> None:
-    overridden = [n for n in TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)]
+    names = [n for n in TRAINING if not (is_task(model) and n in OF_TASKS)]
+    overridden = [n for n in names if getattr(type(model), n) is not getattr(keras.Model, n)]
     if overridden:
         warnings.warn(
             f"apply: the gated model is not trained by {', '.join(overridden)} of "

@@ -254,6 +254,31 @@ class GatedModel(keras.Model):
         arguments = inspect.signature(super().predict).bind(*args, **kwargs).arguments
         return super().predict(**self.pipeline.prepared(arguments))
 
+    def predict_step(self, *args: Any) -> Any:
+        outputs = super().predict_step(*args)
+        if self.pipeline is None:
+            return outputs
+        if len(args) == 1:
+            return self.pipeline.decoded(outputs, *args)
+        outputs, state = outputs  # on JAX
+        return self.pipeline.decoded(outputs, args[-1]), state
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        arguments = {"y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+        if self.pipeline is not None and self.pipeline.has_own_loss():
+            loss, compared = self.pipeline.compared(x, {**arguments, "training": training})
+            if compared is None:
+                return sum(self.losses, loss)
+            arguments = compared
+        return super().compute_loss(x, **arguments, training=training)
+
     def synchronize(self) -> None:
         """Brings this model up to date and back, should its sub-network train in its place."""
         if self.sub_network is not None:

@@ -98,8 +98,9 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     features = () if teaching is None else teaching.features
     comparable = keeping(whole, features, "is compared with the teacher")
     head = widths_of_head(model, whole.sites)
+    comparable = keeping(comparable, head, "is in the head of a task, whose class says its width")
     ignore = [*options.ignore, *head] if head else options.ignore
-    coupling = ignoring(comparable, ignore if "channels" in options.granularity else "*")
+    coupling = ignoring(comparable, options.ignore if "channels" in options.granularity else "*")
     branches = branches_of(coupling, ignore) if "blocks" in options.granularity else ()
     names = [site.name for site in coupling.sites]
     branches = tuple(b for b in branches if not {names[i] for i in b.calls}.intersection(features))

@@ -99,8 +99,7 @@ def test_sentences_of_words_with_their_masks():
     words = keras.Input((4, 6), dtype="int32")
     model = keras.Model(words, layers.Dense(3)(layers.LSTM(6)(each(sentence)(words))))
     tokens = np.random.default_rng(0).integers(0, 5, (3, 4, 6)).astype("int32")
-    # Keras gives the masks of several embeddings one name, and cannot load what it has saved.
-    gated, _ = check(randomise(model), inputs=tokens, files=False)
+    gated, _ = check(randomise(model), inputs=tokens)
     assert sum(g.units for g in gated.groups) == 8 + 5 + 7 + 6
 
 
@@ -131,8 +130,7 @@ def test_frames_without_a_known_number_stay_whole_and_are_counted_as_one():
     model = randomise(video(each(cnn()), layers.LSTM(6), steps_of_time=None))
     frames = np.random.default_rng(0).standard_normal((2, 3, 8, 8, 3)).astype("float32")
     with pytest.warns(UserWarning, match="time_distributed .* stay as they are, for the length is"):
-        # A functional model in a layer that is copied knows the nodes of the original: no file.
-        check(model, inputs=frames, files=False)
+        check(model, inputs=frames)
     found, one = keras_polar.cost(model), video(each(cnn()), layers.LSTM(6), steps_of_time=1)
     assert not found.sizes_known
     assert found.macs == keras_polar.cost(one).macs

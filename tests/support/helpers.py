@@ -49,7 +49,7 @@ def close_half(gated, seed=0):
         group.set_mask(rng.permutation(group.units) < group.units // 2)
 
 
-def check(model, gate="static", seed=0, inputs=None, files=True):
+def check(model, gate="static", seed=0, inputs=None):
     """apply: same outputs; random masks, convert: certificate, cost predicted == cost counted."""
     gated = keras_polar.apply(model, 0.01, gate=gate, measure="units")
     inputs = random_inputs(model) if inputs is None else inputs
@@ -63,7 +63,7 @@ def check(model, gate="static", seed=0, inputs=None, files=True):
         assert predicted(model, counts, measure) == getattr(counted, measure), measure
     assert counted.weights == small.count_params()
     assert gated.sparsity > 0
-    for pruned in (gated, small) if files else ():
+    for pruned in (gated, small):
         check_file(pruned, model, inputs)
     return gated, small
 

@@ -295,3 +295,100 @@ def test_tasks_that_write_are_refused():
     gated.settle()
     with pytest.raises(TypeError, match=r"BartSeq2SeqLM .* writes texts by calling the layers"):
         keras_polar.convert(gated, into=task)
+
+
+# --- object detectors -------------------------------------------------------------------------
+
+
+def detector():
+    shape = (64, 64, 3)
+    encoder = M.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 64, 64],
+        stackwise_num_blocks=[1, 1, 1],
+        stackwise_num_strides=[1, 2, 2],
+        block_type="basic_block",
+        image_shape=shape,
+    )
+    backbone = M.RetinaNetBackbone(
+        encoder, min_level=3, max_level=4, use_p5=False, image_shape=shape
+    )
+    converter = hub.layers.RetinaNetImageConverter(image_size=shape[:2], scale=1 / 255.0)
+    return M.RetinaNetObjectDetector(
+        backbone,
+        num_classes=3,
+        bounding_box_format="xyxy",
+        pre_logits_num_conv_layers=1,
+        preprocessor=M.RetinaNetObjectDetectorPreprocessor(converter),
+    )
+
+
+def scenes(count=4):
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 40, (count, 2, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(10, 40, (count, 2, 2))], -1)
+    targets = {"boxes": boxes.astype("float32"), "labels": rng.integers(0, 3, (count, 2))}
+    return rng.uniform(0, 255, (count, 80, 80, 3)).astype("float32"), targets
+
+
+def assert_same_boxes(found, wanted):
+    assert found.keys() == wanted.keys() == {"boxes", "confidence", "labels", "num_detections"}
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], atol=1e-4)
+
+
+def test_a_detector_finds_and_learns_what_the_task_does():
+    task, (x, y) = detector(), scenes()
+    gated = keras_polar.apply(task, 0.3, gate="static")  # warns of nothing
+    assert not {n for g in gated.groups for n in g.layers} & {"conv2d_0", "box_head_conv2d_0"}
+    open_all(gated)
+    task.compile("sgd")
+    gated.compile("sgd")
+    assert_same_boxes(gated.predict(x, verbose=0), task.predict(x, verbose=0))
+    assert gated.evaluate(x, y, verbose=0) == pytest.approx(task.evaluate(x, y, verbose=0))
+
+
+def test_a_pruned_detector_keeps_its_heads(tmp_path):
+    task, (x, _) = detector(), scenes()
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    gated.settle()
+    answers = gated.predict(x, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    assert made.count_params() < 0.75 * task.count_params()
+    assert made.box_head.conv_layers[0].filters == 256
+    # The widths that they read are the backbone's.
+    assert made.backbone.output["P3"].shape[-1] < 256
+    assert_same_boxes(made.predict(x, verbose=0), answers)
+    made.box_head.prediction_layer.bias.assign_add([1.0] * 36)  # is no part of the task's head
+    assert_same_boxes(gated.predict(x, verbose=0), answers)
+
+
+BOXES = """
+import sys, numpy as np, keras_hub, keras_polar
+raw = np.load(sys.argv[2])
+task = keras_hub.models.ObjectDetector.from_preset(sys.argv[1])
+for name, found in task.predict(raw["x"], verbose=0).items():
+    np.testing.assert_allclose(found, raw[name], atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_a_detector_from_raw_images_to_a_preset_and_back(tmp_path):
+    task, (x, y) = detector(), scenes()
+    gated = keras_polar.apply(task, 0.3)
+    gated.compile("adam")
+    history = gated.fit(x, y, batch_size=2, epochs=3, verbose=0, validation_data=(x, y)).history
+    assert gated.settled
+    made = keras_polar.convert(gated, into=task, verify=x)
+    answers = gated.predict(x, verbose=0)
+    assert_same_boxes(made.predict(x, verbose=0), answers)
+    losses = made.evaluate(x, y, verbose=0)
+    assert gated.evaluate(x, y, verbose=0) == pytest.approx(losses, rel=1e-5)
+    assert history["val_loss"][-1] == pytest.approx(losses[0], rel=1e-2)  # by batches of others
+    made.fit(x, y, batch_size=2, shuffle=False, verbose=0)
+    answers = made.predict(x, verbose=0)
+    made.save_to_preset(str(tmp_path / "preset"))
+    np.savez(tmp_path / "raw.npz", x=x, **answers)
+    command = [sys.executable, "-c", BOXES, tmp_path / "preset", tmp_path / "raw.npz"]
+    subprocess.run([*map(str, command)], check=True)
