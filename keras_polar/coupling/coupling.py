@@ -211,7 +211,7 @@ def sites_of(sites: tuple[CallSite, ...], patterns: Any, option: str) -> dict[st
         TypeError: the patterns are not strings; `option` is the option that they were given for.
         ValueError: a pattern matches none.
     """
-    by_pattern = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, option)}
+    by_pattern = {p: [s for s in sites if _matches(s, p)] for p in strings_in(patterns, option)}
     for pattern in (p for p, matches in by_pattern.items() if not matches):
         names = sorted({s.name for s in sites if s.produces})
         raise ValueError(
@@ -221,7 +221,8 @@ def sites_of(sites: tuple[CallSite, ...], patterns: Any, option: str) -> dict[st
     return by_pattern
 
 
-def _strings(patterns: Any, option: str) -> list[str]:
+def strings_in(patterns: Any, option: str) -> list[str]:
+    """The patterns that were given for an option, one or several; raises unless strings."""
     is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
     strings = [*patterns] if is_list else [patterns]
     for pattern in strings:

@@ -44,6 +44,7 @@ def apply(
     importance: str | Importance = "gradients",
     teacher: Teacher | keras.Model | None = None,
     input_shape: Any = None,
+    equal: Iterable[str] = (),
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -99,6 +100,8 @@ def apply(
         input_shape: of a subclassed network: the shape of one sample (None for open sizes), or
             what its `call` takes with shapes in the places of tensors; a `keras.Input` instead of
             a shape says the type as well. By default the shapes that it was called on first.
+        equal: names of layers or groups, glob patterns allowed: all groups of units that one
+            pattern matches keep equally many; which ones may differ from group to group.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
@@ -147,6 +150,7 @@ def apply(
         latency_table=latency_table,
         importance=importance,
         teacher=teacher,
+        equal=equal,
     )
     network, model = model, as_functional(model, input_shape)
     problem = pruning_problem(model, options)

@@ -21,6 +21,7 @@ from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import OPEN_LENGTH
 from keras_polar.litert.measure_latency import measured_table
 from keras_polar.selection.budget import Budget, budget_of, usual_floors
+from keras_polar.selection.equal import equal_groups
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.surgery.tasks import widths_of_head
@@ -49,6 +50,7 @@ class Options:
     latency_table: LatencyTable | str | os.PathLike | None
     importance: str | Importance
     teacher: Any = None
+    equal: Iterable[str] = ()
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -120,6 +122,7 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
         min_units=options.min_units,
         max_sparsity=options.max_sparsity,
         round_to=options.round_to,
+        equal=equal_groups(coupling, options.equal),
     )
     _warn_of_low_groups(coupling, budget, measure.name, options)
     specs = gate_specs(coupling, branches, budget.floors)
@@ -279,7 +282,8 @@ def _warn_of_open_sizes(coupling: Coupling, model: Any) -> None:
 
 def _warn_of_low_groups(coupling: Coupling, budget: Budget, measure: str, options: Options) -> None:
     def floors(sparsity: float) -> list[int]:
-        return usual_floors(coupling, sparsity, options.min_units, options.max_sparsity)
+        limits = (options.min_units, options.max_sparsity, budget.equal)
+        return usual_floors(coupling, sparsity, *limits)
 
     low, enough = below_usual(coupling, budget, floors)
     if low:
