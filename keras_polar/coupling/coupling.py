@@ -10,6 +10,7 @@ channels of conv1 form a group of their own.
 """
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +126,18 @@ def keeping(coupling: Coupling, layers: Iterable[str], why: str) -> Coupling:
     """The same units, with those in the outputs of layers by these names kept for a reason."""
     names, flowed = set(layers), coupling.flowed.copy()
     for ids in (ids for s in coupling.sites if s.name in names for ids in s.outputs):
+        flowed.pin(ids, why)
+    return _solved(coupling.graph, coupling.sites, flowed, ())
+
+
+def pinning(coupling: Coupling, stay: Iterable[tuple[Ids, str]]) -> Coupling:
+    """The same units, of which some stay, each for a reason; what has stayed before does too."""
+    flowed, before = coupling.flowed.copy(), defaultdict(list)
+    for root, why in coupling.reasons.items():
+        before[why].append(root)
+    for why, roots in before.items():
+        flowed.pin(np.array(roots, np.int32), why)
+    for ids, why in stay:
         flowed.pin(ids, why)
     return _solved(coupling.graph, coupling.sites, flowed, ())
 

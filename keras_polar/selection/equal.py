@@ -13,18 +13,20 @@ from keras_polar.selection.budget import TINY, Budget
 Tied = tuple[tuple[int, ...], ...]
 
 
-def equal_groups(coupling: Coupling, patterns: Any) -> Tied:
+def equal_groups(coupling: Coupling, patterns: Any, besides: Iterable[Iterable[str]] = ()) -> Tied:
     """Indices of the groups that each pattern ties; patterns with a group in common tie as one.
 
     Args:
         patterns: glob patterns of layers' or groups' names.
+        besides: names of groups that are tied as well, each set apart from the others.
 
     Raises:
         TypeError: the patterns are not strings.
         ValueError: a pattern matches no layer, a layer whose units stay, or groups of different
             sizes.
     """
-    tied: list[set[int]] = []
+    places = {group.name: i for i, group in enumerate(coupling.groups)}
+    tied = [{places[name] for name in names} for names in besides]
     for pattern in strings_in(patterns, "equal"):
         found = _matched(coupling, pattern)
         for other in [t for t in tied if t & found]:

@@ -16,10 +16,10 @@ from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.configs import OTHER_WEIGHTS, REMEDY, refuse_configs
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.rebuild import rebuild
-from keras_polar.graph.subclassed import as_functional
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
 from keras_polar.surgery.tasks import Pipeline, is_task
+from keras_polar.surgery.writers import as_network
 from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
@@ -152,8 +152,8 @@ def apply(
         teacher=teacher,
         equal=equal,
     )
-    network, model = model, as_functional(model, input_shape)
-    problem = pruning_problem(model, options)
+    network, model = model, as_network(model, input_shape)
+    problem = pruning_problem(model, options, network)
     graph, inserter = problem.coupling.graph, GateInserter(problem)
     taught = problem.teaching
     visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)

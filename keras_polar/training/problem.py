@@ -25,6 +25,7 @@ from keras_polar.selection.equal import equal_groups
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.surgery.tasks import widths_of_head
+from keras_polar.surgery.writers import expressible, writes
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 from keras_polar.training.teaching import Teaching, teaching_of
 
@@ -88,8 +89,11 @@ class PruningProblem:
     teaching: Teaching | None
 
 
-def pruning_problem(model: Any, options: Options) -> PruningProblem:
+def pruning_problem(model: Any, options: Options, task: Any = None) -> PruningProblem:
     """From a model and the options of `apply` to what is to be decided.
+
+    Args:
+        task: the model whose network `model` is.
 
     Raises:
         TypeError, ValueError: as `apply`.
@@ -102,6 +106,10 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     head = widths_of_head(model, whole.sites)
     ignore = [*options.ignore, *head] if head else options.ignore
     coupling = ignoring(comparable, ignore if "channels" in options.granularity else "*")
+    equal: tuple = ()
+    if writes(task):
+        coupling, equal = expressible(coupling, task)
+        _refuse_branches(options, task)
     branches = branches_of(coupling, ignore) if "blocks" in options.granularity else ()
     names = [site.name for site in coupling.sites]
     branches = tuple(b for b in branches if not {names[i] for i in b.calls}.intersection(features))
@@ -122,13 +130,22 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
         min_units=options.min_units,
         max_sparsity=options.max_sparsity,
         round_to=options.round_to,
-        equal=equal_groups(coupling, options.equal),
+        equal=equal_groups(coupling, options.equal, equal),
     )
     _warn_of_low_groups(coupling, budget, measure.name, options)
     specs = gate_specs(coupling, branches, budget.floors)
     return PruningProblem(
         options, coupling, branches, measure, budget, tuple(specs), gate, teaching
     )
+
+
+def _refuse_branches(options: Options, task: Any) -> None:
+    if "blocks" in options.granularity:
+        raise ValueError(
+            f"apply: expected granularity='channels' for {type(task).__name__} {task.name!r}, "
+            f"received {options.granularity}. All layers of a {type(task.backbone).__name__} have "
+            "the same parts."
+        )
 
 
 # --- the options -----------------------------------------------------------------------------
