@@ -110,7 +110,7 @@ def expressible(coupling: Coupling, task: Any) -> tuple[Coupling, tuple[tuple[st
             whys = {i: why for i, why in whys.items() if i not in found}
         else:
             why = f"{kind} has no setting for it alone: {' and '.join(keys)} is that of others too"
-            whys |= {i: why for i in found if i in whys and not apart}
+            whys |= {i: why for i in found if i in whys}
     stay = [(coupling.groups[i].roots, why) for i, why in whys.items()]
     return pinning(coupling, stay), tuple(equal)
 
@@ -186,7 +186,8 @@ def rewritten(small: keras.Model, task: Any) -> Any:
             raise _no_such(task, f"{own.path} of shape {tuple(source.shape)}")
         new.assign(to_numpy(source))
     made.compile(sampler=task.sampler)
-    check_certificate(small, made, _texts(small, task.backbone))
+    texts = _texts(small, task.backbone)
+    check_certificate(small, made, texts, lambda *_: _not_alike(task))
     return made
 
 
@@ -194,16 +195,14 @@ def _trained(small: keras.Model, task: Any) -> dict[int, Any]:
     """Id of a variable of the task -> that of the sub-network."""
     shapes = {name: tuple(x.shape[1:]) for name, x in small.input.items()}
     theirs = {call.name: call.op for call in trace_model(small).calls}
-    found = {}
+    found: dict[int, Any] = {}
     for call in trace_model(as_network(task, shapes)).calls:
         own = getattr(call.op, "weights", ())
         other = getattr(theirs.get(call.name), "weights", ())
         if len(own) != len(other):
             raise ValueError(
-                f"convert: the pruned network is not built like into={type(task).__name__} "
-                f"{task.name!r}: expected {len(own)} variables of layer {call.name!r}, found "
-                f"{len(other)}. Hand over the task that `apply` was given, or leave into= out for "
-                "an ordinary model."
+                f"convert: expected {len(own)} variables of layer {call.name!r}, found "
+                f"{len(other)}. {_not_alike(task)}."
             )
         found.update((id(v), w) for v, w in zip(own, other, strict=True))
     return found
@@ -212,7 +211,8 @@ def _trained(small: keras.Model, task: Any) -> dict[int, Any]:
 def _sizes(backbone: Any, trained: dict) -> dict[str, int]:
     """The settings of the smaller backbone."""
     own = {id(v): v for v in backbone.weights}
-    config, sizes = backbone.get_config(), {}
+    config = backbone.get_config()
+    sizes: dict[str, int] = {}
     for keys in SETTINGS:
         places = [(i, axis) for i, axis in _changed(backbone, keys) if i in trained]
         cut = {Fraction(trained[i].shape[axis], own[i].shape[axis]) for i, axis in places}
@@ -220,6 +220,13 @@ def _sizes(backbone: Any, trained: dict) -> dict[str, int]:
             (share,) = cut
             sizes |= {k: int(config[k] * share) for k in keys if share != 1}
     return sizes
+
+
+def _not_alike(task: Any) -> str:
+    return (
+        f"The pruned network is not built like into={type(task).__name__} {task.name!r}: hand over "
+        "the task that `apply` was given, or leave into= out for an ordinary model"
+    )
 
 
 def _no_such(task: Any, what: str) -> ValueError:

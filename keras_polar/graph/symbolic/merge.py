@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, tree
 
+from keras_polar.backends import to_numpy
 from keras_polar.graph.keras_private import backend
 from keras_polar.graph.symbolic.record import (
     CannotTrace,
@@ -207,7 +208,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _numpy(x: Any) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(x))
+    return np.asarray(x if isinstance(x, (np.ndarray, np.generic)) else to_numpy(x))
 
 
 def _constant(a: np.ndarray, b: np.ndarray) -> np.ndarray:
