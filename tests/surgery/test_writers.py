@@ -1,6 +1,7 @@
 """Tasks of KerasHub that write texts: strings in, a smaller task that writes out."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -127,17 +128,20 @@ def is_written_alike(task):
 
 
 ALONE = """
-import sys, numpy as np, keras_hub
+import json, sys, keras_hub
 task = getattr(keras_hub.models, sys.argv[2]).from_preset(sys.argv[1])
+for name, length in json.loads(sys.argv[3]).items():
+    setattr(task.preprocessor, name, length)
 task.compile(sampler="greedy")
 print(task.generate(["the q", "a"]))
 assert "keras_polar" not in sys.modules
 """
 
 
-def check_preset(task, base, folder):
+def check_preset(task, base, folder, **lengths):
+    """A new process writes the same; presets of pairs of texts do not hold their `lengths`."""
     task.save_to_preset(str(folder))
-    command = [sys.executable, "-c", ALONE, str(folder), base]
+    command = [sys.executable, "-c", ALONE, str(folder), base, json.dumps(lengths)]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert found.splitlines()[-1] == str(task.generate(["the q", "a"]))
 
@@ -191,8 +195,27 @@ def test_pruned_twice(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma", "Mistral"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")  # KerasHub's own
+def test_heads_go_where_a_config_gives_their_width(name, monkeypatch):
+    heads = {"head_dim": 8, "num_query_heads": 8, "num_key_value_heads": 4}
+    monkeypatch.setitem(FAMILIES, name, {**QUERIES, **heads})
+    task = task_of(name)
+    made = pruned(task, 0.5, max_sparsity=1.0)
+    config = made.backbone.get_config()
+    assert config["num_query_heads"] == 2 * config["num_key_value_heads"] < 8
+    assert config["intermediate_dim"] < 24
+    assert made.count_params() == pytest.approx(0.5 * task.count_params(), rel=0.05)
+    assert is_written_alike(made)
+    made.quantize("int8")
+    assert len(made.generate("he")) > 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Llama3", "Qwen3", "Gemma"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")  # KerasHub's own
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 def test_the_smaller_task_is_quantized_and_adapted_like_any(name, mode):
     made = pruned(task_of(name), round_to=2)
     made.backbone.enable_lora(2)
@@ -322,10 +345,12 @@ def test_the_task_itself_teaches():
 # --- two texts ----------------------------------------------------------------------------------
 
 
+LENGTHS = {"encoder_sequence_length": 10, "decoder_sequence_length": 8}
+
+
 def translator():
     backbone = M.BartBackbone(**HEADS, max_sequence_length=16)
-    lengths = {"encoder_sequence_length": 10, "decoder_sequence_length": 8}
-    preprocessor = M.BartSeq2SeqLMPreprocessor(tokenizer_of("Bart"), **lengths)
+    preprocessor = M.BartSeq2SeqLMPreprocessor(tokenizer_of("Bart"), **LENGTHS)
     return with_large_weights(M.BartSeq2SeqLM(backbone, preprocessor=preprocessor))
 
 
@@ -355,7 +380,7 @@ def test_from_pairs_of_texts_to_texts(tmp_path):
         np.testing.assert_array_equal(
             ops.convert_to_numpy(found["decoder_token_ids"]), ids["decoder_token_ids"]
         )
-    check_preset(made, "Seq2SeqLM", tmp_path / "preset")
+    check_preset(made, "Seq2SeqLM", tmp_path / "preset", **LENGTHS)
 
 
 def hears():
