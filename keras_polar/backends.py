@@ -192,7 +192,10 @@ def _unsupported(strategy: Any) -> str:
 def to_numpy(x: Any) -> np.ndarray:
     """A variable or tensor as a NumPy array."""
     # By way of a tensor: NumPy 2 warns about converting a TensorFlow variable directly.
-    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(x))
+    x = keras.ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow" and x.shape.rank == 0:
+        return np.asarray(x.numpy())  # what NumPy gets of one in bfloat16 is no array
+    return keras.ops.convert_to_numpy(x)
 
 
 def process_count() -> int:

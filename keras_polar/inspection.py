@@ -12,6 +12,7 @@ from keras_polar.gates.groups import is_gated
 from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import is_unknown, trace_model
 from keras_polar.surgery.strip import stripped
+from keras_polar.surgery.writers import as_network, expressible, writes
 from keras_polar.tables import table_html, table_text
 from keras_polar.training.gate_specs import branches_of
 
@@ -140,11 +141,14 @@ def inspect(model: Any, *, ignore: Iterable[str] = (), input_shape: Any = None) 
 
         >>> print(keras_polar.inspect(model))
     """
-    coupling = _coupled(as_functional(model, input_shape), ignore)
+    coupling = _coupled(as_network(model, input_shape), ignore)
+    if writes(model):
+        coupling, _ = expressible(coupling, model)
     found = counted(coupling)
     rows = _layer_rows(coupling, _shares(found))
     shares = [_removable(coupling, measure) for measure in ("weights", "macs")]
-    branches = tuple(branch.layers for branch in branches_of(coupling, ignore))
+    found_branches = () if writes(model) else branches_of(coupling, ignore)
+    branches = tuple(branch.layers for branch in found_branches)
     return Inspection(model.name, tuple(rows), shares[0], shares[1], branches, found.unknown)
 
 

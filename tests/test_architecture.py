@@ -14,7 +14,7 @@ ORDER = (
     "training inspection importances plots callbacks cli __init__ __main__"
 ).split()
 # What decides about masks computes with NumPy alone.
-PLAIN = ("selection/budget.py", "selection/select.py")
+PLAIN = ("selection/budget.py", "selection/equal.py", "selection/select.py")
 LONGEST = 60  # lines of a function
 
 

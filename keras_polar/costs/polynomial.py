@@ -106,6 +106,13 @@ class Polynomial:
             total = total + ops.segment_sum(rest, owner, groups + 1)
         return total[1:]
 
+    def joined(self, owners: Sequence[int]) -> "Polynomial":
+        """The same of fewer variables: of each of ours, the one that it is."""
+        fewer = max(owners) + 1
+        places = [*owners, *(fewer + i for i in owners), -1]
+        factors = (tuple(places[i] for i in product) for product in self.factors)
+        return Polynomial(self.coefficients, tuple(factors))
+
     def get_config(self) -> dict:
         return {"coefficients": self.coefficients, "factors": self.factors}
 

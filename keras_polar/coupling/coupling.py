@@ -10,6 +10,7 @@ channels of conv1 form a group of their own.
 """
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,6 +130,18 @@ def keeping(coupling: Coupling, layers: Iterable[str], why: str) -> Coupling:
     return _solved(coupling.graph, coupling.sites, flowed, ())
 
 
+def pinning(coupling: Coupling, stay: Iterable[tuple[Ids, str]]) -> Coupling:
+    """The same units, of which some stay, each for a reason; what has stayed before does too."""
+    flowed, before = coupling.flowed.copy(), defaultdict(list)
+    for root, why in coupling.reasons.items():
+        before[why].append(root)
+    for why, roots in before.items():
+        flowed.pin(np.array(roots, np.int32), why)
+    for ids, why in stay:
+        flowed.pin(ids, why)
+    return _solved(coupling.graph, coupling.sites, flowed, ())
+
+
 def _solved(
     graph: Graph, sites: tuple[CallSite, ...], flowed: Units, ignore: Iterable[str]
 ) -> Coupling:
@@ -211,7 +224,7 @@ def sites_of(sites: tuple[CallSite, ...], patterns: Any, option: str) -> dict[st
         TypeError: the patterns are not strings; `option` is the option that they were given for.
         ValueError: a pattern matches none.
     """
-    by_pattern = {p: [s for s in sites if _matches(s, p)] for p in _strings(patterns, option)}
+    by_pattern = {p: [s for s in sites if _matches(s, p)] for p in strings_in(patterns, option)}
     for pattern in (p for p, matches in by_pattern.items() if not matches):
         names = sorted({s.name for s in sites if s.produces})
         raise ValueError(
@@ -221,7 +234,8 @@ def sites_of(sites: tuple[CallSite, ...], patterns: Any, option: str) -> dict[st
     return by_pattern
 
 
-def _strings(patterns: Any, option: str) -> list[str]:
+def strings_in(patterns: Any, option: str) -> list[str]:
+    """The patterns that were given for an option, one or several; raises unless strings."""
     is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
     strings = [*patterns] if is_list else [patterns]
     for pattern in strings:

@@ -70,6 +70,26 @@ def log_damage(heard: Any) -> Any:
     return ops.log(ops.maximum(heard, 0.0) + SMALL)
 
 
+def as_blocks(worth: list, saved: Any) -> list:
+    """What units of groups are worth that keep equally many: those of the same rank go as one.
+
+    A block is worth what closing all its units adds to the loss, over what all of them save.
+
+    Args:
+        worth: of each group, logarithms of what its units add over what they save.
+        saved: of each group, what one unit saves; of shape (groups,).
+    """
+    stacked = ops.stack(worth)
+    ranks = ops.argsort(ops.argsort(-stacked, axis=-1), axis=-1)
+    ranked = -ops.sort(-stacked, axis=-1)
+    saved = ops.maximum(saved, 1e-12)
+    shares = ops.log(saved / ops.sum(saved))[:, None]
+    stays = ops.any(ops.isinf(ranked), axis=0)
+    added = ops.logsumexp(ops.where(ops.isinf(ranked), 0.0, ranked) + shares, axis=0)
+    block = ops.where(stays, float("inf"), added)
+    return [ops.take(block, ranks[i], axis=0) for i in range(len(worth))]
+
+
 def balance(wanted: Any, cost_of: Any, target: Any) -> Any:
     """How far above the threshold each unit is, at which the cost is what it is to be.
 

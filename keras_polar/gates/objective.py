@@ -1,6 +1,6 @@
 """The losses that turn per-sample gates into one static sub-network, and their layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -10,7 +10,7 @@ from keras import ops
 from keras_polar.backends import global_mean, to_numpy
 from keras_polar.costs.polynomial import Polynomial
 from keras_polar.gates.gate import saved_as
-from keras_polar.gates.listening import balance
+from keras_polar.gates.listening import as_blocks, balance
 from keras_polar.gates.schedule import Schedule
 from keras_polar.graph.keras_private import only_loss
 from keras_polar.selection.importance import CRITERIA, Importance
@@ -61,6 +61,7 @@ class PruningObjective(keras.layers.Layer):
         round_to: what `settle` has to respect.
         compact: whether `fit` goes on with the smaller network once the consensus is settled.
         importance: what gates listen to, as `apply` has it.
+        equal: names of groups that keep equally many units, for each such set.
 
     Attributes:
         criterion: the `Importance` that ranks units when the gates settle; None for the gates.
@@ -89,6 +90,7 @@ class PruningObjective(keras.layers.Layer):
         round_to: int | None = None,
         compact: bool = True,
         importance: str = "logits",
+        equal: Sequence[Sequence[str]] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)  # what passes through keeps its type
@@ -104,6 +106,7 @@ class PruningObjective(keras.layers.Layer):
         self.round_to = round_to
         self.compact = compact
         self.importance = importance
+        self.equal = tuple(map(tuple, equal))
         self.criterion: Importance | None = CRITERIA.get(importance)
         self.supports_masking = True
         self.full_cost = self.cost(self.units)
@@ -155,16 +158,33 @@ class PruningObjective(keras.layers.Layer):
         step = ops.convert_to_tensor(self.step)
         stay = STAY * ops.square(self.schedule.certainty(step, self.steps))
         saved = self.cost.slopes(self._counts(now), self.full_cost)
-        saved = ops.take(saved, self._groups(), axis=0)
+        of_units = ops.take(saved, self._groups(), axis=0)
         worth = ops.concatenate([log_damage(stay) for log_damage, _, _ in self.listeners])
-        worth = worth - ops.log(ops.maximum(saved, 1e-12))
+        worth = worth - ops.log(ops.maximum(of_units, 1e-12))
         # Units that are worth the same (nothing, say) go one by one.
         order = np.linspace(0, APART, sum(self.units), dtype="float32")
-        worth = worth + ops.convert_to_tensor(order)
+        worth = self._tied(worth + ops.convert_to_tensor(order), saved)
         above = balance(worth, lambda kept: 1 - self.expected_sparsity(kept), target)
         ends = np.cumsum(self.units)
         for (_, _, tell), end, n in zip(self.listeners, ends, self.units, strict=True):
             tell(above[end - n : end])
+
+    def _tied(self, worth: Any, saved: Any) -> Any:
+        """The same, where units of groups that keep equally many go as blocks."""
+        if not self.equal:
+            return worth
+        parts = ops.split(worth, np.cumsum(self.units)[:-1].tolist())
+        for tied in self.tied:
+            of_tied = ops.take(saved, np.asarray(tied, "int32"), axis=0)
+            found = as_blocks([parts[i] for i in tied], of_tied)
+            parts = [found[tied.index(i)] if i in tied else p for i, p in enumerate(parts)]
+        return ops.concatenate(parts)
+
+    @property
+    def tied(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of groups that keep equally many units."""
+        places = {name: i for i, name in enumerate(self.groups)}
+        return tuple(tuple(places[name] for name in tied) for tied in self.equal)
 
     def _groups(self) -> Any:
         """Of all units, the group."""
@@ -222,4 +242,5 @@ class PruningObjective(keras.layers.Layer):
             "round_to": self.round_to,
             "compact": self.compact,
             "importance": self.importance,
+            **({"equal": [list(tied) for tied in self.equal]} if self.equal else {}),
         }

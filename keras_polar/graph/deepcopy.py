@@ -191,11 +191,23 @@ class _Writer(pickle.Pickler):
         return NotImplemented
 
 
+# `build` and configs are about this very object, and so is what TensorFlow tracks it by. Attention
+# layers of KerasHub have attributes of their own that begin with _self_.
+_OF_ITSELF = ("build", "get_config", "get_build_config")
+_TRACKING = (
+    "_obj_reference_counts",
+    "_self_name_based_restores",
+    "_self_saveable_object_factories",
+    "_self_setattr_tracking",
+    "_self_tracked_trackables",
+    "_self_unconditional_",
+    "_self_update_uid",
+)
+
+
 def _state(x: Any) -> dict:
     nodes: dict = {"_inbound_nodes": [], "_outbound_nodes": []}
-    # `build` and configs are about this very object; what begins with _self_ is TensorFlow's.
-    skipped = ("_self_", "_obj_reference_counts", "build", "get_config", "get_build_config")
-    own = {k: v for k, v in vars(x).items() if not k.startswith(skipped) or k == "built"}
+    own = {k: v for k, v in vars(x).items() if k not in _OF_ITSELF and not k.startswith(_TRACKING)}
     return {**own, **{k: v for k, v in nodes.items() if k in own}}
 
 

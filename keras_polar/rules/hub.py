@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.ids import Ids, broadcast_along
+from keras_polar.rules.custom import TracedRule
+from keras_polar.rules.ids import Ids, broadcast_along, varies
+from keras_polar.rules.pooling_norm import AlongRule
 from keras_polar.rules.registry import add_by_name
 from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 
@@ -50,6 +52,25 @@ class PatchesRule(Rule):
         return [CostTerm((site.axes["out"],), macs=site.op.num_patches * math.prod(kernel))]
 
 
+class ChannelNormRule(TracedRule):
+    """Normalises the channels of each head, or of the stream: then its call is traced."""
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        (ids,) = site.inputs
+        return super().flow(site) if varies(ids, ids.ndim - 1) else [ids]
+
+
+def _positions_and_channels(op: Any, ndim: int) -> tuple:
+    return op.sequence_axis, op.feature_axis
+
+
+add_by_name(
+    AlongRule("turns channels by their positions", _positions_and_channels),
+    "keras_hub.src.layers.modeling.rotary_embedding.RotaryEmbedding",
+    "keras_hub.src.models.llama.llama_rotary_embedding.LlamaRotaryEmbedding",
+    "keras_hub.src.models.phi3.phi3_rotary_embedding.Phi3SuScaledRotaryEmbedding",
+)
+add_by_name(ChannelNormRule(), "keras_hub.src.models.qwen3.qwen3_layernorm.Qwen3LayerNorm")
 add_by_name(
     PositionEmbeddingRule(), "keras_hub.src.layers.modeling.position_embedding.PositionEmbedding"
 )

@@ -13,6 +13,7 @@ from keras_polar.coupling.branches import Branch
 from keras_polar.coupling.coupling import Coupling, Group, sites_of
 
 CHANNELS, BRANCH = "channels", "branch"  # kinds of groups
+TINY = 1e-12  # instead of a cost or a mean of zero
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Budget:
             largest of 8, 4, 2, 1 with which the sparsity is met to half a point. One for all, or
             one per group.
         kinds: what each group is, "channels" or "branch"; none stands for channels alone.
+        equal: indices of groups that keep equally many units, and have equal floors.
     """
 
     cost: Polynomial
@@ -36,10 +38,18 @@ class Budget:
     floors: tuple[int, ...]
     round_to: int | tuple[int, ...] | None = 1
     kinds: tuple[str, ...] = ()
+    equal: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def full_cost(self) -> int:
         return self.cost(self.units)
+
+    @cached_property
+    def unit_costs(self) -> np.ndarray:
+        """What one unit of each group saves, of the whole network."""
+        full = np.asarray(self.units)
+        without = [self.cost(full - one) for one in np.eye(len(full), dtype=int)]
+        return self.full_cost - np.asarray(without, float)
 
     def achieved(self, counts: Sequence[int] | np.ndarray) -> float:
         """Share of the full cost that is removed when `counts` units stay per group."""
@@ -80,12 +90,14 @@ def budget_of(
     min_units: int,
     max_sparsity: float | Mapping[str, float] | None,
     round_to: int | None,
+    equal: tuple[tuple[int, ...], ...] = (),
 ) -> Budget:
     """What may remain.
 
     Args:
         cost: of the open units of each group, then of branches.
         measure: its name.
+        equal: indices of groups that keep equally many units.
 
     Raises:
         ValueError: the sparsity cannot be reached; says what can.
@@ -95,11 +107,13 @@ def budget_of(
 
     def budget(floors: Sequence[int]) -> Budget:
         floors = (*floors, *(0 for _ in branches))
-        return Budget(cost, units, sparsity, floors, round_to, kinds)
+        return Budget(cost, units, sparsity, floors, round_to, kinds, equal)
 
-    guarded = budget(usual_floors(coupling, sparsity, min_units, max_sparsity))
+    guarded = budget(usual_floors(coupling, sparsity, min_units, max_sparsity, equal))
     is_enough = guarded.reachable >= sparsity
-    chosen = guarded if is_enough else budget(_floors(coupling, max_sparsity, 1.0, min_units))
+    chosen = (
+        guarded if is_enough else budget(_floors(coupling, max_sparsity, 1.0, min_units, equal))
+    )
     if chosen.reachable < sparsity:
         raise ValueError(
             f"apply: sparsity={sparsity} of the {measure} cannot be reached; at most "
@@ -115,12 +129,15 @@ def usual_floors(
     sparsity: float,
     min_units: int,
     max_sparsity: float | Mapping[str, float] | None,
+    equal: tuple[tuple[int, ...], ...] = (),
 ) -> list[int]:
     """Units that stay in every group, as long as the sparsity can be reached with that."""
-    return _floors(coupling, max_sparsity, 1 - FLOOR * (1 - sparsity), min_units)
+    return _floors(coupling, max_sparsity, 1 - FLOOR * (1 - sparsity), min_units, equal)
 
 
-def _floors(coupling: Coupling, most: Any, otherwise: float, min_units: int) -> list[int]:
+def _floors(
+    coupling: Coupling, most: Any, otherwise: float, min_units: int, equal: Sequence
+) -> list[int]:
     """From the largest shares that may go, as `max_sparsity` of `apply`."""
     limits = [otherwise if most is None else most] * len(coupling.groups)
     if isinstance(most, Mapping):
@@ -130,7 +147,11 @@ def _floors(coupling: Coupling, most: Any, otherwise: float, min_units: int) -> 
         max(min_units, math.ceil((1 - limit) * g.units - 1e-9))
         for g, limit in zip(coupling.groups, limits, strict=True)
     )
-    return [min(n, g.units) for n, g in zip(least, coupling.groups, strict=True)]
+    floors = [min(n, g.units) for n, g in zip(least, coupling.groups, strict=True)]
+    for tied in equal:
+        highest = max(floors[i] for i in tied)
+        floors = [highest if i in tied else n for i, n in enumerate(floors)]
+    return floors
 
 
 def _names(coupling: Coupling, pattern: str) -> set[str]:

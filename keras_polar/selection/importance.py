@@ -29,9 +29,8 @@ from keras_polar.coupling.coupling import Coupling
 from keras_polar.graph.clone import variable_at
 from keras_polar.rules import CallSite
 from keras_polar.rules.ids import Ids
-from keras_polar.selection.budget import Budget
+from keras_polar.selection.budget import TINY, Budget
 
-TINY = 1e-12  # instead of a mean of zero
 STATISTICS = ("moving_mean", "moving_variance")  # of activations: no weights of the unit
 
 
@@ -195,9 +194,7 @@ def fisher(gradients: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def per_cost(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarray]:
     """Scores over what one unit of the group saves: what groups can be compared by."""
-    full = np.asarray(budget.units)
-    saved = [budget.full_cost - budget.cost(full - one) for one in np.eye(len(full), dtype=int)]
-    return [s / max(cost, TINY) for s, cost in zip(scores, saved, strict=True)]
+    return [s / max(cost, TINY) for s, cost in zip(scores, budget.unit_costs, strict=True)]
 
 
 class Importance:

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_polar.coupling.coupling import Coupling
 from keras_polar.selection.budget import BRANCH, Budget
+from keras_polar.selection.equal import blocks_of, budget_of_blocks, scores_of_blocks
 
 CLOSE = 0.001  # a sparsity this near to the requested is not improved further
 MANY = 500  # groups; among so many the ranking alone comes close enough
@@ -53,6 +54,7 @@ def select_units(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarra
 
     Units are ranked one by one, so that ties cannot overshoot. Where the next step would (a whole
     branch, or `round_to` units at once), its group stays as it is and the ranking goes on.
+    Of groups that keep equally many, units of the same rank go together.
 
     Args:
         scores: for every group how much its units are wanted, floats of shape (units,). Infinite
@@ -62,11 +64,13 @@ def select_units(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarra
     Returns:
         For every group a bool array of shape (units,), True for units that stay.
     """
+    blocks = blocks_of(budget)
+    wanted, whole = scores_of_blocks(scores, budget, blocks), budget_of_blocks(budget, blocks)
     for round_to in [budget.round_to] if budget.round_to else ROUNDINGS:
-        counts = _kept_counts(scores, _leaving_decided(scores, budget, round_to))
-        if budget.distance(counts) <= MISS:
+        counts = _kept_counts(wanted, _leaving_decided(wanted, whole, round_to))
+        if whole.distance(counts) <= MISS:
             break
-    return [_top(s, n) for s, n in zip(scores, counts, strict=True)]
+    return [_top(s, n) for s, n in zip(scores, counts[blocks], strict=True)]
 
 
 def _leaving_decided(scores: Sequence[np.ndarray], budget: Budget, round_to: Any) -> Budget:
@@ -80,12 +84,14 @@ def _kept_counts(scores: Sequence[np.ndarray], budget: Budget) -> np.ndarray:
     groups = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
     flat = np.concatenate(scores)
     order = groups[np.argsort(flat, kind="stable")][: np.sum(flat < np.inf)]
-    best, closed = budget.left(order[:0]), 0
+    closed = decided = int(np.sum(flat == -np.inf))
+    best = budget.left(order[:closed])
     while budget.distance(best) > CLOSE and closed < len(order):
         closed = _first_to_meet(order, closed, budget)
-        around = [budget.left(order[: closed - 1]), budget.left(order[:closed])]
+        before = max(closed - 1, decided)
+        around = [budget.left(order[:before]), budget.left(order[:closed])]
         best = min([best, *around], key=budget.distance)
-        closed -= budget.achieved(around[1]) > budget.sparsity
+        closed = before if budget.achieved(around[1]) > budget.sparsity else closed
         later = order[closed:]
         order = np.concatenate([order[:closed], later[later != later[0]]]) if len(later) else order
     is_free = np.array([bool(np.isfinite(s).all()) for s in scores])

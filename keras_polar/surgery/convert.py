@@ -18,6 +18,7 @@ from keras_polar.surgery.certificate import check_certificate
 from keras_polar.surgery.cut import Cutter
 from keras_polar.surgery.strip import flags_for, stripped
 from keras_polar.surgery.tasks import put_together
+from keras_polar.surgery.writers import rewritten, writes
 
 
 def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
@@ -59,7 +60,7 @@ def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
             verify = gated.pipeline.inputs(verify)
         check_certificate(gated, small, verify, cutter.first_difference)
     if into is not None:
-        return put_together(small, into)
+        return rewritten(small, into) if writes(into) else put_together(small, into)
     _warn_of_lost_preprocessor(gated)
     return small
 

@@ -216,12 +216,6 @@ def put_together(small: keras.Model, task: Any) -> Any:
             f"convert: expected into= as a task of KerasHub, received {task!r}. Leave it out for "
             "an ordinary model."
         )
-    if hasattr(task, "generate"):
-        raise TypeError(
-            f"convert: into={type(task).__name__} {task.name!r} writes texts by calling the layers "
-            "of its backbone one by one, which a network of other widths does not have. Leave "
-            "into= out for an ordinary model that gives the logits."
-        )
     match = _Match(task)
     match.follow(refs_in(match.graph.outputs)[: len(task.outputs)], small.outputs)
     made = _around(_backbone(match, small), task)

@@ -16,10 +16,10 @@ from keras_polar.gates.teacher import Teacher
 from keras_polar.graph.configs import OTHER_WEIGHTS, REMEDY, refuse_configs
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.rebuild import rebuild
-from keras_polar.graph.subclassed import as_functional
 from keras_polar.graph.trace import warn_of_ties
 from keras_polar.selection.importance import Importance
 from keras_polar.surgery.tasks import Pipeline, is_task
+from keras_polar.surgery.writers import as_network
 from keras_polar.training.insertion import GateInserter
 from keras_polar.training.model import GatedModel
 from keras_polar.training.problem import Options, pruning_problem
@@ -45,6 +45,7 @@ def apply(
     importance: str | Importance = "gradients",
     teacher: Teacher | keras.Model | None = None,
     input_shape: Any = None,
+    equal: Iterable[str] = (),
 ) -> GatedModel:
     """Inserts gates, so that one training run finds and trains a smaller sub-network.
 
@@ -100,6 +101,8 @@ def apply(
         input_shape: of a subclassed network: the shape of one sample (None for open sizes), or
             what its `call` takes with shapes in the places of tensors; a `keras.Input` instead of
             a shape says the type as well. By default the shapes that it was called on first.
+        equal: names of layers or groups, glob patterns allowed: all groups of units that one
+            pattern matches keep equally many; which ones may differ from group to group.
 
     Returns:
         A `GatedModel` with the model's weights, not compiled.
@@ -148,9 +151,10 @@ def apply(
         latency_table=latency_table,
         importance=importance,
         teacher=teacher,
+        equal=equal,
     )
-    network, model = model, as_functional(model, input_shape)
-    problem = pruning_problem(model, options)
+    network, model = model, as_network(model, input_shape)
+    problem = pruning_problem(model, options, network)
     graph, inserter = problem.coupling.graph, GateInserter(problem)
     taught = problem.teaching
     visit = inserter.visit if taught is None else taught.wrap(graph, inserter.visit)

@@ -213,6 +213,7 @@ class GateInserter(MaskInserter):
             options.round_to,
             options.compact,
             importance if isinstance(importance, str) else importance.name,
+            [[self.specs[i].name for i in tied] for tied in budget.equal],
             name=self._name("consensus"),
         )
         if not isinstance(importance, str):

@@ -105,7 +105,8 @@ class GatedModel(keras.Model):
         layer = self.consensus
         floors = tuple(g._gate.min_units for g in self.groups)
         kinds = tuple(BRANCH if g.is_block else CHANNELS for g in self.groups)
-        return Budget(layer.cost, layer.units, layer.sparsity, floors, layer.round_to, kinds)
+        limits = (floors, layer.round_to, kinds, layer.tied)
+        return Budget(layer.cost, layer.units, layer.sparsity, *limits)
 
     @property
     def settled(self) -> bool:
@@ -120,7 +121,10 @@ class GatedModel(keras.Model):
 
         Raises:
             FloatingPointError: trained values are not finite, so that there is no consensus.
+            ValueError: masks set by hand keep different counts in groups that are to keep equally
+                many.
         """
+        self._refuse_unequal()
         if not self.settled:
             self.require_finite("before the gates were settled")
             masks = select_units(self._importances(), self.budget)
@@ -129,6 +133,18 @@ class GatedModel(keras.Model):
                     group.set_mask(mask)
         self.consensus.settled.assign(1.0)
         self.consensus.is_over = True
+
+    def _refuse_unequal(self) -> None:
+        groups = self.groups
+        for tied in self.consensus.tied:
+            by_hand = {g.name: int(g.mask.sum()) for g in (groups[i] for i in tied) if g.settled}
+            if len(set(by_hand.values())) > 1:
+                listed = ", ".join(f"{n} of {name!r}" for name, n in by_hand.items())
+                raise ValueError(
+                    f"settle of {self.name!r}: expected masks that keep equally many units in "
+                    f"groups that `equal` ties, but those set by hand keep {listed}. Set masks "
+                    "with equal counts by `group.set_mask`."
+                )
 
     def _importances(self) -> list[np.ndarray]:
         """What `select_units` ranks units by; infinite where masks were set by hand."""

@@ -21,9 +21,11 @@ from keras_polar.graph.quantized import why_altered
 from keras_polar.graph.trace import OPEN_LENGTH
 from keras_polar.litert.measure_latency import measured_table
 from keras_polar.selection.budget import Budget, budget_of, usual_floors
+from keras_polar.selection.equal import equal_groups
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.surgery.tasks import widths_of_head
+from keras_polar.surgery.writers import expressible, writes
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 from keras_polar.training.teaching import Teaching, teaching_of
 
@@ -49,6 +51,7 @@ class Options:
     latency_table: LatencyTable | str | os.PathLike | None
     importance: str | Importance
     teacher: Any = None
+    equal: Iterable[str] = ()
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
@@ -86,8 +89,11 @@ class PruningProblem:
     teaching: Teaching | None
 
 
-def pruning_problem(model: Any, options: Options) -> PruningProblem:
+def pruning_problem(model: Any, options: Options, task: Any = None) -> PruningProblem:
     """From a model and the options of `apply` to what is to be decided.
+
+    Args:
+        task: the model whose network `model` is.
 
     Raises:
         TypeError, ValueError: as `apply`.
@@ -101,6 +107,10 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
     comparable = keeping(comparable, head, "is in the head of a task, whose class says its width")
     ignore = [*options.ignore, *head] if head else options.ignore
     coupling = ignoring(comparable, options.ignore if "channels" in options.granularity else "*")
+    equal: tuple = ()
+    if writes(task):
+        coupling, equal = expressible(coupling, task)
+        _refuse_branches(options, task)
     branches = branches_of(coupling, ignore) if "blocks" in options.granularity else ()
     names = [site.name for site in coupling.sites]
     branches = tuple(b for b in branches if not {names[i] for i in b.calls}.intersection(features))
@@ -121,12 +131,22 @@ def pruning_problem(model: Any, options: Options) -> PruningProblem:
         min_units=options.min_units,
         max_sparsity=options.max_sparsity,
         round_to=options.round_to,
+        equal=equal_groups(coupling, options.equal, equal),
     )
     _warn_of_low_groups(coupling, budget, measure.name, options)
     specs = gate_specs(coupling, branches, budget.floors)
     return PruningProblem(
         options, coupling, branches, measure, budget, tuple(specs), gate, teaching
     )
+
+
+def _refuse_branches(options: Options, task: Any) -> None:
+    if "blocks" in options.granularity:
+        raise ValueError(
+            f"apply: expected granularity='channels' for {type(task).__name__} {task.name!r}, "
+            f"received {options.granularity}. All layers of a {type(task.backbone).__name__} have "
+            "the same parts."
+        )
 
 
 # --- the options -----------------------------------------------------------------------------
@@ -280,7 +300,8 @@ def _warn_of_open_sizes(coupling: Coupling, model: Any) -> None:
 
 def _warn_of_low_groups(coupling: Coupling, budget: Budget, measure: str, options: Options) -> None:
     def floors(sparsity: float) -> list[int]:
-        return usual_floors(coupling, sparsity, options.min_units, options.max_sparsity)
+        limits = (options.min_units, options.max_sparsity, budget.equal)
+        return usual_floors(coupling, sparsity, *limits)
 
     low, enough = below_usual(coupling, budget, floors)
     if low:

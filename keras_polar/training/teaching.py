@@ -15,9 +15,9 @@ from keras_polar.graph.clone import Copies
 from keras_polar.graph.ir import Call, Graph, Ref, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.rebuild import rebuild
-from keras_polar.graph.subclassed import as_functional
 from keras_polar.graph.trace import trace
 from keras_polar.rules import trace_model
+from keras_polar.surgery.writers import as_network, writes
 
 LOGITS, SOFTMAX, OTHER = "logits", "probabilities of a softmax", "probabilities"
 Visit = Callable[[Call, dict], Any]
@@ -66,7 +66,7 @@ def teaching_of(teacher: Any, graph: Graph) -> Teaching | None:
     if teacher is None:
         return None
     given = teacher if isinstance(teacher, Teacher) else _teacher(teacher)
-    whole = as_functional(given.model)
+    whole = as_network(given.model, _shapes(graph) if writes(given.model) else None)
     sides = _Side(graph), _Side(_traced(whole), trace_model(whole))
     losses = given.losses or [LogitsDistillation()]
     found = [_compared(loss, *sides) for loss in losses]
@@ -79,6 +79,12 @@ def teaching_of(teacher: Any, graph: Graph) -> Teaching | None:
     _refuse_shared(model, given.model)
     pupil = tuple(ours for ours, _ in pairs)
     return Teaching(model, tuple(comparisons), pupil, _features(losses), int(given.every))
+
+
+def _shapes(graph: Graph) -> dict[str, tuple]:
+    """Of one sample of each input, by its name."""
+    inputs = zip(graph.input_layers, refs_in(graph.inputs), strict=True)
+    return {layer.name: graph.specs[i].shape[1:] for layer, i in inputs}
 
 
 def _features(losses: Sequence) -> tuple[str, ...]:

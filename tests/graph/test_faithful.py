@@ -7,6 +7,7 @@ from helpers import check, model_of, randomise
 from keras import layers, ops
 
 import keras_polar
+from keras_polar.graph.clone import Copies
 from keras_polar.surgery.certificate import difference
 
 RNG = np.random.default_rng(0)
@@ -358,3 +359,26 @@ def test_training_survives_a_layer_that_cannot_be_cut():
         gated.fit(X, Y, epochs=5, batch_size=4, verbose=0)
     with pytest.raises(TypeError, match="cannot be rebuilt"):
         keras_polar.convert(gated)
+
+
+def test_copies_have_what_a_layer_calls_as_it_likes():
+    """Names that begin like TensorFlow's (_self_) or like those of methods (build, get_config)."""
+
+    class Attends(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self._self_attention = layers.Dense(4)
+            self.build_rate, self.get_config_rate = 2.0, 3.0
+
+        def build(self, shape):
+            self._self_attention.build(shape)
+
+        def call(self, x):
+            return self._self_attention(x) * self.build_rate * self.get_config_rate
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, Attends(name="attends")(inputs))
+    copy, _ = Copies().call(model.get_layer("attends"), "copy", (inputs,), {})
+    x = np.ones((2, 4), "float32")
+    found = ops.convert_to_numpy(copy(x))
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), atol=1e-6)

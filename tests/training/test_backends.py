@@ -10,6 +10,7 @@ from random_first import FIRST_ELSEWHERE
 from random_models import side_by_side
 
 import keras_polar
+from keras_polar.backends import to_numpy
 from keras_polar.coupling.coupling import why_fixed
 from keras_polar.surgery.certificate import difference, random_inputs
 
@@ -140,3 +141,11 @@ def test_widths_of_keys_and_values_go_together_where_the_backend_wants_them_equa
     names = [g.name for g in keras_polar.apply(keras.Model(inputs, layers.Dense(3)(x))).groups]
     is_tied = keras.backend.backend() == "jax" and not dropout
     assert ("attention.value" in names) is not is_tied
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_scalars_and_arrays_of_any_precision_become_arrays(dtype):
+    for value in (0.5, [0.5, 1.0]):
+        found = to_numpy(keras.ops.convert_to_tensor(value, dtype))
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found.astype("float32"), value)

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, tree
 
+from keras_polar.backends import to_numpy
 from keras_polar.graph.keras_private import backend, op_class
 from keras_polar.graph.symbolic.record import (
     CannotTrace,
@@ -25,8 +26,6 @@ from keras_polar.graph.symbolic.record import (
 # Stand for the batch size. Primes, and larger than what layers use as sizes inside, so that a
 # multiple of both at once is the batch and nothing else.
 BATCHES = (1009, 1013)
-
-
 # Operations that give each sample the same.
 SPREADS = tuple(map(op_class, ("BroadcastTo", "Tile", "Repeat")))
 
@@ -47,9 +46,7 @@ class Expansion:
     outputs: list
     closed: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> why it was not opened
     variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
-    held: list = field(
-        default_factory=list
-    )  # what `Held` says of weights that the code uses itself
+    held: list = field(default_factory=list)  # `Held`: weights that the code uses itself
 
 
 class Merge:
@@ -225,7 +222,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _numpy(x: Any) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(x))
+    return np.asarray(x if isinstance(x, (np.ndarray, np.generic)) else to_numpy(x))
 
 
 def _constant(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,0 +1,406 @@
+"""Tasks of KerasHub that write texts: strings in, a smaller task that writes out."""
+
+import io
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers import quick
+from keras import ops
+
+import keras_polar
+
+hub = pytest.importorskip("keras_hub")
+M = hub.models
+TEXT = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 24}
+HEADS = {**TEXT, "num_heads": 2}
+QUERIES = {**TEXT, "num_query_heads": 4, "num_key_value_heads": 2}
+FAMILIES = {
+    "GPT2": {**HEADS, "max_sequence_length": 16},
+    "OPT": {**HEADS, "max_sequence_length": 16},
+    "Bloom": HEADS,
+    "GPTNeoX": HEADS,
+    "Falcon": {**TEXT, "num_attention_heads": 2},
+    "Llama": QUERIES,
+    "Llama3": QUERIES,
+    "Mistral": QUERIES,
+    "Phi3": QUERIES,
+    "Qwen": QUERIES,
+    "Qwen3": {**QUERIES, "head_dim": 8},
+    "Gemma": {**QUERIES, "head_dim": 8},
+}
+OF_PIECES = ("Llama", "Mistral", "Phi3", "Gemma")  # of SentencePiece
+LENGTH = 12
+SENTENCES = ["the quick fox", "a lazy dog", "jumped over", "the brown hen.", "he", "an old hat"] * 4
+SPECIAL = (
+    "<|endoftext|> <s> <pad> </s> <unk> <mask> <|begin_of_text|> <|end_of_text|> "
+    "<|start_header_id|> <|end_header_id|> <|eot_id|> <|im_end|>"
+).split()
+WORDS = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz.", "Ġ", "Ġt", "he"]
+
+
+def pieces(start="<s>", end="</s>"):
+    """The proto of a small SentencePiece model."""
+    import sentencepiece
+
+    made = io.BytesIO()
+    tokens = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    names = {"pad_piece": "<pad>", "bos_piece": start, "eos_piece": end, "unk_piece": "<unk>"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 10),
+        model_writer=made,
+        vocab_size=40,
+        control_symbols=["<|endoftext|>"],
+        model_type="BPE",
+        minloglevel=2,
+        **tokens,
+        **names,
+    )
+    return made.getvalue()
+
+
+def tokenizer_of(name):
+    kind = getattr(M, f"{name}Tokenizer")
+    if name in OF_PIECES:
+        return kind(proto=pieces(*["<bos>", "<eos>"] if name == "Gemma" else []))
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    return kind(vocabulary=vocabulary, merges=["Ġ t", "h e"])
+
+
+def with_large_weights(task):
+    """So that texts depend on all of them."""
+    rng = np.random.default_rng(0)
+    for weight in task.weights:
+        if len(weight.shape) > 1:
+            weight.assign(0.4 * rng.standard_normal(weight.shape))
+    task.compile(sampler="greedy")
+    return task
+
+
+def task_of(name, **options):
+    tokenizer = tokenizer_of(name)
+    config = {**FAMILIES[name], "vocabulary_size": tokenizer.vocabulary_size()}
+    backbone = getattr(M, f"{name}Backbone")(**config, **options)
+    preprocessor = getattr(M, f"{name}CausalLMPreprocessor")(tokenizer, LENGTH)
+    made = getattr(M, f"{name}CausalLM")(backbone=backbone, preprocessor=preprocessor)
+    return with_large_weights(made)
+
+
+def pruned(task, sparsity=0.1, **options):
+    """In one shot."""
+    gated = keras_polar.apply(task, sparsity, gate="static", importance="l1_norm", **options)
+    gated.settle()
+    return keras_polar.convert(gated, into=task)
+
+
+def width(task):
+    return task.backbone.get_config()["intermediate_dim"]
+
+
+# Of the whole task as well: with its caches, what KerasHub's GPT-NeoX writes is another text.
+FORGETS = ("GPTNeoX",)
+
+
+def written_step_by_step(task, prompts):
+    """What the whole network writes, without caches: the likeliest word, time and again."""
+    given = task.preprocessor.generate_preprocess(prompts)
+    ids = ops.convert_to_numpy(given["token_ids"]).copy()
+    mask = ops.convert_to_numpy(given["padding_mask"]).astype(bool)
+    for place in range(mask.sum(axis=1).min(), ids.shape[1]):
+        seen = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        logits = ops.convert_to_numpy(task(seen, training=False))
+        ids[:, place] = np.where(mask[:, place], ids[:, place], logits[:, place - 1].argmax(-1))
+    return ids
+
+
+def written(task, prompts):
+    given = task.preprocessor.generate_preprocess(prompts)
+    found = task.make_generate_function()(given, stop_token_ids=None)
+    return ops.convert_to_numpy(found["token_ids"])
+
+
+def is_written_alike(task):
+    prompts = ["the q", "a"]
+    return np.array_equal(written(task, prompts), written_step_by_step(task, prompts))
+
+
+ALONE = """
+import json, sys, keras_hub
+task = getattr(keras_hub.models, sys.argv[2]).from_preset(sys.argv[1])
+for name, length in json.loads(sys.argv[3]).items():
+    setattr(task.preprocessor, name, length)
+task.compile(sampler="greedy")
+print(task.generate(["the q", "a"]))
+assert "keras_polar" not in sys.modules
+"""
+
+
+def check_preset(task, base, folder, **lengths):
+    """A new process writes the same; presets of pairs of texts do not hold their `lengths`."""
+    task.save_to_preset(str(folder))
+    command = [sys.executable, "-c", ALONE, str(folder), base, json.dumps(lengths)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert found.splitlines()[-1] == str(task.generate(["the q", "a"]))
+
+
+@pytest.mark.parametrize("name", quick(("GPT2",), FAMILIES))
+def test_from_strings_to_texts_of_a_smaller_task(name, tmp_path):
+    keras.utils.set_random_seed(0)
+    task = task_of(name)
+    before = [w.copy() for w in task.get_weights()]
+    texts = task.generate(["the q", "a"])
+    gated = keras_polar.apply(task, 0.1, round_to=4)
+    (tied,) = gated.consensus.equal
+    assert {*tied} == {g.name for g in gated.groups}
+    gated.compile("adam")  # the loss is the task's
+    history = gated.fit(SENTENCES, batch_size=8, epochs=3, verbose=0).history
+    assert "sparse_categorical_accuracy" in history
+    made = keras_polar.convert(gated, into=task, verify=True)
+    assert type(made) is type(task)
+    assert type(made.backbone) is type(task.backbone)
+    assert all(map(np.array_equal, before, task.get_weights()))
+    assert task.generate(["the q", "a"]) == texts
+    assert width(made) < width(task)
+    assert made.count_params() == round((1 - gated.sparsity) * task.count_params())
+    assert isinstance(made.sampler, hub.samplers.GreedySampler)
+    scores = gated.evaluate(SENTENCES, verbose=0, return_dict=True)
+    found = made.evaluate(SENTENCES, verbose=0, return_dict=True)
+    assert found["loss"] == pytest.approx(scores["loss"], rel=1e-4)
+    made.compile(sampler="greedy")
+    assert is_written_alike(made) == (name not in FORGETS)
+    check_preset(made, "CausalLM", tmp_path / "preset")
+
+
+@pytest.mark.parametrize("name", quick(("GPT2",), FAMILIES))
+def test_nothing_cut_writes_as_before(name):
+    task = task_of(name)
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    for group in gated.groups:
+        group.set_mask(np.ones(group.units, bool))
+    made = keras_polar.convert(gated, into=task)
+    assert width(made) == width(task)
+    assert made.generate(["the q", "a"]) == task.generate(["the q", "a"])
+
+
+@pytest.mark.parametrize("name", quick(("GPT2",), FAMILIES))
+def test_pruned_twice(name):
+    task = task_of(name)
+    once = pruned(task)
+    twice = pruned(once)
+    assert width(twice) < width(once) < width(task)
+    assert is_written_alike(twice) == (name not in FORGETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma", "Mistral"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")  # KerasHub's own
+def test_heads_go_where_a_config_gives_their_width(name, monkeypatch):
+    heads = {"head_dim": 8, "num_query_heads": 8, "num_key_value_heads": 4}
+    monkeypatch.setitem(FAMILIES, name, {**QUERIES, **heads})
+    task = task_of(name)
+    made = pruned(task, 0.5, max_sparsity=1.0)
+    config = made.backbone.get_config()
+    assert config["num_query_heads"] == 2 * config["num_key_value_heads"] < 8
+    assert config["intermediate_dim"] < 24
+    assert made.count_params() == pytest.approx(0.5 * task.count_params(), rel=0.05)
+    assert is_written_alike(made)
+    made.quantize("int8")
+    assert len(made.generate("he")) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT2", "Llama3", "Qwen3", "Gemma"])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")  # KerasHub's own
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+def test_the_smaller_task_is_quantized_and_adapted_like_any(name, mode):
+    made = pruned(task_of(name), round_to=2)
+    made.backbone.enable_lora(2)
+    made.compile("adam", sampler="greedy")
+    made.fit(SENTENCES, batch_size=8, verbose=0)
+    made = pruned(task_of(name), round_to=2)
+    wanted = ops.convert_to_numpy(made(made.preprocessor(SENTENCES)[0], training=False))
+    made.quantize(mode)
+    found = ops.convert_to_numpy(made(made.preprocessor(SENTENCES)[0], training=False))
+    assert np.abs(found - wanted).max() < (0.05 if mode == "int8" else 0.6) * np.abs(wanted).max()
+    assert len(made.generate("he")) > 2
+
+
+# --- what is pruned, and what is not -------------------------------------------------------------
+
+
+def test_what_a_config_cannot_say_is_kept_and_said():
+    rows = {row.name: row for row in keras_polar.inspect(task_of("GPT2")).rows}
+    assert rows["feedforward_intermediate_dense"].prunable == 24
+    assert rows["token_embedding"].reason == "GPT2Backbone has no setting for it"
+    assert "no setting for it alone: num_heads" in rows["query"].reason
+    assert not keras_polar.inspect(task_of("GPT2")).branches
+
+
+def test_a_layer_that_is_ignored_keeps_all_layers_as_they_are():
+    with pytest.raises(ValueError, match=r"nothing in model.*no setting for it alone: intermedi"):
+        keras_polar.apply(task_of("GPT2"), 0.1, ignore="*layer_1*intermediate*")
+
+
+def test_whole_layers_stay():
+    with pytest.raises(ValueError, match=r"granularity='channels' for GPT2CausalLM .*same parts"):
+        keras_polar.apply(task_of("GPT2"), 0.1, granularity=("channels", "blocks"))
+
+
+def test_the_length_has_to_be_known():
+    task = task_of("GPT2")
+    task.preprocessor = None
+    with pytest.raises(ValueError, match=r"GPT2CausalLM.*nobody knows.*input_shape=\(128,\)"):
+        keras_polar.apply(task, 0.1)
+    with pytest.raises(ValueError, match=r"nobody knows.*input_shape=\(8, 8\)"):
+        keras_polar.apply(task, 0.1, input_shape=(8, 8))
+    for shape in ((8,), {"token_ids": (8,), "padding_mask": (8,)}):
+        made = pruned(task, input_shape=shape)
+        assert width(made) < width(task)
+    ids = np.ones((2, 8), int)
+    given = {"token_ids": ids, "padding_mask": np.arange(8) < 3 * ids}
+    assert made.generate(given, stop_token_ids=None)["token_ids"].shape == (2, 8)
+
+
+def test_gates_that_are_not_settled_are_not_put_together():
+    task = task_of("GPT2")
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    gated.groups[0].set_mask(np.arange(24) < 20)
+    with (
+        pytest.warns(UserWarning, match="not settled"),
+        pytest.raises(ValueError, match=r"no GPT2Backbone of smaller sizes has .*gated\.settle"),
+    ):
+        keras_polar.convert(gated, into=task)
+
+
+def test_another_task_is_refused():
+    gated = keras_polar.apply(task_of("GPT2"), 0.1, gate="static")
+    gated.settle()
+    with pytest.raises(ValueError, match="not built like into=OPTCausalLM"):
+        keras_polar.convert(gated, into=task_of("OPT"))
+
+
+def test_the_network_alone():
+    task = task_of("GPT2")
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    gated.settle()
+    with pytest.warns(UserWarning, match=r"GPT2CausalLMPreprocessor.*into=task"):
+        small = keras_polar.convert(gated)
+    wanted = keras_polar.convert(gated, into=task)
+    x = task.preprocessor(SENTENCES)[0]
+    np.testing.assert_allclose(small.predict(x, verbose=0), gated.predict(SENTENCES, verbose=0))
+    np.testing.assert_allclose(
+        small.predict(x, verbose=0), wanted.predict(SENTENCES, verbose=0), atol=1e-4
+    )
+
+
+def test_a_loaded_model_goes_into_its_task(tmp_path):
+    task = task_of("GPT2")
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    gated.save(tmp_path / "gated.keras")
+    loaded = keras.models.load_model(tmp_path / "gated.keras")
+    loaded.settle()
+    made = keras_polar.convert(loaded, into=task_of("GPT2"))
+    assert width(made) < 24
+    assert made.generate("he").startswith("he")
+
+
+def test_adapters_of_low_rank_are_cut_along():
+    task = task_of("GPT2")
+    task.backbone.enable_lora(2)
+    gated = keras_polar.apply(task, 0.1, gate="static")
+    gated.compile("adam")
+    gated.fit(SENTENCES, batch_size=8, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    assert len(made.trainable_weights) == len(task.trainable_weights)
+    answers = gated.predict(SENTENCES, verbose=0)
+    np.testing.assert_allclose(made.predict(SENTENCES, verbose=0), answers, atol=1e-4)
+    assert width(made) < width(task)
+
+
+def test_a_frozen_task_in_half_precision_stays_so():
+    task = task_of("GPT2", dtype="mixed_bfloat16")
+    task.backbone.get_layer("transformer_layer_0").trainable = False
+    made = pruned(task)
+    assert made.backbone.dtype_policy.name == "mixed_bfloat16"
+    layers = zip(task.backbone.layers, made.backbone.layers, strict=True)
+    for own, new in layers:
+        assert own.dtype_policy.name == new.dtype_policy.name
+    assert not made.backbone.get_layer("transformer_layer_0").trainable
+    assert made.backbone.get_layer("transformer_layer_1").trainable
+
+
+def test_the_task_itself_teaches():
+    task = task_of("GPT2")
+    gated = keras_polar.apply(task, 0.1, gate="static", teacher=task)
+    gated.compile("adam")
+    gated.fit(SENTENCES, batch_size=8, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    assert width(made) < width(task)
+
+
+# --- two texts ----------------------------------------------------------------------------------
+
+
+LENGTHS = {"encoder_sequence_length": 10, "decoder_sequence_length": 8}
+
+
+def translator():
+    backbone = M.BartBackbone(**HEADS, max_sequence_length=16)
+    preprocessor = M.BartSeq2SeqLMPreprocessor(tokenizer_of("Bart"), **LENGTHS)
+    return with_large_weights(M.BartSeq2SeqLM(backbone, preprocessor=preprocessor))
+
+
+@pytest.mark.slow
+def test_from_pairs_of_texts_to_texts(tmp_path):
+    task = translator()
+    pairs = {"encoder_text": SENTENCES, "decoder_text": SENTENCES[::-1]}
+    gated = keras_polar.apply(task, 0.1)
+    gated.compile("adam")
+    gated.fit(pairs, batch_size=8, epochs=2, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    assert width(made) < width(task)
+    again = pruned(made)
+    assert width(again) < width(made)
+    for model in (made, again):
+        model.compile(sampler="greedy")
+        given = model.preprocessor.generate_preprocess(["the q", "a"])
+        ids = {k: ops.convert_to_numpy(v).copy() for k, v in given.items()}
+        mask = ids.pop("decoder_padding_mask").astype(bool)
+        for place in range(mask.sum(axis=1).min(), mask.shape[1]):
+            logits = model({**ids, "decoder_padding_mask": np.ones_like(mask)}, training=False)
+            best = ops.convert_to_numpy(logits)[:, place - 1].argmax(-1)
+            ids["decoder_token_ids"][:, place] = np.where(
+                mask[:, place], ids["decoder_token_ids"][:, place], best
+            )
+        found = model.make_generate_function()(given, stop_token_ids=None)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(found["decoder_token_ids"]), ids["decoder_token_ids"]
+        )
+    check_preset(made, "Seq2SeqLM", tmp_path / "preset", **LENGTHS)
+
+
+def hears():
+    heads = {"encoder_num_heads": 2, "decoder_num_heads": 2, "filter_dim": 16}
+    layers = {"encoder_num_layers": 1, "decoder_num_layers": 1}
+    shape = {"vocabulary_size": 50, "hidden_dim": 16, "intermediate_dim": 24}
+    return M.MoonshineAudioToText(M.MoonshineBackbone(**heads, **layers, **shape))
+
+
+def corrects():
+    return M.T5Seq2SeqLM(M.T5Backbone(**HEADS))
+
+
+HEARD = {"encoder_input_values": (3000, 1), "encoder_padding_mask": (3000,)}
+HEARD |= {"decoder_token_ids": (6,), "decoder_padding_mask": (6,)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
+@pytest.mark.parametrize(("make", "shape"), [(hears, HEARD), (corrects, (8,))])
+def test_what_cannot_be_opened_says_why(make, shape):
+    with pytest.raises(ValueError, match=r"nothing in model .* composite layer that cannot be ope"):
+        keras_polar.apply(make(), 0.1, input_shape=shape)
