@@ -1,0 +1,111 @@
+"""Tasks of KerasHub through all steps: raw samples, fit, convert, answers, a preset elsewhere."""
+
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+LITTLE = 1e-6  # of the weights
+
+
+def task_row(case) -> dict:
+    """What becomes of a task: shares, differences and seconds."""
+    import keras
+    import tensorflow
+
+    import keras_polar
+
+    task = case.make()
+    start = time.perf_counter()
+    gated = keras_polar.apply(task, 0.1)
+    gated.compile("adam")
+    gated.fit(*case.data(), batch_size=4, epochs=3, verbose=0)
+    made = keras_polar.convert(gated, into=task)
+    seconds = time.perf_counter() - start
+    asked = case.data()[0]
+    row = {
+        "weights": task.count_params(),
+        "kept_weights": made.count_params() / task.count_params(),
+        "whole": apart(case.answers(task), case.answers(untouched(task))),
+        "difference": apart(gated.predict(asked, verbose=0), made.predict(asked, verbose=0)),
+        "preset": trouble_with_preset(made, case),
+        "seconds": seconds,
+        "versions": {"keras": keras.__version__, "tensorflow": tensorflow.__version__},
+    }
+    return {**row, "failure": failure_of(row)}
+
+
+def failure_of(row: dict) -> str:
+    if row["kept_weights"] >= 1:
+        return "nothing is gone"
+    if row["whole"] > 1e-4 or row["difference"] > 1e-4:
+        return f"answers differ by {max(row['whole'], row['difference']):.0e}"
+    return f"preset: {row['preset']}" if row["preset"] not in LOADED else ""
+
+
+def untouched(task):
+    """The task after `apply` and `convert`, no gate closed."""
+    import keras_polar
+
+    gated = keras_polar.apply(task, LITTLE, gate="static")
+    for group in gated.groups:
+        group.set_mask(np.ones(group.units, bool))
+    made = keras_polar.convert(gated, into=task)
+    if hasattr(task, "sampler"):
+        made.compile(sampler=task.sampler)
+    return made
+
+
+def apart(a, b) -> float:
+    """The largest difference, relative to the largest number; of texts 0 or infinite."""
+    import keras
+
+    if isinstance(a, (str, list)):
+        return 0.0 if a == b else float("inf")
+    pairs = zip(keras.tree.flatten(a), keras.tree.flatten(b), strict=True)
+    return max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)) for x, y in pairs)
+
+
+LOADED = ("yes", "with keras_polar")
+ALONE, HELPED = "keras_hub", "keras_hub, keras_polar"
+
+
+def trouble_with_preset(task, case) -> str:
+    """Whether another process that loads the preset gets the same answers; or why not."""
+    wanted = case.answers(task)
+    with tempfile.TemporaryDirectory() as folder:
+        task.save_to_preset(f"{folder}/preset")
+        asked = case.data()[0] if case.asked is None else case.asked
+        Path(folder, "asked").write_bytes(pickle.dumps((base_of(task), asked, case.texts)))
+        for modules, word in zip((ALONE, HELPED), LOADED, strict=True):
+            code = f"import {modules}, task_trip; task_trip.answer({folder!r})"
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=Path(__file__).parent
+            )
+            if not done.returncode:
+                found = pickle.loads(Path(folder, "answers").read_bytes())
+                return word if apart(wanted, found) <= 1e-4 else "it is another task"
+    return done.stderr.strip().splitlines()[-1]
+
+
+def base_of(task) -> str:
+    """The class of KerasHub by which presets of such tasks are loaded: "CausalLM", say."""
+    names = [c.__name__ for c in type(task).__mro__]
+    return names[1]
+
+
+def answer(folder: str) -> None:
+    """What the task of a preset says."""
+    import keras_hub
+
+    base, asked, texts = pickle.loads(Path(folder, "asked").read_bytes())
+    task = getattr(keras_hub.models, base).from_preset(f"{folder}/preset")
+    if texts:
+        task.compile(sampler="greedy")
+    found = task.generate(asked) if texts else task.predict(asked, verbose=0)
+    Path(folder, "answers").write_bytes(pickle.dumps(found))
