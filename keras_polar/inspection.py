@@ -132,10 +132,12 @@ def inspect(model: Any, *, ignore: Iterable[str] = (), input_shape: Any = None) 
     Args:
         model: a functional or built Sequential Keras model; gates are left out.
         ignore: as for `keras_polar.apply`.
-        input_shape: of a subclassed network, as for `keras_polar.apply`.
+        input_shape: of a subclassed network, or a task that writes texts, as for
+            `keras_polar.apply`.
 
     Raises:
         TypeError: the model is not functional and cannot be made so.
+        ValueError: nobody knows at which length such a task is to be looked at.
 
     Example:
 
