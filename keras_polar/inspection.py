@@ -12,7 +12,8 @@ from keras_polar.gates.groups import is_gated
 from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import is_unknown, trace_model
 from keras_polar.surgery.strip import stripped
-from keras_polar.surgery.writers import as_network, expressible, writes
+from keras_polar.surgery.tasks import writes
+from keras_polar.surgery.writers import as_network, expressible
 from keras_polar.tables import table_html, table_text
 from keras_polar.training.gate_specs import branches_of
 

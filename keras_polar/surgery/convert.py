@@ -17,8 +17,8 @@ from keras_polar.graph.rebuild import rebuild
 from keras_polar.surgery.certificate import check_certificate
 from keras_polar.surgery.cut import Cutter
 from keras_polar.surgery.strip import flags_for, stripped
-from keras_polar.surgery.tasks import put_together
-from keras_polar.surgery.writers import rewritten, writes
+from keras_polar.surgery.tasks import put_together, writes
+from keras_polar.surgery.writers import rewritten
 
 
 def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:

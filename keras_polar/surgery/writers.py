@@ -19,7 +19,7 @@ from keras_polar.graph.keras_private import layers_of, without_latest_call
 from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import check_certificate
-from keras_polar.surgery.tasks import is_task
+from keras_polar.surgery.tasks import writes
 
 # Sizes that a config gives, those that only change together in one row.
 SETTINGS = (
@@ -30,11 +30,6 @@ SETTINGS = (
     ("num_heads",),
     ("num_attention_heads",),
 )
-
-
-def writes(model: Any) -> bool:
-    """Whether the model is a task of KerasHub that writes texts."""
-    return is_task(model) and hasattr(model, "generate")
 
 
 # --- at one length ------------------------------------------------------------------------------
@@ -63,6 +58,8 @@ def as_network(model: Any, input_shape: Any = None) -> Any:
 
 def _shape(task: Any, name: str, given: Any) -> tuple:
     own = tuple(task.input[name].shape[1:])
+    if None not in own:
+        return own
     shape = given.get(name) if isinstance(given, dict) else given
     if shape is None:
         shape = (_length(task.preprocessor, name), *own[1:])
