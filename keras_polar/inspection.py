@@ -12,7 +12,8 @@ from keras_polar.gates.groups import is_gated
 from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import is_unknown, trace_model
 from keras_polar.surgery.strip import stripped
-from keras_polar.surgery.writers import as_network, expressible, writes
+from keras_polar.surgery.tasks import writes
+from keras_polar.surgery.writers import as_network, expressible
 from keras_polar.tables import table_html, table_text
 from keras_polar.training.gate_specs import branches_of
 
@@ -132,10 +133,12 @@ def inspect(model: Any, *, ignore: Iterable[str] = (), input_shape: Any = None) 
     Args:
         model: a functional or built Sequential Keras model; gates are left out.
         ignore: as for `keras_polar.apply`.
-        input_shape: of a subclassed network, as for `keras_polar.apply`.
+        input_shape: of a subclassed network, or a task that writes texts, as for
+            `keras_polar.apply`.
 
     Raises:
         TypeError: the model is not functional and cannot be made so.
+        ValueError: nobody knows at which length such a task is to be looked at.
 
     Example:
 

@@ -48,8 +48,8 @@ class Budget:
     def unit_costs(self) -> np.ndarray:
         """What one unit of each group saves, of the whole network."""
         full = np.asarray(self.units)
-        without = [self.cost(full - one) for one in np.eye(len(full), dtype=int)]
-        return self.full_cost - np.asarray(without, float)
+        ones = np.eye(len(full), dtype=int)
+        return np.array([self.full_cost - self.cost(full - one) for one in ones], float)
 
     def achieved(self, counts: Sequence[int] | np.ndarray) -> float:
         """Share of the full cost that is removed when `counts` units stay per group."""
@@ -111,9 +111,8 @@ def budget_of(
 
     guarded = budget(usual_floors(coupling, sparsity, min_units, max_sparsity, equal))
     is_enough = guarded.reachable >= sparsity
-    chosen = (
-        guarded if is_enough else budget(_floors(coupling, max_sparsity, 1.0, min_units, equal))
-    )
+    lowest = _floors(coupling, max_sparsity, 1.0, min_units, equal)
+    chosen = guarded if is_enough else budget(lowest)
     if chosen.reachable < sparsity:
         raise ValueError(
             f"apply: sparsity={sparsity} of the {measure} cannot be reached; at most "

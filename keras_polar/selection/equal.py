@@ -82,6 +82,8 @@ def blocks_of(budget: Budget) -> np.ndarray:
 
 def budget_of_blocks(budget: Budget, blocks: np.ndarray) -> Budget:
     """The same budget, of the counts of blocks."""
+    if not budget.equal:
+        return budget
     first = np.unique(blocks, return_index=True)[1].tolist()
     return replace(
         budget,
@@ -97,6 +99,8 @@ def scores_of_blocks(
     scores: Sequence[np.ndarray], budget: Budget, blocks: np.ndarray
 ) -> list[np.ndarray]:
     """How much blocks are wanted, for what they cost: means of their units', by what these cost."""
+    if not budget.equal:
+        return list(scores)
     costs = np.maximum(budget.unit_costs, TINY)
     members = [np.flatnonzero(blocks == i).tolist() for i in range(blocks.max() + 1)]
     return [

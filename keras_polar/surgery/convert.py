@@ -17,8 +17,8 @@ from keras_polar.graph.rebuild import rebuild
 from keras_polar.surgery.certificate import check_certificate
 from keras_polar.surgery.cut import Cutter
 from keras_polar.surgery.strip import flags_for, stripped
-from keras_polar.surgery.tasks import put_together
-from keras_polar.surgery.writers import rewritten, writes
+from keras_polar.surgery.tasks import put_together, writes
+from keras_polar.surgery.writers import rewritten
 
 
 def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
@@ -29,7 +29,8 @@ def convert(gated: Any, *, verify: Any = None, into: Any = None) -> keras.Model:
         verify: inputs of the model, or True for random ones (sizes that it leaves open are 32 in
             those): checks the certificate, that both models give the same outputs.
         into: the `keras_hub` task that `apply` was given, or one that is built like it: the result
-            is a task of its class around the smaller backbone, with its preprocessor.
+            is a task of its class around the smaller backbone, with its preprocessor; one that
+            writes texts has a backbone of its own class, of smaller sizes, and its sampler.
 
     Returns:
         A functional `keras.Model` of stock layers, with the weights of `gated`; not compiled.

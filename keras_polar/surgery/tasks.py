@@ -31,6 +31,14 @@ def is_task(model: Any) -> bool:
     return hub is not None and isinstance(model, hub.models.Task)
 
 
+def writes(model: Any) -> bool:
+    """Whether the model is a task of KerasHub that writes texts."""
+    if not is_task(model):
+        return False
+    models = sys.modules["keras_hub"].models
+    return isinstance(model, (models.CausalLM, models.Seq2SeqLM))
+
+
 def widths_of_head(model: Any, sites: Iterable) -> list[str]:
     """Names of the layers with units in the head of a task: its class says how many they have."""
     if not is_task(model):
@@ -215,6 +223,12 @@ def put_together(small: keras.Model, task: Any) -> Any:
         raise TypeError(
             f"convert: expected into= as a task of KerasHub, received {task!r}. Leave it out for "
             "an ordinary model."
+        )
+    if hasattr(task, "generate"):  # images, say; see writers.py for texts
+        raise TypeError(
+            f"convert: into={type(task).__name__} {task.name!r} generates by calling the layers of "
+            "its backbone one by one, which a network of other widths does not have. Leave into= "
+            "out for an ordinary model."
         )
     match = _Match(task)
     match.follow(refs_in(match.graph.outputs)[: len(task.outputs)], small.outputs)

@@ -19,21 +19,17 @@ from keras_polar.graph.keras_private import layers_of, without_latest_call
 from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import check_certificate
-from keras_polar.surgery.tasks import is_task
+from keras_polar.surgery.tasks import writes
 
 # Sizes that a config gives, those that only change together in one row.
 SETTINGS = (
     ("intermediate_dim",),
     ("num_query_heads", "num_key_value_heads"),
+    ("num_query_heads",),
     ("num_attention_heads", "num_key_value_heads"),
     ("num_heads",),
     ("num_attention_heads",),
 )
-
-
-def writes(model: Any) -> bool:
-    """Whether the model is a task of KerasHub that writes texts."""
-    return is_task(model) and hasattr(model, "generate")
 
 
 # --- at one length ------------------------------------------------------------------------------
@@ -43,8 +39,8 @@ def as_network(model: Any, input_shape: Any = None) -> Any:
     """The functional model to be pruned: of a task that writes, its network at one length.
 
     Args:
-        input_shape: of such a task: shape of one sample of all its inputs, or of each by its name;
-            None for the lengths of its preprocessor. Otherwise as `as_functional` has it.
+        input_shape: of such a task: shape of one sample in all its inputs, or {name: shape}; by
+            default the lengths of its preprocessor. Of other models as `as_functional` has it.
 
     Raises:
         TypeError, ValueError: nobody knows the shapes, or they do not fit.
@@ -62,10 +58,12 @@ def as_network(model: Any, input_shape: Any = None) -> Any:
 
 def _shape(task: Any, name: str, given: Any) -> tuple:
     own = tuple(task.input[name].shape[1:])
+    if None not in own:
+        return own
     shape = given.get(name) if isinstance(given, dict) else given
     if shape is None:
         shape = (_length(task.preprocessor, name), *own[1:])
-    shape = tuple(shape)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
     fits = len(shape) == len(own) and all(o in (None, n) for o, n in zip(own, shape, strict=True))
     if None in shape or not fits:
         raise ValueError(
@@ -185,7 +183,8 @@ def rewritten(small: keras.Model, task: Any) -> Any:
         if source.shape != new.shape:
             raise _no_such(task, f"{own.path} of shape {tuple(source.shape)}")
         new.assign(to_numpy(source))
-    made.compile(sampler=task.sampler)
+    if hasattr(task, "sampler"):  # it has been compiled
+        made.compile(sampler=task.sampler)
     texts = _texts(small, task.backbone)
     check_certificate(small, made, texts, lambda *_: _not_alike(task))
     return made

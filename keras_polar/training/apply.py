@@ -56,7 +56,8 @@ def apply(
         model: a functional or built Sequential Keras model, fresh or trained, or a subclassed one
             whose `call` consists of layers and `keras.ops`. It is not changed. A task of KerasHub:
             the gated model compiles and preprocesses as the task does; its head keeps its units,
-            so that `convert(gated, into=task)` can put it together again.
+            so that `convert(gated, into=task)` can put it together again. Of tasks that write
+            texts only what the config of their backbone can say goes, equally many in all layers.
         sparsity: share of the cost to be removed, in (0, 1).
         measure: what `sparsity` is a share of: "weights" (`model.count_params()`), "macs"
             (multiply-accumulates per sample), "units" (channels and neurons), "latency" (time
@@ -100,7 +101,8 @@ def apply(
             and after the gates settle. A frozen copy teaches, with the values of this moment.
         input_shape: of a subclassed network: the shape of one sample (None for open sizes), or
             what its `call` takes with shapes in the places of tensors; a `keras.Input` instead of
-            a shape says the type as well. By default the shapes that it was called on first.
+            a shape says the type as well. By default the shapes that it was called on first. Of a
+            task that writes texts: (length,) or {input: shape}, by default its preprocessor's.
         equal: names of layers or groups, glob patterns allowed: all groups of units that one
             pattern matches keep equally many; which ones may differ from group to group.
 

@@ -24,8 +24,8 @@ from keras_polar.selection.budget import Budget, budget_of, usual_floors
 from keras_polar.selection.equal import equal_groups
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
-from keras_polar.surgery.tasks import widths_of_head
-from keras_polar.surgery.writers import expressible, writes
+from keras_polar.surgery.tasks import widths_of_head, writes
+from keras_polar.surgery.writers import expressible
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 from keras_polar.training.teaching import Teaching, teaching_of
 

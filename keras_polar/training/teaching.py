@@ -17,7 +17,8 @@ from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import trace
 from keras_polar.rules import trace_model
-from keras_polar.surgery.writers import as_network, writes
+from keras_polar.surgery.tasks import writes
+from keras_polar.surgery.writers import as_network
 
 LOGITS, SOFTMAX, OTHER = "logits", "probabilities of a softmax", "probabilities"
 Visit = Callable[[Call, dict], Any]

@@ -288,6 +288,19 @@ def test_other_tasks(name, tmp_path):
         subprocess.run([*map(str, command)], check=True)
 
 
+def test_tasks_that_generate_in_another_way_are_refused():
+    class Paints(M.ResNetImageClassifier):
+        def generate(self):
+            """As tasks that make images do."""
+
+    classifier = image_classifier()
+    task = Paints(classifier.backbone, num_classes=3)
+    gated = keras_polar.apply(task, 0.3, gate="static")
+    gated.settle()
+    with pytest.raises(TypeError, match=r"into=Paints .* generates by calling the layers"):
+        keras_polar.convert(gated, into=task)
+
+
 # --- object detectors -------------------------------------------------------------------------
 
 

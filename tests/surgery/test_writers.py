@@ -195,26 +195,30 @@ def test_pruned_twice(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma", "Mistral"])
-@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")  # KerasHub's own
-def test_heads_go_where_a_config_gives_their_width(name, monkeypatch):
-    heads = {"head_dim": 8, "num_query_heads": 8, "num_key_value_heads": 4}
+@pytest.mark.parametrize(
+    ("name", "keys"), [("Qwen3", 4), ("Gemma", 4), ("Mistral", 4), ("Gemma", 1)]
+)
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_heads_go_where_a_config_gives_their_width(name, keys, monkeypatch):
+    heads = {"head_dim": 8, "num_query_heads": 8, "num_key_value_heads": keys}
     monkeypatch.setitem(FAMILIES, name, {**QUERIES, **heads})
     task = task_of(name)
     made = pruned(task, 0.5, max_sparsity=1.0)
     config = made.backbone.get_config()
-    assert config["num_query_heads"] == 2 * config["num_key_value_heads"] < 8
+    assert config["num_query_heads"] < 8
+    if keys > 1:
+        assert config["num_query_heads"] == 2 * config["num_key_value_heads"]
     assert config["intermediate_dim"] < 24
     assert made.count_params() == pytest.approx(0.5 * task.count_params(), rel=0.05)
     assert is_written_alike(made)
     made.quantize("int8")
-    assert len(made.generate("he")) > 2
+    assert written(made, ["he"]).shape == (1, LENGTH)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Llama3", "Qwen3", "Gemma"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")  # KerasHub's own
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 def test_the_smaller_task_is_quantized_and_adapted_like_any(name, mode):
     made = pruned(task_of(name), round_to=2)
@@ -226,7 +230,7 @@ def test_the_smaller_task_is_quantized_and_adapted_like_any(name, mode):
     made.quantize(mode)
     found = ops.convert_to_numpy(made(made.preprocessor(SENTENCES)[0], training=False))
     assert np.abs(found - wanted).max() < (0.05 if mode == "int8" else 0.6) * np.abs(wanted).max()
-    assert len(made.generate("he")) > 2
+    assert written(made, ["he"]).shape == (1, LENGTH)
 
 
 # --- what is pruned, and what is not -------------------------------------------------------------
@@ -257,7 +261,7 @@ def test_the_length_has_to_be_known():
         keras_polar.apply(task, 0.1)
     with pytest.raises(ValueError, match=r"nobody knows.*input_shape=\(8, 8\)"):
         keras_polar.apply(task, 0.1, input_shape=(8, 8))
-    for shape in ((8,), {"token_ids": (8,), "padding_mask": (8,)}):
+    for shape in (8, (8,), {"token_ids": (8,), "padding_mask": (8,)}):
         made = pruned(task, input_shape=shape)
         assert width(made) < width(task)
     ids = np.ones((2, 8), int)
@@ -291,10 +295,9 @@ def test_the_network_alone():
         small = keras_polar.convert(gated)
     wanted = keras_polar.convert(gated, into=task)
     x = task.preprocessor(SENTENCES)[0]
-    np.testing.assert_allclose(small.predict(x, verbose=0), gated.predict(SENTENCES, verbose=0))
-    np.testing.assert_allclose(
-        small.predict(x, verbose=0), wanted.predict(SENTENCES, verbose=0), atol=1e-4
-    )
+    answers = small.predict(x, verbose=0)
+    for model in (gated, wanted):
+        np.testing.assert_allclose(model.predict(SENTENCES, verbose=0), answers, atol=1e-4)
 
 
 def test_a_loaded_model_goes_into_its_task(tmp_path):
