@@ -243,16 +243,17 @@ def _backbone(match: "_Match", small: keras.Model) -> tuple:
     """Inputs, outputs and name of the part of the sub-network in front of the head."""
     task, whole = match.task, match.task.backbone
     known = {id(x): other for x, other in zip(task.inputs, small.inputs, strict=True)}
-    places = _places(whole.output)
-    if len(places) != len(whole.outputs):
+    paths = [path for path, _ in tree.flatten_with_path(whole.output)]
+    read = {paths[i]: tensor for i, tensor in sorted(match.outputs.items())}
+    if any(len(path) > 1 for path in read):
         raise TypeError(
-            f"convert: the backbone of into={type(task).__name__} {task.name!r} has outputs within "
-            "outputs, of which no smaller one is put together. Leave into= out for an ordinary "
-            "model that gives what the task decodes."
+            f"convert: the head of into={type(task).__name__} {task.name!r} reads outputs within "
+            "outputs of its backbone, of which no smaller one is put together. Leave into= out for "
+            "an ordinary model that gives what the task decodes."
         )
-    outputs = {places[i]: tensor for i, tensor in sorted(match.outputs.items())}
+    outputs = read[()] if () in read else {path[0]: tensor for path, tensor in read.items()}
     inputs = tree.pack_sequence_as(whole.input, [known[id(x)] for x in match.read])
-    return inputs, outputs.get("", outputs), whole.name
+    return inputs, outputs, whole.name
 
 
 def _around(backbone: tuple, task: Any) -> Any:
@@ -316,11 +317,6 @@ class PrunedBackbone(keras.Model):
         made = super().from_config(config, **kwargs)
         made.constants = constants
         return made
-
-
-def _places(output: Any) -> list[str]:
-    """Of each of a backbone's outputs, the name; empty if there is only one."""
-    return sorted(output) if isinstance(output, dict) else [""]
 
 
 class _Match:

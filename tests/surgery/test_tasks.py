@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -396,3 +397,35 @@ def test_a_detector_from_raw_images_to_a_preset_and_back(tmp_path):
     np.savez(tmp_path / "raw.npz", x=x, **answers)
     command = [sys.executable, "-c", BOXES, tmp_path / "preset", tmp_path / "raw.npz"]
     subprocess.run([*map(str, command)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # KerasHub's own
+def test_a_detector_that_computes_its_loss_by_itself(tmp_path, monkeypatch):
+    """Of many outputs of its backbone, tuples among them, D-FINE reads some."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+    import hub_models
+
+    monkeypatch.setattr(hub_models, "fixed", lambda backbone: backbone)
+    converter = hub.layers.DFineImageConverter(image_size=(64, 64), scale=1 / 255.0)
+    task = M.DFineObjectDetector(
+        hub_models.BACKBONES["DFineBackbone"](),
+        num_classes=4,
+        bounding_box_format="xyxy",
+        preprocessor=M.DFineObjectDetectorPreprocessor(converter),
+    )
+    task.compile("sgd")
+    x, y = scenes(2)
+    gated = keras_polar.apply(task, 0.2, gate="static")
+    gated.compile("sgd")
+    gated.settle()
+    made = keras_polar.convert(gated, into=task)
+    assert made.count_params() < 0.85 * task.count_params()
+    made.compile("sgd")
+    losses = [m.evaluate(x, y, verbose=0) for m in (gated, made)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    answers = gated.predict(x, verbose=0)
+    assert_same_boxes(made.predict(x, verbose=0), answers)
+    made.save_to_preset(str(tmp_path / "preset"))
+    loaded = M.DFineObjectDetector.from_preset(str(tmp_path / "preset"))
+    assert_same_boxes(loaded.predict(x, verbose=0), answers)
