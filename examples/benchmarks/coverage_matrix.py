@@ -19,7 +19,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from json_lines import add_row, read_rows
@@ -74,6 +76,14 @@ def hub_backbones() -> dict[str, Callable]:
     """KerasHub's backbones by name; none where KerasHub is not installed."""
     try:
         return importlib.import_module("hub_models").BACKBONES
+    except ImportError:
+        return {}
+
+
+def hub_tasks() -> dict[str, Any]:
+    """KerasHub's tasks by name; none where KerasHub is not installed."""
+    try:
+        return importlib.import_module("hub_tasks").TASKS
     except ImportError:
         return {}
 
@@ -207,17 +217,26 @@ def work(name: str, wanted: list[str]) -> None:
     """Makes the rows of one model; runs in a process of its own, which gives its memory back."""
     import keras
 
-    for row_name, build in builders(name).items():
+    for row_name, row_of in measurements(name).items():
         if row_name not in wanted:
             continue
         keras.backend.clear_session()
         gc.collect()
         keras.utils.set_random_seed(0)
         try:
-            row = measure(build)
+            row = row_of()
         except Exception as error:  # the reason is what the table is for
             row = {"failure": f"{type(error).__name__}: {error}"}
         add_row(ROWS, {"name": row_name, **row})
+
+
+def measurements(name: str) -> dict[str, Callable]:
+    """Row name -> what makes the row."""
+    if name.startswith("task "):
+        from task_trip import task_row
+
+        return {name: partial(task_row, hub_tasks()[name.removeprefix("task ")])}
+    return {row: partial(measure, build) for row, build in builders(name).items()}
 
 
 def make_rows(name: str, wanted: list[str]) -> None:
@@ -237,7 +256,10 @@ def make_rows(name: str, wanted: list[str]) -> None:
 def all_rows() -> dict[str, list[str]]:
     """Model -> names of its rows."""
     names = [f"keras.applications {n}" for n in application_names()]
-    return {n: list(builders(n)) for n in [*names, *(f"hub {n}" for n in hub_backbones())]}
+    names += [f"hub {n}" for n in hub_backbones()]
+    return {n: list(builders(n)) for n in names} | {
+        n: [n] for n in map("task {}".format, hub_tasks())
+    }
 
 
 def missing(rows: list[str], have: dict) -> list[str]:
@@ -254,14 +276,18 @@ def forget(pattern: str) -> None:
 
 def write_table() -> None:
     rows = sorted(read_rows(ROWS).values(), key=lambda r: r["name"].lower())
-    good = sum(not r["failure"] for r in rows)
+    models = [r for r in rows if not r["name"].startswith("task ")]
+    good = sum(not r["failure"] for r in models)
     versions = next((r["versions"] for r in reversed(rows) if "versions" in r), {})
-    text = INTRODUCTION.format(command=COMMAND, rows=len(rows), good=good, **versions)
+    text = INTRODUCTION.format(command=COMMAND, rows=len(models), good=good, **versions)
     for title, prefix in (("keras.applications", "keras.applications "), ("KerasHub", "hub ")):
         own = [r for r in rows if r["name"].startswith(prefix)]
         if own:
             lines = [_line(r, r["name"].removeprefix(prefix)) for r in own]
             text += "\n".join(["", f"## {title}", "", *HEADING, *lines, ""])
+    tasks = [r for r in rows if r["name"].startswith("task ")]
+    if tasks:
+        text += "\n".join([TASKS_INTRODUCTION, *TASKS_HEADING, *map(_task_line, tasks), ""])
     TABLE.write_text(text, encoding="utf-8")
 
 
@@ -270,8 +296,8 @@ INTRODUCTION = """# Coverage
 Written by `{command}` with keras {keras} and tensorflow {tensorflow}. {good} of {rows} rows hold
 the certificate. The seconds were taken on 2 cores with other work running.
 
-Every model has random weights and small inputs (64 or 96 pixels for images); half of the units of
-every group were closed at random.
+Every model has random weights and small inputs (64 or 96 pixels for images), backbones of KerasHub
+a Dense on each output; half of the units of every group were closed at random.
 
 - *prunable*: the share of units that can go, and the share of weights and of multiply-accumulates
   (MACs) that is gone when every group keeps one unit, as `keras_polar.inspect` gives it.
@@ -279,7 +305,8 @@ every group were closed at random.
   output; at most 1e-4 is asked for. Every row's weights, counted, were as predicted.
 - *kept*: weights and MACs of the converted model at these masks.
 - *file*: whether gated and converted model, saved, are the same when another process has loaded
-  them, the converted one without keras_polar; "?" where it was not tried yet.
+  them, the converted one without keras_polar; "?" where that was not tried. "nor does the whole
+  model": the model itself cannot be saved and loaded either.
 - *what stays*: the commonest reasons, with the number of units; or why the row failed.
 """
 HEADING = (
@@ -287,6 +314,40 @@ HEADING = (
     "| file | apply | convert | what stays, or the failure |",
     "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|---|",
 )
+
+
+TASKS_INTRODUCTION = """
+## Tasks of KerasHub
+
+Raw images or texts go through `apply(task, 0.1)`, three epochs of `fit` and `convert(gated,
+into=task)`: small configs, random weights.
+
+- *untouched*: how far apart the answers of the task are when no unit is closed; of tasks that write
+  texts "same" (`generate`).
+- *certificate*: the largest difference between what the gated model and the smaller task predict.
+- *preset*: whether another process that loads the smaller task from its preset answers the same;
+  "with keras_polar" where it has to be imported.
+"""
+TASKS_HEADING = (
+    "| task | weights | kept | untouched | certificate | preset | all steps | failure |",
+    "|---|--:|--:|--:|--:|---|--:|---|",
+)
+
+
+def _task_line(row: dict) -> str:
+    name, failure = row["name"].removeprefix("task "), _plain(row["failure"])
+    if "difference" not in row:
+        return f"| {name} {'| ' * 6}| **{failure}** |"
+    cells = [
+        _size(row["weights"]),
+        f"{row['kept_weights']:.1%}",
+        f"{row['whole']:.0e}" if row["whole"] else "same",
+        f"{row['difference']:.0e}",
+        _plain(row["preset"][:200]),
+        f"{row['seconds']:.0f} s",
+        f"**{failure}**" if failure else "",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def _line(row: dict, name: str) -> str:

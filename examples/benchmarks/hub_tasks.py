@@ -125,7 +125,7 @@ FAMILIES = {
     "OPT": {**HEADS, "max_sequence_length": 16},
     "Bloom": HEADS,
     "GPTNeoX": HEADS,
-    "Falcon": {**TEXT, "num_attention_heads": 2},
+    "Falcon": {**WRITES, "num_attention_heads": 2},
     "Llama": QUERIES,
     "Llama3": QUERIES,
     "Mistral": QUERIES,

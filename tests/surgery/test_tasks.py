@@ -10,46 +10,22 @@ import pytest
 
 import keras_polar
 
-hub = pytest.importorskip("keras_hub")
+pytest.importorskip("keras_hub")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+import keras_hub as hub
+from hub_tasks import (
+    TEXT,
+    detector,
+    image_classifier,
+    images,
+    scenes,
+    segmenter,
+    sentences,
+    text_classifier,
+    vit,
+)
+
 M = hub.models
-WORDS = ["the", "quick", "brown", "fox", "jumped", "over", "a", "lazy", "dog", "."]
-VOCABULARY = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *WORDS]
-
-
-def image_classifier():
-    backbone = M.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[64],
-        stackwise_num_blocks=[1],
-        stackwise_num_strides=[1],
-        block_type="basic_block",
-        image_shape=(16, 16, 3),
-    )
-    converter = hub.layers.ResNetImageConverter(image_size=(16, 16), scale=1 / 255.0)
-    preprocessor = M.ResNetImageClassifierPreprocessor(image_converter=converter)
-    return M.ResNetImageClassifier(backbone, num_classes=3, preprocessor=preprocessor)
-
-
-def text_classifier(cls=M.BertTextClassifier):
-    shape = {"vocabulary_size": len(VOCABULARY), "max_sequence_length": 8}
-    backbone = M.BertBackbone(
-        num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32, **shape
-    )
-    tokenizer = M.BertTokenizer(vocabulary=VOCABULARY)
-    preprocessor = M.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
-    return cls(backbone, num_classes=2, preprocessor=preprocessor)
-
-
-def images(count=48):
-    rng = np.random.default_rng(0)
-    return rng.uniform(0, 255, (count, 20, 20, 3)).astype("float32"), rng.integers(0, 3, count)
-
-
-def sentences(count=48):
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, 4)) for _ in range(count)], rng.integers(0, 2, count)
-
 
 TASKS = {"image": (image_classifier, images), "text": (text_classifier, sentences)}
 
@@ -205,37 +181,6 @@ def test_what_is_no_task_is_refused():
         keras_polar.convert(gated, into=image_classifier())
 
 
-TEXT = {"vocabulary_size": 40, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32}
-TEXT |= {"max_sequence_length": 8, "num_heads": 2}
-
-
-def vit():
-    shape = {"image_shape": (16, 16, 3), "patch_size": 4, "num_layers": 2, "num_heads": 2}
-    return M.ViTImageClassifier(M.ViTBackbone(hidden_dim=16, mlp_dim=32, **shape), num_classes=3)
-
-
-def segmenter():
-    encoder = M.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 64, 64],
-        stackwise_num_blocks=[1, 1, 1],
-        stackwise_num_strides=[1, 2, 2],
-        block_type="bottleneck_block",
-        image_shape=(64, 64, 3),
-    )
-    backbone = M.DeepLabV3Backbone(
-        image_encoder=encoder,
-        low_level_feature_key="P2",
-        spatial_pyramid_pooling_key="P4",
-        dilation_rates=[6, 12],
-        upsampling_size=4,
-        projection_filters=8,
-        image_shape=(64, 64, 3),
-    )
-    return M.DeepLabV3ImageSegmenter(backbone, num_classes=2)
-
-
 # Of each task, what loads its preset without this library; None where none can.
 OTHERS = {
     "vit": (vit, "ImageClassifier"),
@@ -303,38 +248,6 @@ def test_tasks_that_generate_in_another_way_are_refused():
 
 
 # --- object detectors -------------------------------------------------------------------------
-
-
-def detector():
-    shape = (64, 64, 3)
-    encoder = M.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 64, 64],
-        stackwise_num_blocks=[1, 1, 1],
-        stackwise_num_strides=[1, 2, 2],
-        block_type="basic_block",
-        image_shape=shape,
-    )
-    backbone = M.RetinaNetBackbone(
-        encoder, min_level=3, max_level=4, use_p5=False, image_shape=shape
-    )
-    converter = hub.layers.RetinaNetImageConverter(image_size=shape[:2], scale=1 / 255.0)
-    return M.RetinaNetObjectDetector(
-        backbone,
-        num_classes=3,
-        bounding_box_format="xyxy",
-        pre_logits_num_conv_layers=1,
-        preprocessor=M.RetinaNetObjectDetectorPreprocessor(converter),
-    )
-
-
-def scenes(count=4):
-    rng = np.random.default_rng(0)
-    corners = rng.uniform(0, 40, (count, 2, 2))
-    boxes = np.concatenate([corners, corners + rng.uniform(10, 40, (count, 2, 2))], -1)
-    targets = {"boxes": boxes.astype("float32"), "labels": rng.integers(0, 3, (count, 2))}
-    return rng.uniform(0, 255, (count, 80, 80, 3)).astype("float32"), targets
 
 
 def assert_same_boxes(found, wanted):

@@ -1,9 +1,9 @@
 """Tasks of KerasHub that write texts: strings in, a smaller task that writes out."""
 
-import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,80 +13,12 @@ from keras import ops
 
 import keras_polar
 
-hub = pytest.importorskip("keras_hub")
+pytest.importorskip("keras_hub")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+import keras_hub as hub
+from hub_tasks import FAMILIES, HEADS, LENGTH, LENGTHS, QUERIES, SENTENCES, translator, writer
+
 M = hub.models
-TEXT = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 24}
-HEADS = {**TEXT, "num_heads": 2}
-QUERIES = {**TEXT, "num_query_heads": 4, "num_key_value_heads": 2}
-FAMILIES = {
-    "GPT2": {**HEADS, "max_sequence_length": 16},
-    "OPT": {**HEADS, "max_sequence_length": 16},
-    "Bloom": HEADS,
-    "GPTNeoX": HEADS,
-    "Falcon": {**TEXT, "num_attention_heads": 2},
-    "Llama": QUERIES,
-    "Llama3": QUERIES,
-    "Mistral": QUERIES,
-    "Phi3": QUERIES,
-    "Qwen": QUERIES,
-    "Qwen3": {**QUERIES, "head_dim": 8},
-    "Gemma": {**QUERIES, "head_dim": 8},
-}
-OF_PIECES = ("Llama", "Mistral", "Phi3", "Gemma")  # of SentencePiece
-LENGTH = 12
-SENTENCES = ["the quick fox", "a lazy dog", "jumped over", "the brown hen.", "he", "an old hat"] * 4
-SPECIAL = (
-    "<|endoftext|> <s> <pad> </s> <unk> <mask> <|begin_of_text|> <|end_of_text|> "
-    "<|start_header_id|> <|end_header_id|> <|eot_id|> <|im_end|>"
-).split()
-WORDS = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz.", "Ġ", "Ġt", "he"]
-
-
-def pieces(start="<s>", end="</s>"):
-    """The proto of a small SentencePiece model."""
-    import sentencepiece
-
-    made = io.BytesIO()
-    tokens = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
-    names = {"pad_piece": "<pad>", "bos_piece": start, "eos_piece": end, "unk_piece": "<unk>"}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 10),
-        model_writer=made,
-        vocab_size=40,
-        control_symbols=["<|endoftext|>"],
-        model_type="BPE",
-        minloglevel=2,
-        **tokens,
-        **names,
-    )
-    return made.getvalue()
-
-
-def tokenizer_of(name):
-    kind = getattr(M, f"{name}Tokenizer")
-    if name in OF_PIECES:
-        return kind(proto=pieces(*["<bos>", "<eos>"] if name == "Gemma" else []))
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    return kind(vocabulary=vocabulary, merges=["Ġ t", "h e"])
-
-
-def with_large_weights(task):
-    """So that texts depend on all of them."""
-    rng = np.random.default_rng(0)
-    for weight in task.weights:
-        if len(weight.shape) > 1:
-            weight.assign(0.4 * rng.standard_normal(weight.shape))
-    task.compile(sampler="greedy")
-    return task
-
-
-def task_of(name, **options):
-    tokenizer = tokenizer_of(name)
-    config = {**FAMILIES[name], "vocabulary_size": tokenizer.vocabulary_size()}
-    backbone = getattr(M, f"{name}Backbone")(**config, **options)
-    preprocessor = getattr(M, f"{name}CausalLMPreprocessor")(tokenizer, LENGTH)
-    made = getattr(M, f"{name}CausalLM")(backbone=backbone, preprocessor=preprocessor)
-    return with_large_weights(made)
 
 
 def pruned(task, sparsity=0.1, **options):
@@ -149,7 +81,7 @@ def check_preset(task, base, folder, **lengths):
 @pytest.mark.parametrize("name", quick(("GPT2",), FAMILIES))
 def test_from_strings_to_texts_of_a_smaller_task(name, tmp_path):
     keras.utils.set_random_seed(0)
-    task = task_of(name)
+    task = writer(name)
     before = [w.copy() for w in task.get_weights()]
     texts = task.generate(["the q", "a"])
     gated = keras_polar.apply(task, 0.1, round_to=4)
@@ -176,7 +108,7 @@ def test_from_strings_to_texts_of_a_smaller_task(name, tmp_path):
 
 @pytest.mark.parametrize("name", quick(("GPT2",), FAMILIES))
 def test_nothing_cut_writes_as_before(name):
-    task = task_of(name)
+    task = writer(name)
     gated = keras_polar.apply(task, 0.1, gate="static")
     for group in gated.groups:
         group.set_mask(np.ones(group.units, bool))
@@ -187,7 +119,7 @@ def test_nothing_cut_writes_as_before(name):
 
 @pytest.mark.parametrize("name", quick(("GPT2",), FAMILIES))
 def test_pruned_twice(name):
-    task = task_of(name)
+    task = writer(name)
     once = pruned(task)
     twice = pruned(once)
     assert width(twice) < width(once) < width(task)
@@ -202,7 +134,7 @@ def test_pruned_twice(name):
 def test_heads_go_where_a_config_gives_their_width(name, keys, monkeypatch):
     heads = {"head_dim": 8, "num_query_heads": 8, "num_key_value_heads": keys}
     monkeypatch.setitem(FAMILIES, name, {**QUERIES, **heads})
-    task = task_of(name)
+    task = writer(name)
     made = pruned(task, 0.5, max_sparsity=1.0)
     config = made.backbone.get_config()
     assert config["num_query_heads"] < 8
@@ -221,11 +153,11 @@ def test_heads_go_where_a_config_gives_their_width(name, keys, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 def test_the_smaller_task_is_quantized_and_adapted_like_any(name, mode):
-    made = pruned(task_of(name), round_to=2)
+    made = pruned(writer(name), round_to=2)
     made.backbone.enable_lora(2)
     made.compile("adam", sampler="greedy")
     made.fit(SENTENCES, batch_size=8, verbose=0)
-    made = pruned(task_of(name), round_to=2)
+    made = pruned(writer(name), round_to=2)
     wanted = ops.convert_to_numpy(made(made.preprocessor(SENTENCES)[0], training=False))
     made.quantize(mode)
     found = ops.convert_to_numpy(made(made.preprocessor(SENTENCES)[0], training=False))
@@ -237,25 +169,25 @@ def test_the_smaller_task_is_quantized_and_adapted_like_any(name, mode):
 
 
 def test_what_a_config_cannot_say_is_kept_and_said():
-    rows = {row.name: row for row in keras_polar.inspect(task_of("GPT2")).rows}
+    rows = {row.name: row for row in keras_polar.inspect(writer("GPT2")).rows}
     assert rows["feedforward_intermediate_dense"].prunable == 24
     assert rows["token_embedding"].reason == "GPT2Backbone has no setting for it"
     assert "no setting for it alone: num_heads" in rows["query"].reason
-    assert not keras_polar.inspect(task_of("GPT2")).branches
+    assert not keras_polar.inspect(writer("GPT2")).branches
 
 
 def test_a_layer_that_is_ignored_keeps_all_layers_as_they_are():
     with pytest.raises(ValueError, match=r"nothing in model.*no setting for it alone: intermedi"):
-        keras_polar.apply(task_of("GPT2"), 0.1, ignore="*layer_1*intermediate*")
+        keras_polar.apply(writer("GPT2"), 0.1, ignore="*layer_1*intermediate*")
 
 
 def test_whole_layers_stay():
     with pytest.raises(ValueError, match=r"granularity='channels' for GPT2CausalLM .*same parts"):
-        keras_polar.apply(task_of("GPT2"), 0.1, granularity=("channels", "blocks"))
+        keras_polar.apply(writer("GPT2"), 0.1, granularity=("channels", "blocks"))
 
 
 def test_the_length_has_to_be_known():
-    task = task_of("GPT2")
+    task = writer("GPT2")
     task.preprocessor = None
     with pytest.raises(ValueError, match=r"GPT2CausalLM.*nobody knows.*input_shape=\(128,\)"):
         keras_polar.apply(task, 0.1)
@@ -270,7 +202,7 @@ def test_the_length_has_to_be_known():
 
 
 def test_gates_that_are_not_settled_are_not_put_together():
-    task = task_of("GPT2")
+    task = writer("GPT2")
     gated = keras_polar.apply(task, 0.1, gate="static")
     gated.groups[0].set_mask(np.arange(24) < 20)
     with (
@@ -281,14 +213,14 @@ def test_gates_that_are_not_settled_are_not_put_together():
 
 
 def test_another_task_is_refused():
-    gated = keras_polar.apply(task_of("GPT2"), 0.1, gate="static")
+    gated = keras_polar.apply(writer("GPT2"), 0.1, gate="static")
     gated.settle()
     with pytest.raises(ValueError, match="not built like into=OPTCausalLM"):
-        keras_polar.convert(gated, into=task_of("OPT"))
+        keras_polar.convert(gated, into=writer("OPT"))
 
 
 def test_the_network_alone():
-    task = task_of("GPT2")
+    task = writer("GPT2")
     gated = keras_polar.apply(task, 0.1, gate="static")
     gated.settle()
     with pytest.warns(UserWarning, match=r"GPT2CausalLMPreprocessor.*into=task"):
@@ -301,18 +233,18 @@ def test_the_network_alone():
 
 
 def test_a_loaded_model_goes_into_its_task(tmp_path):
-    task = task_of("GPT2")
+    task = writer("GPT2")
     gated = keras_polar.apply(task, 0.1, gate="static")
     gated.save(tmp_path / "gated.keras")
     loaded = keras.models.load_model(tmp_path / "gated.keras")
     loaded.settle()
-    made = keras_polar.convert(loaded, into=task_of("GPT2"))
+    made = keras_polar.convert(loaded, into=writer("GPT2"))
     assert width(made) < 24
     assert made.generate("he").startswith("he")
 
 
 def test_adapters_of_low_rank_are_cut_along():
-    task = task_of("GPT2")
+    task = writer("GPT2")
     task.backbone.enable_lora(2)
     gated = keras_polar.apply(task, 0.1, gate="static")
     gated.compile("adam")
@@ -325,7 +257,7 @@ def test_adapters_of_low_rank_are_cut_along():
 
 
 def test_a_frozen_task_in_half_precision_stays_so():
-    task = task_of("GPT2", dtype="mixed_bfloat16")
+    task = writer("GPT2", dtype="mixed_bfloat16")
     task.backbone.get_layer("transformer_layer_0").trainable = False
     made = pruned(task)
     assert made.backbone.dtype_policy.name == "mixed_bfloat16"
@@ -337,7 +269,7 @@ def test_a_frozen_task_in_half_precision_stays_so():
 
 
 def test_the_task_itself_teaches():
-    task = task_of("GPT2")
+    task = writer("GPT2")
     gated = keras_polar.apply(task, 0.1, gate="static", teacher=task)
     gated.compile("adam")
     gated.fit(SENTENCES, batch_size=8, verbose=0)
@@ -346,15 +278,6 @@ def test_the_task_itself_teaches():
 
 
 # --- two texts ----------------------------------------------------------------------------------
-
-
-LENGTHS = {"encoder_sequence_length": 10, "decoder_sequence_length": 8}
-
-
-def translator():
-    backbone = M.BartBackbone(**HEADS, max_sequence_length=16)
-    preprocessor = M.BartSeq2SeqLMPreprocessor(tokenizer_of("Bart"), **LENGTHS)
-    return with_large_weights(M.BartSeq2SeqLM(backbone, preprocessor=preprocessor))
 
 
 @pytest.mark.slow
