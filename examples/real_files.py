@@ -58,7 +58,11 @@ def read(package: str, name: str, folder: Path = WHEELS) -> bytes:
 
 
 def keras_file(package: str, name: str, folder: Path = WHEELS):
-    """The network of a file that Keras 2 wrote: Keras 3 reads those of stock layers itself."""
+    """The network of a file that Keras 2 wrote, up to its logits.
+
+    Keras 3 reads such files itself where they hold stock layers. Behind a softmax, which its last
+    layer has, all differences would look small.
+    """
     import keras
 
     with tempfile.TemporaryDirectory() as place:
@@ -66,6 +70,7 @@ def keras_file(package: str, name: str, folder: Path = WHEELS):
         path.write_bytes(read(package, name, folder))
         network = keras.models.load_model(path, compile=False)
     (inputs,), (outputs,) = network.inputs, network.outputs  # in lists, which Keras 3 minds
+    network.get_layer(network.output_names[0]).activation = keras.activations.linear
     return keras.Model(inputs, outputs, name=network.name)
 
 
@@ -131,15 +136,15 @@ def splicing(number: int, folder: Path = WHEELS):
     return keras.Model(bases, network(bases), name=f"spliceai{number}")
 
 
-BOXES, IS_FACE = (4, "linear"), (2, "softmax")
+BOX, POINTS, IS_FACE = 4, 10, 2  # outputs: corners, five points of a face, whether there is one
 # Filters and sizes of convolutions, what pools behind them; units of the dense layer; outputs.
 FACES = {
-    "pnet": (12, [(10, 3, (2, 2, "same")), (16, 3, None), (32, 3, None)], 0, [BOXES, IS_FACE]),
+    "pnet": (12, [(10, 3, (2, 2, "same")), (16, 3, None), (32, 3, None)], 0, [BOX, IS_FACE]),
     "rnet": (
         24,
         [(28, 3, (3, 2, "same")), (48, 3, (3, 2, "valid")), (64, 2, None)],
         128,
-        [BOXES, IS_FACE],
+        [BOX, IS_FACE],
     ),
     "onet": (
         48,
@@ -150,13 +155,15 @@ FACES = {
             (128, 2, None),
         ],
         256,
-        [BOXES, (10, "linear"), IS_FACE],
+        [BOX, POINTS, IS_FACE],
     ),
 }
 
 
 def faces(name: str, folder: Path = WHEELS):
-    """MTCNN: where faces are, in three networks; its package holds arrays, in the order of layers.
+    """MTCNN: where faces are, in three networks, up to their logits.
+
+    The package holds arrays, in the order of layers.
 
     Rows and columns change places in front of the first dense layer, as its weights have it.
     """
@@ -173,10 +180,7 @@ def faces(name: str, folder: Path = WHEELS):
             x = layers.MaxPooling2D(window, strides, padding)(x)
     if units:
         x = layers.PReLU()(layers.Dense(units)(layers.Flatten()(layers.Permute((2, 1, 3))(x))))
-    outputs = [
-        layers.Dense(n, activation)(x) if units else layers.Conv2D(n, 1, activation=activation)(x)
-        for n, activation in heads
-    ]
+    outputs = [layers.Dense(n)(x) if units else layers.Conv2D(n, 1)(x) for n in heads]
     model = keras.Model(inputs, outputs, name=name)
     packed = read("mtcnn", f"mtcnn/assets/weights/{name}.lz4", folder)
     model.set_weights(read_arrays(lz4.frame.decompress(packed)))
@@ -202,9 +206,15 @@ def patches(size: int, channels: int, count: int = 64):
     return images if channels == 3 else images.mean(-1, keepdims=True)
 
 
+EXON = "CTTTTCTTTTTCTTTTTTCAG" + 6 * "GAAGAAGATGAAGCTGAAGAAC" + "CAGGTAAGTATT"
+
+
 def bases(count: int = 4):
-    """Random sequences of bases, one-hot."""
-    return np.eye(4, dtype="float32")[np.random.default_rng(0).integers(0, 4, (count, BASES))]
+    """Random sequences of bases, one-hot, each with something to be spliced in the middle."""
+    found = np.random.default_rng(0).integers(0, 4, (count, BASES))
+    middle = slice(BASES // 2 - 40, BASES // 2 - 40 + len(EXON))
+    found[:, middle] = ["ACGT".index(base) for base in EXON]
+    return np.eye(4, dtype="float32")[found]
 
 
 @dataclass(frozen=True)
@@ -315,10 +325,13 @@ cut is, not how good the smaller networks are.
 - *can go*: the share of weights and MACs that is gone when every group keeps one unit.
 - *kept*: weights and MACs of the small model.
 - *certificate*: the largest difference between gated and small model, relative to the largest
-  output.
+  output; 0 where sums of the same numbers, zeros left out, came out the same to the last bit.
 - *cut*: the same between the whole and the small model, before any training.
 - *float32* to *int8*: the same between the small model and its .tflite file, and the file's size.
-  Samples are parts of photographs, or random bases, and "int8" has taken its ranges from them.
+  Samples are parts of photographs, or random bases with an exon, and "int8" has taken its ranges
+  from them.
+
+All networks end in their logits: behind a softmax that is sure, differences would look small.
 """
 
 

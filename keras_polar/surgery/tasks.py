@@ -355,6 +355,8 @@ class _Match:
         operation, index, inputs = source_of(other)
         call = self.made_by.get(tensor)
         if call is None:  # an input of the task, which its head reads as well
+            if not isinstance(operation, keras.layers.InputLayer):
+                raise self._mismatch("an input of the task", other.name)
             return
         if (type(call.op), call.outputs.index(tensor)) != (type(operation), index):
             raise self._mismatch(f"{type(call.op).__name__} {call.op.name!r}", other.name)

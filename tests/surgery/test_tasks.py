@@ -267,7 +267,7 @@ def test_a_detector_finds_and_learns_what_the_task_does():
     assert gated.evaluate(x, y, verbose=0) == pytest.approx(task.evaluate(x, y, verbose=0))
 
 
-def test_a_pruned_detector_keeps_its_heads(tmp_path):
+def test_a_pruned_detector_keeps_its_heads():
     task, (x, _) = detector(), scenes()
     gated = keras_polar.apply(task, 0.3, gate="static")
     gated.settle()
