@@ -149,3 +149,16 @@ def test_scalars_and_arrays_of_any_precision_become_arrays(dtype):
         found = to_numpy(keras.ops.convert_to_tensor(value, dtype))
         assert isinstance(found, np.ndarray)
         np.testing.assert_array_equal(found.astype("float32"), value)
+
+
+def test_a_nested_network_gets_its_inputs_by_their_names():
+    """In whatever order they are written: PyTorch's trees do not sort dicts wherever others do."""
+    inner = {
+        "second": keras.Input((None, 4), name="second"),
+        "first": keras.Input((None, 4), name="first"),
+    }
+    joined = inner["second"] - 2.0 * layers.Dense(4, name="dense")(inner["first"])
+    inner = keras.Model(inner, joined, name="inner")
+    whole = {name: keras.Input((6, 4), name=name) for name in ("second", "first")}
+    y = layers.Dense(2, name="head")(layers.Dense(8, name="wide")(inner(whole)))
+    check(keras.Model(whole, y))

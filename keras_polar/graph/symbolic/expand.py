@@ -36,6 +36,7 @@ from keras_polar.graph.symbolic.record import (
     Reads,
     RecordedRun,
     in_mode,
+    mapped_in_order,
     named,
     run_layer,
     steps_between,
@@ -258,7 +259,7 @@ def _leaf_run(leaf: Leaf, batch: int, training: Any) -> RecordedRun:
             fresh[id(x)] = keras.Input(batch_shape=(batch, *x.shape[1:]), dtype=x.dtype)
         return fresh.get(id(x), x)
 
-    args, kwargs = tree.map_structure(inlet, (leaf.args, leaf.kwargs))
+    args, kwargs = mapped_in_order(inlet, (leaf.args, leaf.kwargs))
     if training is not None:
         kwargs = {**kwargs, "training": training}
     names = [k for k, v in vars(leaf.op).items() if any(v is w for w in leaf.op.weights)]

@@ -123,7 +123,7 @@ def run_layer(
                 backend.set_keras_mask(fresh[id(x)], inlet(mask))
         return fresh.get(id(x), x)
 
-    args, kwargs = tree.map_structure(inlet, (args, kwargs))
+    args, kwargs = mapped_in_order(inlet, (args, kwargs))
     if training is not None:
         kwargs = _with_training(op, kwargs, training)
     watch = CallRecorder(op, opens, closed, needs_masks)
@@ -478,6 +478,16 @@ def in_mode(training: Any) -> Iterator:
 
 def _made_untrainable(layer: Any) -> list:
     return getattr(layer, "_non_trainable_variables", [])
+
+
+def mapped_in_order(function: Callable, structure: Any) -> Any:
+    """`tree.map_structure` of a function that remembers, in the order of `tree.flatten`.
+
+    That sorts the keys of dicts, which `map_structure` does not do on PyTorch.
+    """
+    for x in tree.flatten(structure):
+        function(x)
+    return tree.map_structure(function, structure)
 
 
 def tensors_in(structure: Any) -> list:
