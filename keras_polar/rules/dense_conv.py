@@ -21,7 +21,7 @@ from keras_polar.rules.rule import CostTerm, KeptUnits, Rule
 class DenseRule(Rule):
     """Reads and makes units on the last axis, at every position of the others.
 
-    Where units are on another axis (tokens are mixed, say) they pass through, and its own stay: an
+    Of units on another axis (tokens are mixed, say) and its own, those are free that are more: an
     element of the output can belong to one unit only.
     """
 
@@ -30,7 +30,7 @@ class DenseRule(Rule):
     def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         axis = None if varies(ids, ids.ndim - 1) else widest(ids, {*range(1, ids.ndim - 1)})
-        if axis is not None:
+        if axis is not None and ids.shape[axis] >= site.op.units:
             return activated(site, self._through(site, axis))
         site.read("in", -1, by=("kernel", 0))
         return activated(site, site.produce("out", site.op.units, -1))

@@ -321,7 +321,7 @@ ON_SAMPLES = {
 def test_gates_decide_per_sample_only_where_rows_are_samples(case):
     step, is_dynamic = ON_SAMPLES[case]
     inputs = keras.Input((6, 4))
-    x = layers.Dense(5, name="behind")(step(layers.Dense(8, name="first")(inputs)))
+    x = layers.Dense(9, name="behind")(step(layers.Dense(8, name="first")(inputs)))
     gated = keras_polar.apply(keras.Model(inputs, layers.Dense(2)(x)), 0.1, gate="dynamic")
     kinds = {g.name: type(g) for g in gated.layers if isinstance(g, Gate) and "behind" in g.name}
     assert [issubclass(k, DynamicGate) for k in kinds.values()] == [is_dynamic]
