@@ -13,10 +13,10 @@ import numpy as np
 from keras import tree
 
 from keras_polar.backends import to_numpy
-from keras_polar.graph.configs import refuse_config, refused
+from keras_polar.graph.configs import refuse_config, refused, with_config
 from keras_polar.graph.deepcopy import duplicate
 from keras_polar.graph.handed import SETTINGS, hand_on, handed_places, holds_variables
-from keras_polar.graph.keras_private import has_parts, is_from_keras, layers_of
+from keras_polar.graph.keras_private import has_parts, is_from_keras, layers_of, with_other_values
 from keras_polar.graph.symbolic.merge import with_attributes
 from keras_polar.graph.symbolic.record import CannotTrace
 
@@ -229,6 +229,7 @@ def smaller_twin(op: Any, args: tuple, kwargs: dict, resized: dict[int, int]) ->
     """
     if not op.weights:
         return op, {}
+    op = with_config(op)
     sized = _sized(op, resized)
     shapes = [tuple(resized.get(n, n) for n in w.shape) for w in op.weights]
     for keys in ({}, sized):
@@ -284,14 +285,6 @@ def _live(op: Any, config: dict) -> dict:
     """
     found = {k: getattr(op, k, None) for k, v in config.items() if isinstance(v, (dict, str))}
     return {k: x for k, x in found.items() if isinstance(x, SETTINGS) or inspect.isfunction(x)}
-
-
-def with_other_values(op: Any, **values: Any) -> Any:
-    """The layer without its graph nodes, other attributes instead; everything else is shared."""
-    new = object.__new__(type(op))
-    vars(new).update(vars(op))
-    vars(new).update(_inbound_nodes=[], _outbound_nodes=[], **values)
-    return new
 
 
 def _clone_op_node(op: Any, name: str, changes: dict) -> Any:

@@ -23,6 +23,7 @@ from keras_polar.graph.keras_private import (
     is_from_keras,
     parts_of_layer,
     remembered_arguments,
+    with_other_values,
     without_sharing,
 )
 
@@ -75,6 +76,17 @@ REMEDY = "Give its class a `get_config` from which `from_config` makes an equal 
 def can_be_told(layer: Any) -> bool:
     """Whether a file that holds a layer can be loaded by who knows nothing but Keras."""
     return is_from_keras(layer) or not (_is_nameless(type(layer)) or _config_of(layer)[1])
+
+
+def with_config(layer: Any) -> Any:
+    """The layer, or one like it that says what it is made from, if that can be found out."""
+    if _has_config(layer):
+        return layer
+    arguments, why = _config_of(layer)
+    if why or arguments is None:
+        return layer
+    config = {**_base(layer), **arguments}
+    return with_other_values(layer, get_config=lambda: config)
 
 
 def is_found_again(activation: Any) -> bool:

@@ -63,6 +63,7 @@ __all__ = [
     "source_of",
     "takes_training",
     "to_snake_case",
+    "with_other_values",
     "without_latest_call",
     "without_metrics",
     "without_sharing",
@@ -332,3 +333,11 @@ def scale_scores_alike(source: Any, target: Any) -> bool:
     for name in names:
         setattr(target, name, getattr(source, name))
     return bool(names)
+
+
+def with_other_values(op: Any, **values: Any) -> Any:
+    """The layer without its graph nodes, other attributes instead; everything else is shared."""
+    new = object.__new__(type(op))
+    vars(new).update(vars(op))
+    vars(new).update(_inbound_nodes=[], _outbound_nodes=[], **values)
+    return new

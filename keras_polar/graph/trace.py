@@ -17,7 +17,6 @@ import keras
 from keras import tree
 from keras.activations import linear
 
-from keras_polar.graph.clone import with_other_values
 from keras_polar.graph.configs import is_found_again
 from keras_polar.graph.ir import Call, Graph, Ref, Spec, alive, fill, refs_in, unused
 from keras_polar.graph.keras_private import (
@@ -28,6 +27,7 @@ from keras_polar.graph.keras_private import (
     layers_of,
     node_of,
     takes_training,
+    with_other_values,
 )
 from keras_polar.graph.symbolic.expand import open_layer, run_functional
 from keras_polar.graph.symbolic.held import Held, steps_to, table_of

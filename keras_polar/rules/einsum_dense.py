@@ -59,7 +59,7 @@ class EinsumDenseRule(Rule):
         equation = parse(site.op.equation, ids.ndim)
         if not equation.is_plain:
             return site.pin_all(f"equation {site.op.equation!r} is not one the library can follow")
-        axis = self._unit_axis(site)
+        axis = self._unit_axis(site, equation)
         for name in equation.kernel:
             if axis is None or name != equation.inputs[axis]:
                 self._fix(site, name, equation)
@@ -75,11 +75,15 @@ class EinsumDenseRule(Rule):
             site.pin(own, "units of its input pass through it on another axis")
         return activated(site, broadcast_along(vector, equation.outputs.index(name), shape))
 
-    def _unit_axis(self, site: CallSite) -> int | None:
-        """The axis of the input that units are on: the longest on which they vary."""
+    def _unit_axis(self, site: CallSite, equation: Equation) -> int | None:
+        """The axis of the input that units are on: the longest on which they vary.
+
+        One that is read counts more than one that stays, as positions of which each has units.
+        """
         (ids,) = site.inputs
         axes = [i for i in range(1, ids.ndim) if varies(ids, i)]
-        return max(axes, key=lambda i: ids.shape[i]) if axes else None
+        own = [i for i in axes if equation.inputs[i] not in equation.outputs]
+        return max(own or axes, key=lambda i: ids.shape[i], default=None)
 
     def _fix(self, site: CallSite, name: str, equation: Equation) -> None:
         """An axis of the kernel that the input has and no units are on."""

@@ -303,13 +303,14 @@ def test_first_new_axis_of_einsum_goes():
 
 
 def test_einsum_dense_counts_its_units_on_whatever_axis_its_input_has_some():
-    """With one position left the input has no units any more, and the layer is seen to make six."""
+    """With one channel left the input has units along its positions only, and they stay."""
     x = keras.Input((5,))
     y = layers.Reshape((4, 3))(layers.Dense(12, name="positions")(x))
     z = layers.EinsumDense("btc,cnd->btnd", (4, 6, 2), name="heads")(y)
     model = keras.Model(x, layers.Dense(2, name="head")(layers.Flatten()(z)))
     gated = keras_polar.apply(model, 0.01, gate="static", measure="units")
-    assert [g.units for g in gated.groups] == [4]
-    gated.groups[0].set_mask(np.arange(4) == 2)
+    assert [g.units for g in gated.groups] == [3, 6]
+    gated.groups[0].set_mask(np.arange(3) == 2)
+    gated.groups[1].set_mask(np.ones(6, bool))
     small = keras_polar.convert(gated, verify=True)
-    assert predicted(model, [1], "units") == keras_polar.cost(small).units == 3 + 6 + 2
+    assert predicted(model, [1, 6], "units") == keras_polar.cost(small).units == 4 + 6 + 2

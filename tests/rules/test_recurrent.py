@@ -294,7 +294,7 @@ PINS = {
         lambda: layers.TimeDistributed(Squared(4), name="odd"),
         "its own variable",
     ),
-    "spectral": (lambda: layers.SpectralNormalization(Squared(4), name="odd"), "its own variable"),
+    "spectral": (lambda: layers.SpectralNormalization(Squared(4), name="odd"), "cannot be opened"),
 }
 
 
