@@ -217,7 +217,7 @@ class Whole(layers.Layer):
         self.factor = self.add_weight((), "ones", name="factor")
 
     def call(self, x):
-        return self.part(x) * self.factor
+        return self.part(x) * ops.absolute(self.factor)
 
     def compute_output_shape(self, shape):
         return (*shape[:-1], 8)

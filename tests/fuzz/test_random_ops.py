@@ -31,7 +31,7 @@ STAY = {
     "Masking": "masks by the values of all units",
     "TakeAlongAxis": "takes units from computed places",
     "Trapezoid": "is a statistic between units",
-    "user's layer that keeps its units": "a maximum over the units",
+    "user's layer that keeps its units": "a logarithm of a sum over the units",
 }
 CHUNK = 10
 

@@ -265,7 +265,7 @@ LAYERS = {
 
 class Shift(layers.Layer):
     def call(self, x):
-        return x - ops.max(x, axis=-1, keepdims=True)
+        return x - ops.logsumexp(x, axis=-1, keepdims=True)
 
 
 PINNED = {
