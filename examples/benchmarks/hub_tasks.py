@@ -5,7 +5,7 @@ Random weights, nothing downloaded; `TASKS` maps names to what builds a task and
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras_hub as hub
@@ -81,6 +81,29 @@ def segmenter():
         image_shape=(64, 64, 3),
     )
     return M.DeepLabV3ImageSegmenter(backbone, num_classes=2)
+
+
+def raw_segmenter():
+    task = segmenter()
+    converter = hub.layers.DeepLabV3ImageConverter(image_size=(64, 64), scale=1 / 255.0)
+    task.preprocessor = M.DeepLabV3ImageSegmenterPreprocessor(converter)
+    return task
+
+
+def shapes(count=4):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 255, (count, 64, 64, 3)).astype("float32")
+    return images, np.eye(2, dtype="float32")[rng.integers(0, 2, (count, 64, 64))]
+
+
+def masked_lm():
+    """All its words are masked, so that it is asked the same each time."""
+    shape = {"vocabulary_size": len(VOCABULARY), "max_sequence_length": 8}
+    rates = {"mask_selection_rate": 1.0, "mask_token_rate": 1.0, "random_token_rate": 0.0}
+    preprocessor = M.BertMaskedLMPreprocessor(
+        M.BertTokenizer(vocabulary=VOCABULARY), 8, mask_selection_length=4, **rates
+    )
+    return M.BertMaskedLM(M.BertBackbone(**{**TEXT, **shape}), preprocessor=preprocessor)
 
 
 def detector():
@@ -209,12 +232,14 @@ class Case:
         data: arguments of `fit`.
         asked: what is answered; the inputs of `data` if None.
         texts: whether by `generate`, instead of `predict`.
+        loaded: attributes of the preprocessor that presets of KerasHub do not hold.
     """
 
     make: Callable[[], Any]
     data: Callable[[], tuple]
     asked: Any = None
     texts: bool = False
+    loaded: dict = field(default_factory=dict)
 
     def answers(self, task: Any) -> Any:
         """What a task says."""
@@ -236,7 +261,9 @@ def _pairs() -> tuple:
 TASKS = {
     "ResNetImageClassifier": Case(image_classifier, images),
     "BertTextClassifier": Case(text_classifier, sentences),
+    "BertMaskedLM": Case(masked_lm, lambda: sentences()[:1]),
+    "DeepLabV3ImageSegmenter": Case(raw_segmenter, shapes),
     "RetinaNetObjectDetector": Case(detector, scenes),
     **{f"{name}CausalLM": _writes(name) for name in FAMILIES},
-    "BartSeq2SeqLM": Case(translator, _pairs, PROMPTS, texts=True),
+    "BartSeq2SeqLM": Case(translator, _pairs, PROMPTS, texts=True, loaded=LENGTHS),
 }

@@ -80,7 +80,9 @@ def trouble_with_preset(task, case) -> str:
     with tempfile.TemporaryDirectory() as folder:
         task.save_to_preset(f"{folder}/preset")
         asked = case.data()[0] if case.asked is None else case.asked
-        Path(folder, "asked").write_bytes(pickle.dumps((base_of(task), asked, case.texts)))
+        Path(folder, "asked").write_bytes(
+            pickle.dumps((base_of(task), asked, case.texts, case.loaded))
+        )
         for modules, word in zip((ALONE, HELPED), LOADED, strict=True):
             code = f"import {modules}, task_trip; task_trip.answer({folder!r})"
             command = [sys.executable, "-c", code]
@@ -103,8 +105,10 @@ def answer(folder: str) -> None:
     """What the task of a preset says."""
     import keras_hub
 
-    base, asked, texts = pickle.loads(Path(folder, "asked").read_bytes())
+    base, asked, texts, options = pickle.loads(Path(folder, "asked").read_bytes())
     task = getattr(keras_hub.models, base).from_preset(f"{folder}/preset")
+    for name, value in options.items():
+        setattr(task.preprocessor, name, value)
     if texts:
         task.compile(sampler="greedy")
     found = task.generate(asked) if texts else task.predict(asked, verbose=0)

@@ -4,7 +4,7 @@ KerasHub is not imported here: a model can only be a task where somebody else ha
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from keras_polar.graph.keras_private import (
     nodes_in,
     source_of,
 )
+from keras_polar.graph.symbolic.record import MADE_FOR
 from keras_polar.rules import trace_model
 
 COMPILED = ("optimizer", "loss", "metrics", "weighted_metrics")
@@ -235,7 +236,7 @@ def put_together(small: keras.Model, task: Any) -> Any:
     made = _around(_backbone(match, small), task)
     heads = {layer.name: layer for layer in _head(task)}
     for layer in _head(made):
-        _take_weights(layer, heads[layer.name], match.layers)
+        _take_weights(layer, heads[layer.name], match)
     return made
 
 
@@ -344,7 +345,7 @@ class _Match:
 
     def follow(self, tensors: Sequence[int], theirs: Sequence) -> None:
         if len(tensors) != len(theirs):
-            raise self._mismatch(f"{len(tensors)} tensors", f"{len(theirs)}")
+            raise self.mismatch(f"{len(tensors)} tensors", f"{len(theirs)}")
         for pair in zip(tensors, theirs, strict=True):
             self._one(*pair)
 
@@ -356,15 +357,24 @@ class _Match:
         call = self.made_by.get(tensor)
         if call is None:  # an input of the task, which its head reads as well
             if not isinstance(operation, keras.layers.InputLayer):
-                raise self._mismatch("an input of the task", other.name)
+                raise self.mismatch("an input of the task", other.name)
             return
         if (type(call.op), call.outputs.index(tensor)) != (type(operation), index):
-            raise self._mismatch(f"{type(call.op).__name__} {call.op.name!r}", other.name)
+            raise self.mismatch(f"{type(call.op).__name__} {call.op.name!r}", other.name)
         if isinstance(operation, keras.layers.Layer):
             self.layers[id(call.op)] = operation
         self.follow(call.inputs, inputs)
 
-    def _mismatch(self, expected: str, found: str) -> ValueError:
+    def used_by_code(self) -> dict[int, Any]:
+        """Variables of the task, by id, that code of its head uses itself -> the trained ones."""
+        made = [call.op for call in self.graph.calls if id(call.op) in self.layers]
+        return {
+            id(old): new
+            for op in made
+            for old, new in zip(MADE_FOR.get(op, ()), self.layers[id(op)].weights, strict=False)
+        }
+
+    def mismatch(self, expected: str, found: str) -> ValueError:
         return ValueError(
             f"convert: the pruned network is not built like into={type(self.task).__name__} "
             f"{self.task.name!r}: expected {expected} in its head, found {found!r}. Hand over the "
@@ -372,17 +382,26 @@ class _Match:
         )
 
 
-def _take_weights(layer: Any, whole: Any, trained: Mapping[int, Any]) -> None:
-    """Gives a layer of a new head its trained weights.
+def _take_weights(layer: Any, whole: Any, match: _Match) -> None:
+    """Gives a layer of a new head its trained weights; some parts belong to the backbone.
 
     Args:
         whole: the layer of the task that was pruned.
-        trained: id of this layer or parts of it -> what has their weights; other parts belong to
-            the backbone.
+
+    Raises:
+        ValueError: not all weights are known.
     """
     for new, old in zip(layers_of(layer), layers_of(whole), strict=True):
-        if id(old) in trained and new.weights:
-            _set_weights(new, trained[id(old)])
+        if id(old) in match.layers and new.weights:
+            _set_weights(new, match.layers[id(old)])
+    known = {id(v) for x in layers_of(whole) if id(x) in match.layers for v in x.weights}
+    known |= {id(v) for v in match.task.backbone.weights}
+    trained = match.used_by_code()
+    for new, old in zip(layer.trainable_variables, whole.trainable_variables, strict=True):
+        if id(old) in trained:
+            new.assign(keras.ops.reshape(trained[id(old)], new.shape))
+        elif id(old) not in known:
+            raise match.mismatch(f"a layer with {old.path!r}", "none")
 
 
 def _set_weights(layer: Any, trained: Any) -> None:

@@ -172,6 +172,30 @@ class Block(layers.Layer):
         return {**super().get_config(), "width": self.width}
 
 
+class Linear(layers.Layer):
+    """Multiplies by a weight of its own, and gates by another."""
+
+    def __init__(self, width, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+
+    def build(self, shape):
+        self.kernel = self.add_weight((shape[-1], self.width), name="kernel")
+        self.bias = self.add_weight((self.width,), name="bias")
+        self.gain = self.add_weight((self.width,), "ones", name="gain")
+
+    def call(self, x):
+        return ops.tanh(ops.matmul(x, self.kernel) + self.bias) * ops.cast(self.gain, x.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width}
+
+
+def shared_kernel(x, y, n):
+    own = Linear(channels(x))
+    return own(x) + own(ops.tanh(matched(x, y)))
+
+
 def shared_block(x, y, n):
     block = Block(n)
     return block(x) + block(ops.tanh(matched(x, y)))
@@ -231,6 +255,9 @@ def normalised(x, y, n):
 STREAMS = {
     "normalised stream": (ANY, stream),
     "normalised behind the sum": (ANY, normalised),
+    "maximum of the stream": (
+        ANY, lambda x, y, n: x - ops.max(stream(x, y, n), axis=-1, keepdims=True),
+    ),
     "normalised sum of two": (
         ANY, lambda x, y, n: NORMS[n % len(NORMS)]()(layers.Dense(n)(x) + layers.Dense(n)(y)),
     ),
@@ -257,6 +284,8 @@ LAYERS = {
     "user's layer": (ANY, layer(lambda x, n: Swish())),
     "composite": (ANY, layer(lambda x, n: Block(n))),
     "shared composite": (ANY, shared_block),
+    "own kernel": (ANY, layer(lambda x, n: Linear(n))),
+    "shared own kernel": (ANY, shared_kernel),
 }
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers import randomise
 
 import keras_polar
 
 pytest.importorskip("keras_hub")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+import hub_tasks
 import keras_hub as hub
 from hub_tasks import (
     TEXT,
@@ -24,6 +26,7 @@ from hub_tasks import (
     text_classifier,
     vit,
 )
+from task_trip import task_row
 
 M = hub.models
 
@@ -213,7 +216,7 @@ def fixed_inputs(task):
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_tasks(name, tmp_path):
     make, base = OTHERS[name]
-    task = make()
+    task = randomise(make())
     gated = keras_polar.apply(task, 0.2, gate="static")
     gated.settle()
     x = fixed_inputs(task)
@@ -342,3 +345,11 @@ def test_a_detector_that_computes_its_loss_by_itself(tmp_path, monkeypatch):
     made.save_to_preset(str(tmp_path / "preset"))
     loaded = M.DFineObjectDetector.from_preset(str(tmp_path / "preset"))
     assert_same_boxes(loaded.predict(x, verbose=0), answers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # KerasHub's own
+@pytest.mark.parametrize("name", hub_tasks.TASKS)
+def test_from_raw_samples_to_answers_of_a_smaller_task_and_its_preset(name):
+    keras.utils.set_random_seed(0)
+    assert not task_row(hub_tasks.TASKS[name])["failure"]

@@ -17,6 +17,7 @@ from keras import KerasTensor, ops
 from keras_polar.graph.keras_private import op_class
 from keras_polar.graph.symbolic.merge import SPREADS
 from keras_polar.graph.symbolic.record import (
+    MADE_FOR,
     CannotTrace,
     OwnWeight,
     RecordedCall,
@@ -131,6 +132,7 @@ def table_of(held: Held) -> Any:
     table.build()
     table.embeddings.assign(ops.reshape(variable, table.embeddings.shape))
     table.embeddings.trainable = variable.trainable
+    MADE_FOR[table] = (variable,)
     return table
 
 

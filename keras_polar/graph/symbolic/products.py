@@ -14,7 +14,13 @@ import keras
 from keras import layers, tree
 
 from keras_polar.graph.keras_private import op_class
-from keras_polar.graph.symbolic.record import CannotTrace, OwnWeight, RecordedCall, tensors_in
+from keras_polar.graph.symbolic.record import (
+    MADE_FOR,
+    CannotTrace,
+    OwnWeight,
+    RecordedCall,
+    tensors_in,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +64,7 @@ class Product:
             new.assign(old)
         made.trainable = any(w.trainable for w in self.weights)
         made.name = self.name
+        MADE_FOR[made] = tuple(self.weights)
         return made
 
     def _settings(self) -> dict:

@@ -7,6 +7,7 @@ Keras records on them are taken away again: the caller's layers are as before af
 import functools
 import itertools
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,10 @@ class OwnWeight:
     @property
     def full_name(self) -> str:
         return f"{self.owner.name}_{self.name.strip('_')}"
+
+
+# Layers that were made for weights that code uses itself -> these variables, in the same order.
+MADE_FOR: weakref.WeakKeyDictionary[Any, tuple] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
