@@ -100,7 +100,7 @@ def rows(name):
 def runs(method, training, measure="macs", sparsity=0.5, round_to=None, seed=None):
     """The runs of a method; those of the dense network depend on nothing but the training."""
     target = {"measure": measure, "sparsity": sparsity, "round_to": round_to}
-    wanted = {"method": method, **training, **({} if method == "dense" else target)}
+    wanted = {"method": method, **training, **({} if method.startswith("dense") else target)}
     wanted |= {} if seed is None else {"seed": seed}
     measured = (r for r in load() if r["test"] is not None)
     found = [r for r in measured if all(r[k] == v for k, v in wanted.items())]
@@ -251,14 +251,16 @@ as JPEG once more.
 
 def transferred():
     """What a pretrained network comes to, in a sentence."""
-    own = runs("dynamic", TRANSFER, round_to=1)
-    others = ("dense", "fisher_per_cost", "l1_even", "narrow")
-    dense, fisher, l1, narrow = (f"{accuracy(runs(m, TRANSFER)):.1f}" for m in others)
+    own, dense = runs("dynamic", TRANSFER, round_to=1), runs("dense", TRANSFER)
+    first = [f"{accuracy(runs(m, TRANSFER)):.1f}" for m in ("fisher_per_cost", "l1_even", "narrow")]
+    (alone,) = runs("dynamic", TRANSFER, round_to=1, seed=0)
+    fisher, l1, narrow = first
     return f"""\
 Transfer (EfficientNet-Lite0 with weights of ImageNet, {own[0]["train_images"]:,} images at 64
-pixels, {own[0]["epochs"]} epochs that fine-tune and prune half of the MACs, {seeds(own)}):
-{accuracy(own):.1f} %, **the whole network {dense} %**; cut at the same step by Fisher information
-over cost {fisher}, by L1 norm {l1}; a narrow network from random weights {narrow}."""
+pixels, {own[0]["epochs"]} epochs that fine-tune and prune half of the MACs, {len(own)} seeds):
+{accuracy(own):.1f} %, **the whole network {accuracy(dense):.1f} %**. Of the first seed, where ours
+has {accuracy([alone]):.1f}: cut at the same step by Fisher information over cost {fisher}, by L1
+norm {l1}; a narrow network from random weights {narrow}."""
 
 
 def on_trained(network):
@@ -276,9 +278,9 @@ def beside(found, dense):
     return f"{accuracy(found):.1f}" + ("" if found is dense else f" ({gap:+.1f})")
 
 
-def ahead(found, control):
+def ahead(found, control, key="test"):
     """Points ahead of a control on the same seeds, with half of the 95 % interval."""
-    gap, half, _ = results.difference(found, control, "test")
+    gap, half, _ = results.difference(found, control, key)
     return f"{100 * gap:+.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
 
 
@@ -440,6 +442,61 @@ Accuracy with and without compaction: {small} and {masked} % in runs of {images(
 """
 
 
+LENGTHS = {  # of fits on trained networks: method, and what is said of it
+    ("resnet20", "tensorflow", 200, 0.02): "dynamic",
+    ("resnet20", "jax", 600, 0.02): "static",
+    ("resnet20", "tensorflow", 600, 0.05): "dynamic",
+    ("vgg16", "tensorflow", 200, 0.02): "dynamic",
+    ("vgg16", "jax", 600, 0.02): "static",
+    ("mobilenet", "tensorflow", 200, 0.02): "dynamic",
+}
+
+
+def lengths():
+    """How far the default is from the dense network trained on as long."""
+    return table(
+        ("network", "steps", "peak rate", "gates", "seeds", "held out", "test"),
+        [_length(*fit, gate) for fit, gate in LENGTHS.items()],
+    )
+
+
+def _length(network, backend, steps, rate, gate):
+    training = {"regime": "trained", "model": network, "backend": backend, "steps": steps}
+    training["fit_rate"] = rate
+    own, dense = runs(gate, training, round_to=1), runs("dense", training)
+    count = len({r["seed"] for r in own} & {r["seed"] for r in dense})
+    gaps = (ahead(own, dense, key) for key in ("held_out", "test"))
+    return (NETWORKS[network], f"{steps}", f"{rate}", gate, f"{count}", *gaps)
+
+
+TRIED = {  # method -> the same without, what it is
+    "dynamic+teacher": ("dynamic", "`teacher=model`, the network before pruning"),
+    "l1_even+teacher": ("l1_even", "the same teacher for cuts by L1 norm"),
+    "dense+teacher": ("dense", "the same teacher for the whole network"),
+    "dynamic+restart": ("dynamic", "the rate's course begun anew when the gates settle"),
+    "l1_even+statistics": ("l1_even", "BatchNorm estimated anew at the cut, by L1 norm"),
+    "dynamic_logits": ("dynamic", "gates by their logits alone, settled after 40 %"),
+}
+
+
+def tried():
+    """What was tried beside the default, on the same seeds."""
+    training = TRAINED | {"model": "resnet20", "fit_rate": 0.02}
+
+    def of(method):
+        return runs(method, training, round_to=1 if method.startswith("dynamic") else None)
+
+    body = [
+        (
+            what,
+            f"{len({r['seed'] for r in of(m)} & {r['seed'] for r in of(without)})}",
+            *(ahead(of(m), of(without), key) for key in ("held_out", "test")),
+        )
+        for m, (without, what) in TRIED.items()
+    ]
+    return table(("what", "seeds", "held out", "test"), body)
+
+
 def step_times():
     """Quartiles of the times of a step and of a run, over the dense network's."""
     ratios = rows("training_cost")["overhead"]["ratios"]
@@ -542,7 +599,7 @@ BLOCKS = {
     f.__name__: f
     for f in (
         *(start, short_macs, short_weights, shares, others, longer, whole, networks, compaction),
-        *(step_times, profile, training, speed, coverage, gates),
+        *(lengths, tried, step_times, profile, training, speed, coverage, gates),
     )
 }
 
