@@ -131,7 +131,7 @@ def opens(op: Any) -> bool:
     """
     rule = rule_for(op)
     if rule is _REGISTRY[keras.layers.Layer]:
-        return any(len(v.shape) > 1 for v in op.trainable_variables)
+        return any(len(v.shape) > 1 for v in op.weights)
     return rule is UNKNOWN and has_parts(op)
 
 

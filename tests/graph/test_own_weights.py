@@ -183,6 +183,22 @@ def test_the_small_model_becomes_a_file(tmp_path):
     assert report.max_difference <= 1e-5
 
 
+@pytest.mark.parametrize("frozen", ["w", "b", "layer"])
+def test_what_is_frozen_stays_so(frozen):
+    own = Linear(name="own")
+    model = sequence(own, shape=(6,))
+    if frozen == "layer":
+        own.trainable = False
+    else:
+        getattr(own, frozen).trainable = False
+    gated = keras_polar.apply(model, 0.1, gate="static")
+    gated.settle()
+    for made in (gated, keras_polar.convert(gated)):
+        dense = next(x for x in made.layers if x.name == "own_w")
+        wanted = [frozen not in (name, "layer") for name in ("w", "b")]
+        assert [dense.kernel.trainable, dense.bias.trainable] == wanted
+
+
 def test_a_bias_is_one_and_what_weights_are_regularised_by_goes_along():
     own = Linear(name="own")
     gated = keras_polar.apply(sequence(own, shape=(6,)), 0.3, gate="static")

@@ -62,7 +62,7 @@ class Product:
             if new.shape != old.shape:
                 raise CannotTrace(f"uses its own variable {old.path!r} as no layer does")
             new.assign(old)
-        made.trainable = any(w.trainable for w in self.weights)
+            new.trainable = old.trainable
         made.name = self.name
         MADE_FOR[made] = tuple(self.weights)
         return made
