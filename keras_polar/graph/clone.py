@@ -123,9 +123,10 @@ def _is_special(op: Any, made: Mapping[int, Any], is_cut: bool) -> bool:
 
 
 def _from_its_config(op: Any, name: str, changes: dict) -> Any:
-    config = _config_of(op, changes)
-    arrays = _without_arrays(op, config) if changes else {}
-    new = _from_config(op, {**config, **arrays, "name": name, **changes})
+    told = with_config(op)
+    config = _config_of(told, changes)
+    arrays = _without_arrays(told, config) if changes else {}
+    new = _from_config(told, {**config, **arrays, "name": name, **changes})
     hand_on(op, new)
     return new
 

@@ -11,6 +11,7 @@ import inspect
 import json
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -126,6 +127,8 @@ def _problems(layer: Any) -> Iterator[tuple[Any, str]]:
         return
     if handed(layer):
         return  # no file holds what a layer was handed, nor did one of the model before
+    for part in () if _has_config(layer) else parts_of_layer(layer):
+        deque(_problems(part), maxlen=0)  # its config may be of theirs
     arguments, why = _config_of(layer)
     if why:
         arguments, why = _built_by_its_call(layer) or (arguments, why)
