@@ -26,6 +26,7 @@ from typing import Any
 from absl import app, flags
 from json_lines import add_row, read_rows
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from task_trip import LITTLE, TOLERANCE, task_row
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "docs" / "coverage.jsonl"
@@ -33,8 +34,6 @@ TABLE = ROOT / "docs" / "coverage.md"
 COMMAND = "make coverage-matrix"
 SIZES = {"InceptionResNetV2": 96, "InceptionV3": 96, "Xception": 96}
 VARIANTS = ("top", "no top", "Sequential head", "functional head")
-TOLERANCE = 1e-4
-LITTLE = 1e-6  # of the weights, which `apply` is asked to remove: the masks are chance
 BARE = ("SAM3PromptableConceptBackbone",)  # says another shape of an output than it has
 NEITHER = "nor does the whole model"
 TIMEOUT = 1800  # seconds per model, all its variants together
@@ -235,8 +234,6 @@ def work(name: str, wanted: list[str]) -> None:
 def measurements(name: str) -> dict[str, Callable]:
     """Row name -> what makes the row."""
     if name.startswith("task "):
-        from task_trip import task_row
-
         return {name: partial(task_row, hub_tasks()[name.removeprefix("task ")])}
     return {row: partial(measure, build) for row, build in builders(name).items()}
 

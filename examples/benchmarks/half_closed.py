@@ -34,12 +34,13 @@ def random_inputs(model, batch=5, seed=0):
 def difference(a, b, inputs):
     """max |a - b| over all outputs in inference mode, relative to the largest |output| of `a`."""
     outputs = [keras.tree.flatten(model(inputs, training=False)) for model in (a, b)]
-    return max(_relative(*map(_numbers, pair)) for pair in zip(*outputs, strict=True))
+    return max(relative(*map(_numbers, pair)) for pair in zip(*outputs, strict=True))
 
 
 def _numbers(x):
     return keras.ops.convert_to_numpy(x).astype("float64")
 
 
-def _relative(a, b):
+def relative(a, b):
+    """The largest difference of two arrays, over the largest number of the first."""
     return float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))

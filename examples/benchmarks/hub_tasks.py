@@ -61,18 +61,21 @@ def vit():
     return M.ViTImageClassifier(M.ViTBackbone(hidden_dim=16, mlp_dim=32, **shape), num_classes=3)
 
 
-def segmenter():
-    encoder = M.ResNetBackbone(
+def encoder(block_type):
+    return M.ResNetBackbone(
         input_conv_filters=[64],
         input_conv_kernel_sizes=[7],
         stackwise_num_filters=[64, 64, 64],
         stackwise_num_blocks=[1, 1, 1],
         stackwise_num_strides=[1, 2, 2],
-        block_type="bottleneck_block",
+        block_type=block_type,
         image_shape=(64, 64, 3),
     )
+
+
+def segmenter():
     backbone = M.DeepLabV3Backbone(
-        image_encoder=encoder,
+        image_encoder=encoder("bottleneck_block"),
         low_level_feature_key="P2",
         spatial_pyramid_pooling_key="P4",
         dilation_rates=[6, 12],
@@ -108,17 +111,8 @@ def masked_lm():
 
 def detector():
     shape = (64, 64, 3)
-    encoder = M.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 64, 64],
-        stackwise_num_blocks=[1, 1, 1],
-        stackwise_num_strides=[1, 2, 2],
-        block_type="basic_block",
-        image_shape=shape,
-    )
     backbone = M.RetinaNetBackbone(
-        encoder, min_level=3, max_level=4, use_p5=False, image_shape=shape
+        encoder("basic_block"), min_level=3, max_level=4, use_p5=False, image_shape=shape
     )
     converter = hub.layers.RetinaNetImageConverter(image_size=shape[:2], scale=1 / 255.0)
     return M.RetinaNetObjectDetector(
@@ -243,8 +237,16 @@ class Case:
 
     def answers(self, task: Any) -> Any:
         """What a task says."""
-        asked = self.data()[0] if self.asked is None else self.asked
-        return task.generate(asked) if self.texts else task.predict(asked, verbose=0)
+        return said(task, self.questions, self.texts)
+
+    @property
+    def questions(self) -> Any:
+        return self.data()[0] if self.asked is None else self.asked
+
+
+def said(task: Any, asked: Any, texts: bool) -> Any:
+    """What a task answers, by `generate` or by `predict`."""
+    return task.generate(asked) if texts else task.predict(asked, verbose=0)
 
 
 PROMPTS = ["the q", "a"]

@@ -252,9 +252,9 @@ as JPEG once more.
 def transferred():
     """What a pretrained network comes to, in a sentence."""
     own, dense = runs("dynamic", TRANSFER, round_to=1), runs("dense", TRANSFER)
-    first = [f"{accuracy(runs(m, TRANSFER)):.1f}" for m in ("fisher_per_cost", "l1_even", "narrow")]
+    controls = ("fisher_per_cost", "l1_even", "narrow")
+    fisher, l1, narrow = (f"{accuracy(runs(m, TRANSFER)):.1f}" for m in controls)
     (alone,) = runs("dynamic", TRANSFER, round_to=1, seed=0)
-    fisher, l1, narrow = first
     return f"""\
 Transfer (EfficientNet-Lite0 with weights of ImageNet, {own[0]["train_images"]:,} images at 64
 pixels, {own[0]["epochs"]} epochs that fine-tune and prune half of the MACs, {len(own)} seeds):
@@ -464,7 +464,7 @@ def _length(network, backend, steps, rate, gate):
     training = {"regime": "trained", "model": network, "backend": backend, "steps": steps}
     training["fit_rate"] = rate
     own, dense = runs(gate, training, round_to=1), runs("dense", training)
-    count = len({r["seed"] for r in own} & {r["seed"] for r in dense})
+    count = results.difference(own, dense, "test")[2]
     gaps = (ahead(own, dense, key) for key in ("held_out", "test"))
     return (NETWORKS[network], f"{steps}", f"{rate}", gate, f"{count}", *gaps)
 
@@ -489,7 +489,7 @@ def tried():
     body = [
         (
             what,
-            f"{len({r['seed'] for r in of(m)} & {r['seed'] for r in of(without)})}",
+            f"{results.difference(of(m), of(without), 'test')[2]}",
             *(ahead(of(m), of(without), key) for key in ("held_out", "test")),
         )
         for m, (without, what) in TRIED.items()

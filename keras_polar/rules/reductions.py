@@ -70,14 +70,18 @@ class ReduceSumRule(ReduceRule):
         site.read("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
 
 
-class StatisticsRule(ReduceSumRule):
-    """A mean or variance over the units: in the gated model over those that are open."""
-
-    def __init__(self, statistics: Callable[[Any, Any], Any]) -> None:
-        self.statistics = statistics
+class OverOpenRule(ReduceSumRule):
+    """What is taken of the units is, in the gated model, of those that are open."""
 
     def _over_units(self, site: CallSite, axes: set) -> None:
         site.average("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
+
+
+class StatisticsRule(OverOpenRule):
+    """A mean or variance over the units."""
+
+    def __init__(self, statistics: Callable[[Any, Any], Any]) -> None:
+        self.statistics = statistics
 
     def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())
@@ -95,8 +99,8 @@ def _variance(mean: Callable, x: Any) -> Any:
     return mean(ops.square(x - mean(x)))
 
 
-class ExtremeRule(ReduceSumRule):
-    """A maximum or minimum over the units: in the gated model of those that are open.
+class ExtremeRule(OverOpenRule):
+    """A maximum or minimum over the units.
 
     Args:
         never: what no closed unit is ahead of.
@@ -104,9 +108,6 @@ class ExtremeRule(ReduceSumRule):
 
     def __init__(self, never: float) -> None:
         self.never = never
-
-    def _over_units(self, site: CallSite, axes: set) -> None:
-        site.average("in", max(axes, key=units_on(site.inputs[0]).__getitem__))
 
     def over_open(self, op: Any, gates: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())

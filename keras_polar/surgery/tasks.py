@@ -261,14 +261,15 @@ def _around(backbone: tuple, task: Any) -> Any:
     """The task anew; what its class asks its backbone for beyond a network, that is given."""
     inputs, outputs, name = backbone
     try:
-        return _made(task, keras.Model(inputs, outputs, name=name))
+        return with_backbone(task, keras.Model(inputs, outputs, name=name))
     except AttributeError:  # it asks for more
         known = PrunedBackbone(inputs, outputs, name=name)
         known.constants = _constants(task.backbone)
-        return _made(task, known)
+        return with_backbone(task, known)
 
 
-def _made(task: Any, backbone: keras.Model) -> Any:
+def with_backbone(task: Any, backbone: keras.Model) -> Any:
+    """A task like this one, with its preprocessor, around another backbone."""
     config = task.get_config()  # anew each time: what is made of it may write into it
     given = {"preprocessor": task.preprocessor, "backbone": backbone}
     return type(task).from_config({**config, **given})
@@ -367,11 +368,11 @@ class _Match:
 
     def used_by_code(self) -> dict[int, Any]:
         """Variables of the task, by id, that code of its head uses itself -> the trained ones."""
-        made = [call.op for call in self.graph.calls if id(call.op) in self.layers]
+        made = [c.op for c in self.graph.calls if id(c.op) in self.layers and c.op in MADE_FOR]
         return {
             id(old): new
             for op in made
-            for old, new in zip(MADE_FOR.get(op, ()), self.layers[id(op)].weights, strict=False)
+            for old, new in zip(MADE_FOR[op], self.layers[id(op)].weights, strict=True)
         }
 
     def mismatch(self, expected: str, found: str) -> ValueError:

@@ -19,7 +19,7 @@ from keras_polar.graph.keras_private import layers_of, without_latest_call
 from keras_polar.graph.subclassed import as_functional
 from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import check_certificate
-from keras_polar.surgery.tasks import writes
+from keras_polar.surgery.tasks import with_backbone, writes
 
 # Sizes that a config gives, those that only change together in one row.
 SETTINGS = (
@@ -175,9 +175,7 @@ def rewritten(small: keras.Model, task: Any) -> Any:
     """
     trained = _trained(small, task)
     backbone = _made_anew(task.backbone, _sizes(task.backbone, trained))
-    made = type(task).from_config(
-        {**task.get_config(), "backbone": backbone, "preprocessor": task.preprocessor}
-    )
+    made = with_backbone(task, backbone)
     for own, new in zip(task.weights, made.weights, strict=True):
         source = trained.get(id(own), own)
         if source.shape != new.shape:
