@@ -76,10 +76,21 @@ def prepared():
     return {"model": network(), **data, **loop, "optimizer": keras.optimizers.Adam()}
 
 
+# Word in a snippet -> the package of an extra that it needs.
+NEEDS = {"tf_keras": "tensorflow_model_optimization", "keras_hub": "keras_hub"}
+
+
 def can_run(code):
     """Whether the extra that a snippet needs is installed."""
-    needs = {"tf_keras": "tensorflow_model_optimization", "keras_hub": "keras_hub"}
-    return all(importlib.util.find_spec(m) for word, m in needs.items() if word in code)
+    return all(importlib.util.find_spec(m) for word, m in NEEDS.items() if word in code)
+
+
+def names_of(code, context):
+    """Names that a snippet reads (`ast.Load`) or makes (`ast.Store`)."""
+    nodes = [*ast.walk(ast.parse(code))]
+    found = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
+    imports = [a for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names]
+    return found | {a.asname or a.name for a in imports if context is ast.Store}
 
 
 def run(page, code_of_page):
@@ -109,6 +120,18 @@ on_tensorflow = pytest.mark.skipif(
 )
 def test_snippets_run(page):
     run(page, snippets(page))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: p.name)
+def test_snippets_without_an_extra_do_not_need_one_that_has_it(page):
+    made, of_extras = set(), set()
+    for _, code in snippets(page):
+        own = names_of(code, ast.Store)
+        if any(word in code for word in NEEDS):
+            of_extras |= own - made
+        else:
+            assert not names_of(code, ast.Load) & of_extras - own
+            made, of_extras = made | own, of_extras - own
 
 
 @on_tensorflow
