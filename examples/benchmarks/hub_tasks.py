@@ -208,6 +208,9 @@ def writer(name, **options):
     return with_large_weights(made)
 
 
+AUDIO = 3000  # samples of a recording
+HEARD = {"encoder_input_values": (AUDIO, 1), "encoder_padding_mask": (AUDIO,)}
+HEARD |= {"decoder_token_ids": (8,), "decoder_padding_mask": (8,)}
 LENGTHS = {"encoder_sequence_length": 10, "decoder_sequence_length": 8}
 
 
@@ -215,6 +218,31 @@ def translator():
     backbone = M.BartBackbone(**HEADS, max_sequence_length=16)
     preprocessor = M.BartSeq2SeqLMPreprocessor(tokenizer_of("Bart"), **LENGTHS)
     return with_large_weights(M.BartSeq2SeqLM(backbone, preprocessor=preprocessor))
+
+
+def corrector():
+    tokenizer = M.T5Tokenizer(proto=pieces())
+    config = {**HEADS, "vocabulary_size": tokenizer.vocabulary_size(), "key_value_dim": 8}
+    preprocessor = M.T5Seq2SeqLMPreprocessor(tokenizer, **LENGTHS)
+    return with_large_weights(M.T5Seq2SeqLM(M.T5Backbone(**config), preprocessor=preprocessor))
+
+
+def listener():
+    layers = {"encoder_num_layers": 2, "decoder_num_layers": 2}
+    heads = {"encoder_num_heads": 2, "decoder_num_heads": 2}
+    tokenizer = M.MoonshineTokenizer(proto=pieces())
+    sizes = {"vocabulary_size": tokenizer.vocabulary_size(), "hidden_dim": 16, "filter_dim": 16}
+    backbone = M.MoonshineBackbone(**layers, **heads, **sizes, intermediate_dim=24)
+    preprocessor = M.MoonshineAudioToTextPreprocessor(
+        hub.layers.MoonshineAudioConverter(), tokenizer, decoder_sequence_length=8
+    )
+    return with_large_weights(M.MoonshineAudioToText(backbone, preprocessor=preprocessor))
+
+
+def recordings(count=24):
+    rng = np.random.default_rng(0)
+    audio = rng.standard_normal((count, AUDIO)).astype("float32")
+    return ({"audio": audio, "text": SENTENCES[:count]},)
 
 
 @dataclass(frozen=True)
@@ -227,6 +255,8 @@ class Case:
         asked: what is answered; the inputs of `data` if None.
         texts: whether by `generate`, instead of `predict`.
         loaded: attributes of the preprocessor that presets of KerasHub do not hold.
+        options: of `apply`.
+        given: to `from_preset`, which fails without it for any task of the class.
     """
 
     make: Callable[[], Any]
@@ -234,6 +264,8 @@ class Case:
     asked: Any = None
     texts: bool = False
     loaded: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    given: dict = field(default_factory=dict)
 
     def answers(self, task: Any) -> Any:
         """What a task says."""
@@ -268,4 +300,14 @@ TASKS = {
     "RetinaNetObjectDetector": Case(detector, scenes),
     **{f"{name}CausalLM": _writes(name) for name in FAMILIES},
     "BartSeq2SeqLM": Case(translator, _pairs, PROMPTS, texts=True, loaded=LENGTHS),
+    "T5Seq2SeqLM": Case(corrector, _pairs, PROMPTS, texts=True, loaded=LENGTHS),
+    "MoonshineAudioToText": Case(
+        listener,
+        recordings,
+        {"audio": recordings(2)[0]["audio"]},
+        texts=True,
+        loaded={"decoder_sequence_length": 8},
+        options={"input_shape": HEARD},
+        given={"dtype": "float32"},
+    ),
 }

@@ -22,7 +22,7 @@ def task_row(case) -> dict:
 
     task = case.make()
     start = time.perf_counter()
-    gated = keras_polar.apply(task, 0.1)
+    gated = keras_polar.apply(task, 0.1, **case.options)
     gated.compile("adam")
     gated.fit(*case.data(), batch_size=4, epochs=3, verbose=0)
     made = keras_polar.convert(gated, into=task)
@@ -31,7 +31,7 @@ def task_row(case) -> dict:
     row = {
         "weights": task.count_params(),
         "kept_weights": made.count_params() / task.count_params(),
-        "whole": apart(case.answers(task), case.answers(untouched(task))),
+        "whole": apart(case.answers(task), case.answers(untouched(task, case))),
         "difference": apart(gated.predict(asked, verbose=0), made.predict(asked, verbose=0)),
         "preset": trouble_with_preset(made, case),
         "seconds": seconds,
@@ -48,11 +48,11 @@ def failure_of(row: dict) -> str:
     return f"preset: {row['preset']}" if row["preset"] not in LOADED else ""
 
 
-def untouched(task):
+def untouched(task, case):
     """The task after `apply` and `convert`, no gate closed."""
     import keras_polar
 
-    gated = keras_polar.apply(task, LITTLE, gate="static")
+    gated = keras_polar.apply(task, LITTLE, gate="static", **case.options)
     for group in gated.groups:
         group.set_mask(np.ones(group.units, bool))
     made = keras_polar.convert(gated, into=task)
@@ -81,7 +81,7 @@ def trouble_with_preset(task, case) -> str:
     wanted = case.answers(task)
     with tempfile.TemporaryDirectory() as folder:
         task.save_to_preset(f"{folder}/preset")
-        given = base_of(task), case.questions, case.texts, case.loaded
+        given = base_of(task), case.questions, case.texts, case.loaded, case.given
         Path(folder, "asked").write_bytes(pickle.dumps(given))
         for modules, word in zip((ALONE, HELPED), LOADED, strict=True):
             code = f"import {modules}, task_trip; task_trip.answer({folder!r})"
@@ -97,8 +97,10 @@ def trouble_with_preset(task, case) -> str:
 
 def base_of(task) -> str:
     """The class of KerasHub by which presets of such tasks are loaded: "CausalLM", say."""
-    names = [c.__name__ for c in type(task).__mro__]
-    return names[1]
+    import keras_hub
+
+    names = [c.__name__ for c in type(task).__mro__[1:]]
+    return next(name for name in names if hasattr(keras_hub.models, name))
 
 
 def answer(folder: str) -> None:
@@ -106,9 +108,9 @@ def answer(folder: str) -> None:
     import keras_hub
     from hub_tasks import said
 
-    base, asked, texts, options = pickle.loads(Path(folder, "asked").read_bytes())
-    task = getattr(keras_hub.models, base).from_preset(f"{folder}/preset")
-    for name, value in options.items():
+    base, asked, texts, attributes, given = pickle.loads(Path(folder, "asked").read_bytes())
+    task = getattr(keras_hub.models, base).from_preset(f"{folder}/preset", **given)
+    for name, value in attributes.items():
         setattr(task.preprocessor, name, value)
     if texts:
         task.compile(sampler="greedy")

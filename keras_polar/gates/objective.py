@@ -58,7 +58,7 @@ class PruningObjective(keras.layers.Layer):
         cost: config of the `Polynomial` that gives the cost for open counts per group.
         groups: number of units of each group, by its name, in the order of the polynomial.
         schedule: config of the `Schedule`.
-        round_to: what `settle` has to respect.
+        round_to: what `settle` has to respect, for all groups or for each.
         compact: whether `fit` goes on with the smaller network once the consensus is settled.
         importance: what gates listen to, as `apply` has it.
         equal: names of groups that keep equally many units, for each such set.
@@ -87,7 +87,7 @@ class PruningObjective(keras.layers.Layer):
         cost: dict,
         groups: dict,
         schedule: dict,
-        round_to: int | None = None,
+        round_to: int | Sequence[int] | None = None,
         compact: bool = True,
         importance: str = "logits",
         equal: Sequence[Sequence[str]] = (),
@@ -103,7 +103,7 @@ class PruningObjective(keras.layers.Layer):
         shares = [np.full(n, 1 / (n * len(self.units)), "float32") for n in self.units]
         self.shares = np.concatenate(shares)
         self.schedule = Schedule(**schedule)
-        self.round_to = round_to
+        self.round_to = tuple(round_to) if isinstance(round_to, Sequence) else round_to
         self.compact = compact
         self.importance = importance
         self.equal = tuple(map(tuple, equal))

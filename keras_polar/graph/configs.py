@@ -79,6 +79,11 @@ def can_be_told(layer: Any) -> bool:
     return is_from_keras(layer) or not (_is_nameless(type(layer)) or _config_of(layer)[1])
 
 
+def can_be_made(layer: Any) -> bool:
+    """Whether any layer at all comes of what a file says: some classes take no name, say."""
+    return is_from_keras(layer) or any(_makes(layer, found) for found in _CANDIDATES)
+
+
 def with_config(layer: Any) -> Any:
     """The layer, or one like it that says what it is made from, if that can be found out."""
     if _has_config(layer):
@@ -154,7 +159,7 @@ def _built_by_its_call(layer: Any) -> tuple[dict | None, str] | None:
 def _config_of(layer: Any) -> tuple[dict | None, str]:
     """What a layer can be made of, None if that is what it says; or else why it cannot be made."""
     why = ""
-    for candidates in (_said, remembered_arguments, _own_arguments, _all_arguments):
+    for candidates in _CANDIDATES:
         try:
             arguments = candidates(layer)
             problem = _problem(layer, arguments)
@@ -232,6 +237,16 @@ def _fitted(layer: Any, arguments: dict) -> dict:
             break
         arguments = {**arguments, name: value}
     return arguments
+
+
+def _makes(layer: Any, candidates: Callable) -> bool:
+    try:
+        return _made(layer, candidates(layer)) is not None
+    except Exception:  # whatever the code of a layer raises
+        return False
+
+
+_CANDIDATES = (_said, remembered_arguments, _own_arguments, _all_arguments)
 
 
 def _base(layer: Any) -> dict:

@@ -24,6 +24,7 @@ from keras_polar.graph.keras_private import (
     core_of,
     functional,
     has_parts,
+    is_from_keras,
     layers_of,
     node_of,
     takes_training,
@@ -87,22 +88,25 @@ class _Tracer:
         inner, refs = functional(op), _nested_inputs(op, args, kwargs)
         if inner is not None and refs is not None:
             return self._nested(step, inner, refs, args, kwargs, path)
-        opened = self._opened(op, args, kwargs, path)
+        opened = self._opened(step, args, kwargs, path)
         if opened is None:
             activated = self._activated(step, args, kwargs, path)
             opened = self._call(step, args, kwargs, path) if activated is None else activated
         return opened
 
-    def _opened(self, op: Any, args: tuple, kwargs: dict, path: str) -> list | None:
+    def _opened(self, step: RecordedCall, args: tuple, kwargs: dict, path: str) -> list | None:
         """The outputs of a composite layer's parts; None if it is to stay whole, or has to."""
-        if not self.opens(op) or id(op) in self.notes:
+        op = step.op
+        misstates = self._misstates(step, args, kwargs)
+        if not (misstates or self.opens(op)) or id(op) in self.notes:
             return None
         # In a functional model, training=False of a call does not outlive the model's own.
         is_fixed = kwargs.get("training") is True
         kwargs = {k: v for k, v in kwargs.items() if k != "training" or is_fixed}
         self.depth += 1
         try:
-            return self._inline(self._open, op, args, kwargs, path)
+            how = functools.partial(self._open, keeps_plain=not misstates)
+            return self._inline(how, op, args, kwargs, path)
         except CannotTrace as error:
             if has_parts(op):
                 self.notes[id(op)] = f"{NOT_OPENED}: it {error}"
@@ -110,11 +114,13 @@ class _Tracer:
         finally:
             self.depth -= 1
 
-    def _open(self, op: Any, args: tuple, kwargs: dict, opens: Callable) -> Expansion:
+    def _open(
+        self, op: Any, args: tuple, kwargs: dict, opens: Callable, keeps_plain: bool
+    ) -> Expansion:
         def inside(x: Any) -> bool:
             return functional(x) is not None or self.opens_inside(x)
 
-        return open_layer(op, args, kwargs, inside, self.keeps_masks)
+        return open_layer(op, args, kwargs, inside, self.keeps_masks, keeps_plain)
 
     def _activated(self, step: RecordedCall, args: tuple, kwargs: dict, path: str) -> list | None:
         """A part of an opened layer, followed by what an activation does that no file can tell.
@@ -156,14 +162,29 @@ class _Tracer:
         self.calls.append(call)
         return outputs
 
+    def _misstates(self, step: RecordedCall, args: tuple, kwargs: dict) -> bool:
+        """Whether a layer of somebody's own says another rank of its output than it has.
+
+        What is recorded behind it would have that rank. Its calls tell the true one.
+        """
+        is_stock = not isinstance(step.op, keras.layers.Layer) or is_from_keras(step.op)
+        if is_stock or has_parts(step.op) or self.opens is _nothing:
+            return False
+        found = exact_shapes(step.op, *self._in_symbols(args, kwargs))
+        return found is not None and list(map(len, found)) != list(map(len, step.shapes))
+
+    def _in_symbols(self, args: tuple, kwargs: dict) -> tuple:
+        read = {i: self.specs[i] for i in refs_in((args, kwargs))}
+        symbols = {i: keras.KerasTensor(spec.shape, spec.dtype) for i, spec in read.items()}
+        return fill((args, kwargs), symbols)
+
     def _exact(self, step: RecordedCall, args: tuple, kwargs: dict) -> list[tuple]:
         """Shapes of a step's outputs: asked for again where they are vaguer than the inputs'."""
         read = {i: self.specs[i] for i in refs_in((args, kwargs))}
         is_vague = any(None in shape[1:] for shape in step.shapes)
         if not is_vague or any(None in spec.shape[1:] for spec in read.values()):
             return step.shapes
-        symbols = {i: keras.KerasTensor(spec.shape, spec.dtype) for i, spec in read.items()}
-        return exact_shapes(step.op, *fill((args, kwargs), symbols)) or step.shapes
+        return exact_shapes(step.op, *self._in_symbols(args, kwargs)) or step.shapes
 
     def _fits(self, inner: Any, refs: list) -> bool:
         """Whether a nested model's own nodes say what happens on these tensors."""
@@ -191,7 +212,7 @@ class _Tracer:
 
     def _held(self, held: Held, sample: Ref, path: str) -> Ref:
         """A tensor of the values of a variable that no layer has."""
-        key = id(held.variable), sample.index, held.rows.tobytes(), held.shape
+        key = sample.index, *held.key
         if key not in self.held:
             if id(held.variable) not in self.tables:
                 self.tables[id(held.variable)] = table_of(held)

@@ -229,14 +229,19 @@ class SplitRule(Rule):
 
 
 class UnstackRule(Rule):
-    """One tensor per position of an axis; units on that axis stay."""
+    """One tensor per position of an axis.
+
+    Units that differ in more than that axis (queries, keys and values, all heads of each, that one
+    layer makes) go together along it; others stay.
+    """
 
     def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         axis = site.op.axis % ids.ndim
-        if axis == 0 or varies(ids, axis):
-            return site.pin_all("makes one tensor per unit or sample")
-        return [ids.take(0, axis) for _ in site.output_shapes]
+        one = site.tie_along(ids, [axis])
+        if one is None:
+            return site.pin_all("makes one tensor per unit")
+        return [one.take(0, axis) for _ in site.output_shapes]
 
 
 class TakeRule(Rule):
@@ -306,7 +311,10 @@ class SegmentRule(Rule):
 
 
 class GetItemRule(Rule):
-    """`x[key]`: slices of units with step 1 are moved with the cut, single units stay."""
+    """`x[key]`: slices of units with step 1 are moved with the cut, single units stay.
+
+    Units at one place of an axis go together with those at the others, as in `UnstackRule`.
+    """
 
     def flow(self, site: CallSite) -> list[Ids]:
         (ids,), key = site.inputs, _full_key(self._key(site), site.inputs[0].ndim)
@@ -329,7 +337,7 @@ class GetItemRule(Rule):
         if isinstance(part, slice) and part.step in (None, 1):
             index = (slice(None),) * axis + (part,)
             site.set_axis(f"slice{axis}", ids_along(ids[index], axis))
-        else:
+        elif isinstance(part, slice) or site.tie_along(ids, [axis]) is None:
             site.pin(ids, "picks single units")
 
     def arguments(self, site: CallSite, kept: KeptUnits) -> tuple[tuple, dict]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_polar.graph.configs import can_be_told, is_found_again
+from keras_polar.graph.configs import can_be_made, can_be_told, is_found_again
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.keras_private import has_parts, layers_of
 from keras_polar.graph.quantized import why_altered
@@ -143,8 +143,9 @@ def opens_inside(op: Any) -> bool:
     """
     if type(op) is keras.layers.Activation:
         return not is_found_again(op.activation)
-    is_function = rule_for(op) is _REGISTRY[keras.layers.Layer] and not op.variables
-    return opens(op) or (is_function and not can_be_told(op))
+    is_plain = rule_for(op) is _REGISTRY[keras.layers.Layer]
+    is_lost = is_plain and not (can_be_made(op) if op.variables else can_be_told(op))
+    return opens(op) or is_lost
 
 
 def trace_model(model: Any) -> Graph:

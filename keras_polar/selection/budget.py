@@ -70,6 +70,11 @@ class Budget:
         """How far the achieved sparsity is from the requested."""
         return abs(self.achieved(counts) - self.sparsity)
 
+    def step_of(self, groups: Sequence[int]) -> Any:
+        """What the counts of some groups are rounded to, as `round_to` has it."""
+        given = self.round_to
+        return tuple(given[i] for i in groups) if isinstance(given, tuple) else given
+
     @property
     def reachable(self) -> float:
         """The largest sparsity that leaves every group its minimum."""
@@ -89,7 +94,7 @@ def budget_of(
     measure: str,
     min_units: int,
     max_sparsity: float | Mapping[str, float] | None,
-    round_to: int | None,
+    round_to: int | tuple[int, ...] | None,
     equal: tuple[tuple[int, ...], ...] = (),
 ) -> Budget:
     """What may remain.

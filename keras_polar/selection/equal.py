@@ -90,6 +90,7 @@ def budget_of_blocks(budget: Budget, blocks: np.ndarray) -> Budget:
         cost=budget.cost.joined(blocks.tolist()),
         units=tuple(budget.units[i] for i in first),
         floors=tuple(budget.floors[i] for i in first),  # those of tied groups are alike
+        round_to=budget.step_of(first),
         kinds=tuple(budget.kinds[i] for i in first if budget.kinds),
         equal=(),
     )

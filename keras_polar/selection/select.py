@@ -66,7 +66,7 @@ def select_units(scores: Sequence[np.ndarray], budget: Budget) -> list[np.ndarra
     """
     blocks = blocks_of(budget)
     wanted, whole = scores_of_blocks(scores, budget, blocks), budget_of_blocks(budget, blocks)
-    for round_to in [budget.round_to] if budget.round_to else ROUNDINGS:
+    for round_to in [whole.round_to] if whole.round_to else ROUNDINGS:
         counts = _kept_counts(wanted, _leaving_decided(wanted, whole, round_to))
         if whole.distance(counts) <= MISS:
             break
@@ -77,7 +77,8 @@ def _leaving_decided(scores: Sequence[np.ndarray], budget: Budget, round_to: Any
     """The budget where groups with infinite scores, which are decided, are not rounded."""
     decided = [bool(np.isinf(s).any()) for s in scores]
     floors = tuple(0 if d else n for d, n in zip(decided, budget.floors, strict=True))
-    return replace(budget, floors=floors, round_to=tuple(1 if d else round_to for d in decided))
+    steps = np.where(decided, 1, round_to)
+    return replace(budget, floors=floors, round_to=tuple(steps.tolist()))
 
 
 def _kept_counts(scores: Sequence[np.ndarray], budget: Budget) -> np.ndarray:

@@ -5,9 +5,10 @@ a smaller backbone has to be of the same class, made from a config with smaller 
 config cannot say, that stays.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from keras_polar.coupling.coupling import Coupling, pinning
 from keras_polar.graph.clone import variable_at
 from keras_polar.graph.keras_private import layers_of, without_latest_call
 from keras_polar.graph.subclassed import as_functional
+from keras_polar.graph.symbolic.record import variables_behind
 from keras_polar.rules import trace_model
 from keras_polar.surgery.certificate import check_certificate
 from keras_polar.surgery.tasks import with_backbone, writes
@@ -29,7 +31,20 @@ SETTINGS = (
     ("num_attention_heads", "num_key_value_heads"),
     ("num_heads",),
     ("num_attention_heads",),
+    ("feedforward_expansion_factor",),
 )
+
+
+class Equal(NamedTuple):
+    """Groups that a setting of a config gives the size of: they have to keep equally many units.
+
+    Attributes:
+        names: of the groups.
+        step: units for each 1 in the setting.
+    """
+
+    names: tuple[str, ...]
+    step: int
 
 
 # --- at one length ------------------------------------------------------------------------------
@@ -88,11 +103,11 @@ def _length(preprocessor: Any, name: str) -> int | None:
 # --- what a config can say ----------------------------------------------------------------------
 
 
-def expressible(coupling: Coupling, task: Any) -> tuple[Coupling, tuple[tuple[str, ...], ...]]:
+def expressible(coupling: Coupling, task: Any) -> tuple[Coupling, tuple[Equal, ...]]:
     """The same units, those kept that no setting of the backbone's config is the number of.
 
     Returns:
-        And the names of the groups, for each setting, that have to keep equally many.
+        And the groups, for each setting, that it gives the size of.
     """
     backbone, axes = task.backbone, _axes(coupling)
     kind = type(backbone).__name__
@@ -104,7 +119,9 @@ def expressible(coupling: Coupling, task: Any) -> tuple[Coupling, tuple[tuple[st
         apart = {place for place, groups in axes.items() if groups & found} - changed
         sizes = {coupling.groups[i].units for i in found if i >= 0}
         if found and -1 not in found and not apart and len(sizes) == 1:
-            equal.append(tuple(coupling.groups[i].name for i in sorted(found)))
+            names = tuple(coupling.groups[i].name for i in sorted(found))
+            largest = max(backbone.get_config()[k] for k in keys)
+            equal.append(Equal(names, max(1, sizes.pop() // largest)))
             whys = {i: why for i, why in whys.items() if i not in found}
         else:
             why = f"{kind} has no setting for it alone: {' and '.join(keys)} is that of others too"
@@ -117,13 +134,15 @@ def _axes(coupling: Coupling) -> dict[tuple[int, int], set[int]]:
     """(id of a variable, axis) -> the groups whose units are along it, -1 for units that stay."""
     found: dict[tuple[int, int], set[int]] = {}
     for site in coupling.sites:
+        behind = variables_behind(site.op)
         for path, names in site.rule.weights(site.op).items():
             variable = variable_at(site.op, path)
             for axis, name in enumerate(names):
-                if variable is not None and name in site.axes:
+                own = behind.get(id(variable))
+                if own is not None and own.shape == variable.shape and name in site.axes:
                     ids = site.axes[name]
                     groups = np.where(ids >= 0, coupling.group_of[ids], -1)
-                    found.setdefault((id(variable), axis), set()).update(groups.tolist())
+                    found.setdefault((id(own), axis), set()).update(groups.tolist())
     return found
 
 
@@ -178,9 +197,9 @@ def rewritten(small: keras.Model, task: Any) -> Any:
     made = with_backbone(task, backbone)
     for own, new in zip(task.weights, made.weights, strict=True):
         source = trained.get(id(own), own)
-        if source.shape != new.shape:
+        if math.prod(source.shape) != math.prod(new.shape):
             raise _no_such(task, f"{own.path} of shape {tuple(source.shape)}")
-        new.assign(to_numpy(source))
+        new.assign(to_numpy(source).reshape(new.shape))  # some had to become a table
     if hasattr(task, "sampler"):  # it has been compiled
         made.compile(sampler=task.sampler)
     texts = _texts(small, task.backbone)
@@ -194,7 +213,7 @@ def _trained(small: keras.Model, task: Any) -> dict[int, Any]:
     theirs = {call.name: call.op for call in trace_model(small).calls}
     found: dict[int, Any] = {}
     for call in trace_model(as_network(task, shapes)).calls:
-        own = getattr(call.op, "weights", ())
+        own = variables_behind(call.op).values()
         other = getattr(theirs.get(call.name), "weights", ())
         if len(own) != len(other):
             raise ValueError(

@@ -210,7 +210,7 @@ class GateInserter(MaskInserter):
             budget.cost.get_config(),
             {t.name: t.units for t in self.specs},
             options.schedule.get_config(),
-            options.round_to,
+            budget.round_to,
             options.compact,
             importance if isinstance(importance, str) else importance.name,
             [[self.specs[i].name for i in tied] for tied in budget.equal],

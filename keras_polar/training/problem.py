@@ -1,5 +1,6 @@
 """What `apply` was asked for, parsed once: units and branches, costs, and what may remain."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from keras_polar.selection.equal import equal_groups
 from keras_polar.selection.importance import CRITERIA, Importance
 from keras_polar.selection.select import below_usual
 from keras_polar.surgery.tasks import widths_of_head, writes
-from keras_polar.surgery.writers import expressible
+from keras_polar.surgery.writers import Equal, expressible
 from keras_polar.training.gate_specs import GateSpec, branches_of, gate_specs
 from keras_polar.training.teaching import Teaching, teaching_of
 
@@ -130,14 +131,22 @@ def pruning_problem(model: Any, options: Options, task: Any = None) -> PruningPr
         measure=measure.name,
         min_units=options.min_units,
         max_sparsity=options.max_sparsity,
-        round_to=options.round_to,
-        equal=equal_groups(coupling, options.equal, equal),
+        round_to=_rounding(options.round_to, coupling, equal),
+        equal=equal_groups(coupling, options.equal, [e.names for e in equal]),
     )
     _warn_of_low_groups(coupling, budget, measure.name, options)
     specs = gate_specs(coupling, branches, budget.floors)
     return PruningProblem(
         options, coupling, branches, measure, budget, tuple(specs), gate, teaching
     )
+
+
+def _rounding(round_to: int | None, coupling: Coupling, equal: Iterable[Equal]) -> Any:
+    """What counts are multiples of: one for all groups, or one for each if settings say so."""
+    steps = {name: e.step for e in equal for name in e.names if e.step > 1}
+    if not steps:
+        return round_to
+    return tuple(math.lcm(round_to or 1, steps.get(g.name, 1)) for g in coupling.groups)
 
 
 def _refuse_branches(options: Options, task: Any) -> None:

@@ -296,6 +296,40 @@ class PerSample(Parts):
         return shape
 
 
+class Angles(layers.Layer):
+    """Says the shape of its input instead of its output's, as KerasHub's Moonshine does."""
+
+    def build(self, shape):
+        self.speed = self.add_weight((4,), "random_normal", trainable=False)
+
+    def call(self, x):
+        return ops.expand_dims(ops.mean(x, axis=-1), -1) * self.speed
+
+    def compute_output_shape(self, shape):
+        return shape[:2]
+
+
+class Turned(Parts):
+    """Needs the true shape of what it is given."""
+
+    def call(self, x, angles):
+        return self.plain(x) + ops.sum(ops.sin(angles[:, :, :3]), axis=2, keepdims=True)
+
+    def compute_output_shape(self, x_shape, angles_shape):
+        return x_shape
+
+
+def test_a_layer_that_says_a_wrong_shape_does_not_close_those_behind_it():
+    x = keras.Input((5, 3))
+    h = layers.Dense(6, name="before")(x)
+    h = Turned(name="turned")(h, Angles(name="angles")(x))
+    model = randomise(keras.Model(x, layers.Dense(2, name="head")(h)))
+    assert not notes(model)
+    rows = {r.name: r.prunable for r in keras_polar.inspect(model).rows}
+    assert rows["before"] == 6
+    check(model)
+
+
 class Regularized(Parts):
     def call(self, x):
         return self.plain(x)

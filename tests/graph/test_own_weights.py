@@ -356,3 +356,51 @@ def test_units_pass_through_a_dense_layer_on_another_axis():
 def test_embeddings_of_positions_that_are_mixed_stay():
     model = sequence(Positioned("mixed", name="own"))
     assert {row.name: row.prunable for row in keras_polar.inspect(model).rows}["before"] == 0
+
+
+class Gathered(layers.Layer):
+    """Rows of a table at numbers that are always the same: biases of relative positions, say."""
+
+    def __init__(self, how="rows", **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+        self.dense = layers.Dense(6)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.table = self.add_weight((9, 6), "random_normal", name="table")
+
+    def call(self, x):
+        x, numbers = self.dense(x), ops.array([0, 3, 3, 8, 1])
+        if self.how == "columns":
+            return x + ops.take(self.table, ops.arange(6)[::-1], axis=1)[:5, :]
+        rows = ops.take(self.table, numbers, axis=0)
+        if self.how == "in windows":  # of one token each
+            windows = ops.reshape(x, (-1, 1, 6)) * ops.take(self.table, ops.array([4]), axis=0)
+            return ops.reshape(windows, (-1, 5, 6))
+        if self.how == "on another axis":
+            added = ops.swapaxes(x, 1, 2) + ops.expand_dims(ops.transpose(rows), 0)
+            return ops.swapaxes(added, 1, 2)
+        return x + rows + (self.table[4:] if self.how == "twice" else 0.0)
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+
+@pytest.mark.parametrize("how", ["rows", "on another axis", "twice", "in windows"])
+def test_rows_of_a_table_are_cut_with_what_they_are_added_to(how):
+    model = sequence(Gathered(how, name="own"), Block())
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["own_table"].prunable == 6, rows["own_table"].reason
+    _, small = check(model)
+    table = small.get_layer("own_table")
+    assert table.input_dim == 9
+    assert table.output_dim < 6
+
+
+def test_entries_that_are_no_rows_stay():
+    model = sequence(Gathered("columns", name="own"))
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["before"].prunable == 0
+    assert "own variable" in rows["own"].reason
+    check(model)

@@ -158,6 +158,37 @@ def test_removed_heads_equal_zeroed_rows_of_the_projection():
     assert difference(model, small, inputs) > 1e-3
 
 
+def fused_attention(x, how):
+    """Queries, keys and values of one Dense, as most who write attention by hand have them."""
+    n, heads = x.shape[1], 2
+    parts = layers.Dense(3 * 12, name="qkv")(x)
+    if how == "last axis":
+        q, k, v = ops.split(parts, 3, axis=-1)
+        q, k, v = (ops.swapaxes(ops.reshape(y, (-1, n, heads, 6)), 1, 2) for y in (q, k, v))
+    elif how == "own axis":
+        parts = ops.split(ops.reshape(parts, (-1, n, 3, heads, 6)), 3, axis=2)
+        q, k, v = (ops.swapaxes(ops.squeeze(y, 2), 1, 2) for y in parts)
+    else:
+        parts = ops.transpose(ops.reshape(parts, (-1, n, 3, heads, 6)), (2, 0, 3, 1, 4))
+        q, k, v = ops.unstack(parts, axis=0) if how == "unstack" else (parts[i] for i in range(3))
+    weights = ops.softmax(ops.matmul(q * 6**-0.5, ops.swapaxes(k, -1, -2)), axis=-1)
+    y = ops.swapaxes(ops.matmul(weights, v), 1, 2)
+    return layers.Dense(x.shape[-1], name="project")(ops.reshape(y, (-1, n, 12)))
+
+
+@pytest.mark.parametrize("how", ["unstack", "places", "own axis", "last axis"])
+def test_queries_keys_and_values_of_one_layer(how):
+    x = keras.Input((5, 8))
+    h = layers.Dense(10, name="stream")(x)
+    h = layers.GlobalAveragePooling1D()(h + fused_attention(h, how))
+    model = randomise(keras.Model(x, layers.Dense(3, name="head")(h)))
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["qkv"].prunable >= 30, rows["qkv"].reason
+    for seed in range(3):
+        _, small = check(model, seed=seed)
+        assert small.get_layer("qkv").units < 36
+
+
 def test_mask_per_head_keeps_the_heads():
     x, mask = keras.Input((5, 8)), keras.Input((4, 5, 5), dtype="bool")
     y = layers.MultiHeadAttention(**ATTENTION)(layers.Dense(6)(x), x, attention_mask=mask)

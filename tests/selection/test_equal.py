@@ -131,6 +131,17 @@ def test_a_block_is_wanted_as_its_units_are_for_what_they_cost():
     assert [int(m.sum()) for m in select_units(scores, budget)] == [10, 10, 5]
 
 
+def test_counts_of_a_block_are_multiples_of_its_own_step():
+    cost = Polynomial((1, 1, 1), ((0,), (1,), (2,)))
+    scores = [np.arange(12.0), np.arange(12.0), 6 + np.arange(10.0)]
+    equal = {"round_to": (4, 4, 1), "equal": ((0, 1),)}
+    budget = Budget(cost, (12, 12, 10), 0.3, (1, 1, 1), **equal)
+    kept = [int(m.sum()) for m in select_units(scores, budget)]
+    assert kept == [8, 8, 8]
+    scores[2][:2] = -np.inf  # that group is decided, and not rounded
+    assert [int(m.sum()) for m in select_units(scores, budget)] == [8, 8, 8]
+
+
 def test_blocks_of_gates_are_worth_what_all_their_units_are():
     worth = np.array([[0.0, 2.0, np.inf, 1.0], [5.0, np.inf, -3.0, 0.5]], "float32")
     found = as_blocks(list(worth), np.array([1.0, 3.0], "float32"))

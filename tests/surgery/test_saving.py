@@ -276,6 +276,45 @@ def test_what_keras_takes_for_sparse_is_dense_when_loaded():
     check(model_of(Outer()))
 
 
+@keras.saving.register_keras_serializable("tests")
+class Nameless(layers.Layer):
+    """A norm that nobody can load where it stands alone: its class takes no name."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+
+    def build(self, shape):
+        self.scale = self.add_weight((self.units,), "random_normal", name="scale")
+
+    def call(self, x):
+        mean = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        return x * ops.rsqrt(mean + 1e-6) * self.scale
+
+
+def test_parts_that_have_no_config_are_opened_as_well():
+    @keras.saving.register_keras_serializable("tests")
+    class Outer(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense, self.norm = layers.Dense(8), Nameless(8)
+
+        def build(self, shape):
+            self.dense.build(shape)
+            self.norm.build((*shape[:-1], 8))
+
+        def call(self, x):
+            return self.norm(self.dense(x))
+
+        def compute_output_shape(self, shape):
+            return (*shape[:-1], 8)
+
+    model = model_of(Outer())
+    _, small = check(model)
+    assert not [x for x in small.layers if isinstance(x, Nameless)]
+    assert all(row.prunable for row in keras_polar.inspect(model).rows if row.name != "logits")
+
+
 # --- functional models inside layers that stay whole -----------------------------------------
 
 

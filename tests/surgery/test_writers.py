@@ -16,7 +16,16 @@ import keras_polar
 pytest.importorskip("keras_hub")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 import keras_hub as hub
-from hub_tasks import FAMILIES, HEADS, LENGTH, LENGTHS, QUERIES, SENTENCES, translator, writer
+from hub_tasks import (
+    FAMILIES,
+    LENGTH,
+    LENGTHS,
+    QUERIES,
+    SENTENCES,
+    TASKS,
+    translator,
+    writer,
+)
 
 M = hub.models
 
@@ -312,24 +321,26 @@ def test_from_pairs_of_texts_to_texts(tmp_path):
     check_preset(made, "Seq2SeqLM", tmp_path / "preset", **LENGTHS)
 
 
-def hears():
-    heads = {"encoder_num_heads": 2, "decoder_num_heads": 2, "filter_dim": 16}
-    layers = {"encoder_num_layers": 1, "decoder_num_layers": 1}
-    shape = {"vocabulary_size": 50, "hidden_dim": 16, "intermediate_dim": 24}
-    return M.MoonshineAudioToText(M.MoonshineBackbone(**heads, **layers, **shape))
-
-
-def corrects():
-    return M.T5Seq2SeqLM(M.T5Backbone(**HEADS))
-
-
-HEARD = {"encoder_input_values": (3000, 1), "encoder_padding_mask": (3000,)}
-HEARD |= {"decoder_token_ids": (6,), "decoder_padding_mask": (6,)}
+def with_experts():
+    heads = {"num_query_heads": 4, "num_key_value_heads": 2, "num_experts": 2, "top_k": 1}
+    sizes = {"vocabulary_size": 50, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 24}
+    return M.MixtralCausalLM(M.MixtralBackbone(**heads, **sizes))
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
-@pytest.mark.parametrize(("make", "shape"), [(hears, HEARD), (corrects, (8,))])
-def test_what_cannot_be_opened_says_why(make, shape):
+def test_what_cannot_be_opened_says_why():
     with pytest.raises(ValueError, match=r"nothing in model .* composite layer that cannot be ope"):
-        keras_polar.apply(make(), 0.1, input_shape=shape)
+        keras_polar.apply(with_experts(), 0.1, input_shape=(8,))
+
+
+@pytest.mark.slow
+def test_widths_that_a_config_gives_as_a_factor_are_multiples_of_it():
+    """Moonshine's are 4 times `hidden_dim`: 48 units stay, or 32, or 16."""
+    case = TASKS["MoonshineAudioToText"]
+    task = case.make()
+    gated = keras_polar.apply(task, 0.15, **case.options)
+    assert {group.units for group in gated.groups} == {64}
+    gated.settle()
+    assert {int(group.mask.sum()) for group in gated.groups} == {48}
+    made = keras_polar.convert(gated, into=task)
+    assert made.backbone.feedforward_expansion_factor == 3

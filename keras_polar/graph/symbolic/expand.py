@@ -25,6 +25,7 @@ from typing import Any
 import keras
 from keras import KerasTensor, tree
 
+from keras_polar.graph.configs import can_be_made
 from keras_polar.graph.keras_private import backend, has_parts
 from keras_polar.graph.symbolic.held import held_by
 from keras_polar.graph.symbolic.merge import BATCHES, Expansion, LeafMerge, Merge
@@ -45,16 +46,22 @@ from keras_polar.graph.symbolic.record import (
 
 
 def open_layer(
-    op: Any, args: tuple, kwargs: dict, opens: Callable[[Any], bool], keeps_masks: bool = True
+    op: Any,
+    args: tuple,
+    kwargs: dict,
+    opens: Callable[[Any], bool],
+    keeps_masks: bool = True,
+    keeps_plain: bool = True,
 ) -> Expansion:
     """The calls that `op(*args, **kwargs)` consists of.
 
     Args:
-        op: a built layer with sublayers.
+        op: a built layer.
         args, kwargs: of the call; KerasTensors, with masks attached as Keras does, say the shapes.
         opens: which of the sublayers (and their sublayers) are to be opened in turn.
         keeps_masks: whether the masks that Keras attaches to its outputs are wanted on them:
             operations do not hand them on, though who takes one as an argument has it anyway.
+        keeps_plain: whether a layer without sublayers and kernels stays as it is.
 
     Raises:
         CannotTrace: the layer has to stay as it is.
@@ -78,7 +85,7 @@ def open_layer(
                 raise
             again = run_layer(op, args, kwargs, opens, closed, BATCHES[1], False)
             opened = _in_inference(op, first, again, second, error)
-        if _close_plain(first, opened, closed):
+        if keeps_plain and _close_plain(first, opened, closed):
             continue
         opened = replace(opened, inlets=first.inputs, closed=closed)
         _check_variables(op, opened)
@@ -99,6 +106,7 @@ def _close_plain(run: RecordedRun, opened: Expansion, closed: dict[int, str]) ->
     plain = [
         x for x, *_ in run.composites if not has_parts(x) and id(x) not in owners and x.weights
     ]
+    plain = [x for x in plain if can_be_made(x)]
     if plain and plain[0] is run.composites[0][0]:
         raise CannotTrace("has no kernel that its call multiplies its inputs with")
     closed.update((id(x), "") for x in plain)

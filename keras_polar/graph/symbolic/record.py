@@ -62,6 +62,7 @@ class OwnWeight:
     Attributes:
         symbol: the tensor that stands for it in the recorded calls.
         rows: of the table that the variable is, if the tensor stands for some of its rows.
+        axis: of the tensor, along which a row lies then.
     """
 
     owner: Any
@@ -69,6 +70,7 @@ class OwnWeight:
     variable: Any
     symbol: KerasTensor
     rows: np.ndarray | None = None
+    axis: int = -1
 
     @property
     def full_name(self) -> str:
@@ -77,6 +79,12 @@ class OwnWeight:
 
 # Layers that were made for weights that code uses itself -> these variables, in the same order.
 MADE_FOR: weakref.WeakKeyDictionary[Any, tuple] = weakref.WeakKeyDictionary()
+
+
+def variables_behind(op: Any) -> dict[int, Any]:
+    """Id of each weight of a call's layer -> the variable of the model whose value it has."""
+    own = getattr(op, "weights", ())
+    return dict(zip(map(id, own), MADE_FOR.get(op, own), strict=True))
 
 
 @dataclass(eq=False)
@@ -193,10 +201,20 @@ def _own_weights(layer: Any) -> dict[str, Any]:
     return {k: v for k, v in vars(layer).items() if id(v) in own}
 
 
-def _cast(op: Any, variable: Any) -> str:
-    """The type that a layer's variable has in its call."""
+def _symbol_of(op: Any, variable: Any) -> KerasTensor:
+    """What stands for a layer's variable in its call, in the type that it has there."""
     is_float = keras.backend.is_float_dtype(variable.dtype)
-    return op.compute_dtype if is_float else variable.dtype
+    dtype = op.compute_dtype if is_float else variable.dtype
+    symbol = keras.Input(batch_shape=variable.shape, dtype=dtype)
+    symbol.__class__ = _Sliced
+    return symbol
+
+
+class _Sliced(KerasTensor):
+    """Takes `w[:n]` as variables do; Keras' own wants a tuple."""
+
+    def __getitem__(self, key: Any) -> KerasTensor:
+        return super().__getitem__((key,) if isinstance(key, slice) else key)
 
 
 def line_of(op: Any, error: Exception) -> str:
@@ -300,7 +318,7 @@ class CallRecorder:
         for layer in (x for x in self.layers if id(x) in self.inline):
             for name, v in _own_weights(layer).items():
                 if id(v) not in known:
-                    known[id(v)] = keras.Input(batch_shape=v.shape, dtype=_cast(layer, v))
+                    known[id(v)] = _symbol_of(layer, v)
                     self.weights.append(OwnWeight(layer, name, v, known[id(v)]))
                 self.symbols.setdefault(id(layer), {})[name] = known[id(v)]
 
