@@ -11,7 +11,7 @@ import inspect
 import json
 import types
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +22,7 @@ from keras_polar.graph.handed import SETTINGS, attributes_of_every_layer, handed
 from keras_polar.graph.keras_private import (
     call_on_symbols,
     is_from_keras,
+    layers_of,
     parts_of_layer,
     remembered_arguments,
     with_other_values,
@@ -38,8 +39,10 @@ def repair_configs(layers: Iterable[Any]) -> dict[str, str]:
     Returns:
         Layer name -> why a saved model with it cannot be loaded, for all others.
     """
+    layers = [x for x in layers if _is_layer(x)]
     with without_sharing():
-        return {layer.name: why for x in layers if _is_layer(x) for layer, why in _problems(x)}
+        problems = {layer.name: why for x in layers for layer, why in _problems(x)}
+        return {**_shared(layers), **problems}
 
 
 def refuse_configs(layers: Iterable[Any], reasons: Mapping[str, str]) -> None:
@@ -48,9 +51,10 @@ def refuse_configs(layers: Iterable[Any], reasons: Mapping[str, str]) -> None:
     Args:
         reasons: by the names of these layers.
     """
-    for layer, _ in (p for x in layers if _is_layer(x) for p in _problems(x)):
-        if layer.name in reasons:
-            refuse_config(layer, reasons[layer.name])
+    for x in (x for x in layers if _is_layer(x)):
+        for layer in (x, *(layer for layer, _ in _problems(x))):
+            if layer.name in reasons:
+                refuse_config(layer, reasons[layer.name])
 
 
 def refuse_config(layer: Any, why: str) -> None:
@@ -70,6 +74,7 @@ def refused(layer: Any) -> str:
     return getattr(vars(layer).get("get_config"), "why", "")
 
 
+SHARED = "a part of it is used on its own as well"
 OTHER_WEIGHTS = "made from its config it has weights of shapes"
 REMEDY = "Give its class a `get_config` from which `from_config` makes an equal layer"
 
@@ -130,6 +135,9 @@ def _problems(layer: Any) -> Iterator[tuple[Any, str]]:
         for part in () if isinstance(layer, keras.Model) else parts_of_layer(layer):
             yield from _problems(part)
         return
+    if refused(layer):
+        yield layer, refused(layer)
+        return
     if handed(layer):
         return  # no file holds what a layer was handed, nor did one of the model before
     for part in () if _has_config(layer) else parts_of_layer(layer):
@@ -141,6 +149,23 @@ def _problems(layer: Any) -> Iterator[tuple[Any, str]]:
         _say(layer, arguments)
     if why:
         yield layer, why
+
+
+def _shared(layers: list) -> dict[str, str]:
+    """Layers that make a part themselves which others have too: in a file there would be two."""
+    users = Counter(id(part) for x in layers for part in layers_of(x))
+    return {
+        x.name: f"{SHARED} ({part.name!r})"
+        for x in layers
+        if not is_from_keras(x)
+        for part in layers_of(x)
+        if users[id(part)] > 1 and part.weights and part is not x and not _says(x, part)
+    }
+
+
+def _says(layer: Any, part: Any) -> bool:
+    """Whether the config of a layer holds a part, which is then found again in a file."""
+    return _has_config(layer) and repr(part.name) in repr(_said(layer))
 
 
 def _built_by_its_call(layer: Any) -> tuple[dict | None, str] | None:

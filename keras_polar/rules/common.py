@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_polar.rules.call_site import CallSite
-from keras_polar.rules.ids import Ids, broadcast_along, varies
+from keras_polar.rules.ids import Ids, broadcast_along, drop_constant_axes, varies
 
 
 def axes_of(axis: Any, ndim: int) -> set:
@@ -17,8 +18,13 @@ def axes_of(axis: Any, ndim: int) -> set:
 
 
 def units_on(ids: Ids) -> list[int]:
-    """For every axis its size if there are units on it, else 0."""
-    return [n if varies(ids, a) else 0 for a, n in enumerate(ids.shape)]
+    """For every axis how many places on it have different units, 0 if there are none on it.
+
+    A token put in front of others has units of its own: these are two kinds of places.
+    """
+    (own,) = drop_constant_axes(ids)
+    rows = (np.moveaxis(own, a, 0).reshape(n, -1) for a, n in enumerate(own.shape))
+    return [len(np.unique(r, axis=0)) if varies(ids, a) else 0 for a, r in enumerate(rows)]
 
 
 def widest(ids: Ids, axes: set) -> int | None:

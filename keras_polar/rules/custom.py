@@ -25,6 +25,7 @@ from keras_polar.graph.symbolic.record import CannotTrace, tensors_in
 from keras_polar.rules.call_site import CallSite, fixed_term, ids_along, set_rows, sizes
 from keras_polar.rules.elementwise import MergeRule
 from keras_polar.rules.ids import Ids, Units, broadcast_along, no_unit, varies
+from keras_polar.rules.movement import GetItemRule, SqueezeRule
 from keras_polar.rules.pooling_norm import NormOpRule
 from keras_polar.rules.registry import add, rule_for
 from keras_polar.rules.rule import CostTerm, KeptUnits, PinRule, Rule
@@ -235,17 +236,21 @@ def _inner_outputs(site: CallSite, inner: CallSite) -> list[Ids]:
     """What the rule of a call inside says; its units stay where it computes with them."""
     outputs = inner.rule.flow(inner)
     used = [*inner.reads, *inner.averaged]
-    if inner.produces or not _adapts(inner.rule) or _uses(site, inner) != used:
+    if inner.produces or not _adapts(inner) or _uses(site, inner) != used:
         for ids in inner.inputs:
             site.pin(ids, f"computes with its units ({type(inner.op).__name__})")
     return outputs
 
 
-def _adapts(rule: Rule) -> bool:
+def _adapts(inner: CallSite) -> bool:
     """Whether an operation does the right thing on fewer units without any change."""
-    kind = type(rule)
+    kind = type(inner.rule)
     is_plain = kind.config is Rule.config and kind.arguments is Rule.arguments
-    return is_plain or isinstance(rule, (MergeRule, NormOpRule))
+    if kind is GetItemRule:
+        return not inner.axes  # slices of units have to be moved
+    if kind is SqueezeRule:
+        return inner.op.axis is not None  # or one unit that is left would vanish
+    return is_plain or issubclass(kind, (MergeRule, NormOpRule))
 
 
 def _site(site: CallSite, step: Any, table: dict) -> _Inner:

@@ -293,6 +293,21 @@ class TakeRule(Rule):
         return (site.call.args[0], np.searchsorted(kept.where(ids, axis), index)), {}
 
 
+class TakeAlongAxisRule(Rule):
+    """Each sample's own places on an axis without units, if they are the same for all units."""
+
+    def flow(self, site: CallSite) -> list[Ids]:
+        given = (*site.call.args, *site.call.kwargs.values())
+        if not all(isinstance(x, Ref) for x in given) or site.op.axis is None:
+            return site.pin_all("writes or reads at computed places")
+        (ids, indices), axis = site.inputs, site.op.axis % site.inputs[0].ndim
+        site.pin(indices, "is used as indices")
+        on = [i for i in range(ids.ndim) if varies(ids, i)]
+        if axis in on or any(site.shape_of(given[1])[i] != 1 for i in on):
+            return site.pin_all("writes or reads at computed places")
+        return [np.broadcast_to(ids.take([0], axis), site.output_shapes[0])]
+
+
 class SegmentRule(Rule):
     """`ops.segment_sum` and the like: rows along the first axis are combined, unit by unit."""
 
@@ -451,5 +466,6 @@ add(SplitRule(lambda op: 1), op_class("Hsplit"))
 add(SplitRule(lambda op: 2), op_class("Dsplit"))
 add(UnstackRule(), op_class("Unstack"))
 add(TakeRule(), op_class("Take"))
+add(TakeAlongAxisRule(), op_class("TakeAlongAxis"))
 add(SegmentRule(), *map(op_class, "SegmentSum SegmentMax SegmentMin SegmentProd".split()))
 add(GetItemRule(), op_class("GetItem"))

@@ -17,6 +17,7 @@ from keras_polar.rules.common import (
     in_float32,
     mean_of_open,
     spread,
+    units_on,
     widest,
 )
 from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
@@ -211,7 +212,8 @@ def _freest(ids: Ids, axes: set) -> int | None:
     axis, other = widest(ids, axes), widest(ids, {*range(ids.ndim)} - axes)
     if axis is None or other is None:
         return axis
-    return axis if ids.shape[axis] > ids.shape[other] else None
+    number = units_on(ids)
+    return axis if number[axis] > number[other] else None
 
 
 class UnitNormRule(Rule):

@@ -35,8 +35,8 @@ LAYERS = {
 OPS = {
     "runs a Python function that cannot be read": "Map Scan AssociativeScan Switch WhileLoop "
     "ForiLoop Cond VectorizedMap",
-    "writes or reads at computed places": "Scatter ScatterUpdate Slice SliceUpdate TakeAlongAxis "
-    "SearchSorted UnravelIndex IsIn Digitize",
+    "writes or reads at computed places": "Scatter ScatterUpdate Slice SliceUpdate SearchSorted "
+    "UnravelIndex IsIn Digitize",
     "groups, counts or lists values": "SegmentReduction Bincount Histogram Nonzero Unique InTopK "
     "OneHot MultiHot Size Ndim",
     "mixes all elements, samples included": "Ravel Outer Vdot Kron Vstack Vsplit AllClose Select",

@@ -13,7 +13,7 @@ from keras_polar.gates.gate import Gate
 from keras_polar.gates.groups import is_gated
 from keras_polar.gates.schedule import Schedule
 from keras_polar.gates.teacher import Teacher
-from keras_polar.graph.configs import OTHER_WEIGHTS, REMEDY, refuse_configs
+from keras_polar.graph.configs import OTHER_WEIGHTS, REMEDY, SHARED, refuse_configs
 from keras_polar.graph.ir import Graph
 from keras_polar.graph.rebuild import rebuild
 from keras_polar.graph.trace import warn_of_ties
@@ -188,7 +188,7 @@ def _warn_of_files(gated: GatedModel, graph: Graph) -> None:
     """
     parts = {call.name for call in graph.calls if call.is_part}
     found = gated.not_loadable.items()
-    reasons = {n: why for n, why in found if n in parts or why.startswith(OTHER_WEIGHTS)}
+    reasons = {n: why for n, why in found if n in parts or why.startswith((OTHER_WEIGHTS, SHARED))}
     if reasons:
         refuse_configs(gated.layers, reasons)
         listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())

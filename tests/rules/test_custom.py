@@ -70,7 +70,38 @@ class Residual(layers.Layer):
         return x + factor * y
 
 
+class First(layers.Layer):
+    """What is made of a sequence: one row of it."""
+
+    def call(self, x):
+        return ops.expand_dims(x[:, 0], 1)
+
+
+class Best(layers.Layer):
+    """In every sample a row of its own."""
+
+    def call(self, x, at=None):
+        at = ops.argmax(ops.sum(at, axis=(2, 3)), axis=1)
+        return ops.take_along_axis(x, ops.reshape(at, (-1, 1, 1, 1)), axis=1)
+
+    def compute_output_shape(self, shape):
+        return (shape[0], 1, *shape[2:])
+
+
+class Squeezed(layers.Layer):
+    def call(self, x):
+        return ops.expand_dims(ops.squeeze(x[:, :1], axis=1), 1)
+
+
+def before_and_places(x):
+    """Reads its places from the image, of which no unit comes."""
+    return Best()(x, at=x._keras_history.operation.input)
+
+
 OPEN = {
+    "first": lambda: [First()],
+    "squeezed": lambda: [Squeezed()],
+    "own_places": lambda: [before_and_places],
     "activation": lambda: [Swish()],
     "drop_path": lambda: [DropPath()],
     "scale": lambda: [Scale()],
@@ -93,6 +124,13 @@ def test_the_layer_itself_stays_and_its_variables_are_cut():
     _, small = check(randomise(model_of(LayerScale(10, name="scale"))))
     assert small.get_layer("scale").get_config()["dim"] == 5
     assert tuple(small.get_layer("scale").gamma.shape) == (5,)
+
+
+class Third(layers.Layer):
+    """One unit for all."""
+
+    def call(self, x):
+        return x * x[..., 2:3]
 
 
 class Total(layers.Layer):
@@ -156,6 +194,7 @@ class TrainsOtherwise(layers.Layer):
 
 PINNED = {
     Total: "reduces over the units",
+    Third: "computes with its units|but it does not run|differ",
     MeanOfHalf: "computes with its units|behaves differently",
     SumByCount: "differ",
     Halves: "computes with its units|but it does not run",

@@ -272,3 +272,15 @@ def test_spectral_normalization_trains():
     with pytest.warns(UserWarning, match="norm of all of it, closed units included"):
         gated.fit(x, constant(16, 2), epochs=6, batch_size=8, verbose=0)
     keras_polar.convert(gated, verify=True)
+
+
+def test_a_token_in_front_is_one_place_however_many_follow():
+    """More tokens than channels, of two kinds: the channels are the units all the same."""
+    x = keras.Input((16, 3))
+    h = layers.Dense(8, name="patches")(x)
+    first = layers.Dense(8, name="first")(ops.mean(x, axis=1, keepdims=True))
+    h = layers.LayerNormalization()(ops.concatenate([first, h], axis=1))
+    model = randomise(keras.Model(x, layers.Dense(3, name="head")(h[:, 0])))
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["patches"].prunable == rows["first"].prunable == 8, rows["first"].reason
+    check(model)

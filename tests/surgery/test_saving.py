@@ -315,6 +315,54 @@ def test_parts_that_have_no_config_are_opened_as_well():
     assert all(row.prunable for row in keras_polar.inspect(model).rows if row.name != "logits")
 
 
+@keras.saving.register_keras_serializable("tests")
+class Lends(layers.Layer):
+    """Stays whole, and has a part that others use as well."""
+
+    def __init__(self, part=None, **kwargs):
+        super().__init__(**kwargs)
+        self.is_given = part is not None
+        self.part = part or layers.Dense(6, name="lent")
+
+    def build(self, shape):
+        if not self.part.built:
+            self.part.build(shape)
+
+    def call(self, x):
+        return self.part(x) / float(ops.shape(x)[0])
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self):
+        part = keras.saving.serialize_keras_object(self.part)
+        return {**super().get_config(), **({"part": part} if self.is_given else {})}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "part": keras.saving.deserialize_keras_object(config.get("part"))})
+
+
+def lending(part):
+    lender = Lends(part, name="lends")
+    x = keras.Input((5, 6))
+    h = layers.Dense(8, name="free")(lender.part(lender(x)))
+    return randomise(keras.Model(x, layers.Dense(2, name="head")(h)))
+
+
+def test_a_part_that_others_use_too_is_said_before_the_run():
+    with pytest.warns(UserWarning, match=r"'lends': a part of it is used on its own.*'lent'"):
+        gated = keras_polar.apply(lending(None), 0.01, measure="units")
+    close_half(gated)
+    for model in (gated, keras_polar.convert(gated)):
+        with pytest.raises(NotImplementedError, match="used on its own as well"):
+            saved_and_loaded(model)
+
+
+def test_a_part_that_others_use_too_may_be_in_the_config():
+    check(lending(layers.Dense(6, name="lent")))
+
+
 # --- functional models inside layers that stay whole -----------------------------------------
 
 
