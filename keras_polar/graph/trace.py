@@ -41,6 +41,11 @@ def _nothing(op: Any) -> bool:
     return False
 
 
+def _agree(a: tuple, b: tuple) -> bool:
+    """Whether two shapes may be the same, sizes that are not known being any."""
+    return len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
+
+
 class _Tracer:
     """Turns nodes of functional models and steps of opened layers into calls, in order."""
 
@@ -163,15 +168,15 @@ class _Tracer:
         return outputs
 
     def _misstates(self, step: RecordedCall, args: tuple, kwargs: dict) -> bool:
-        """Whether a layer of somebody's own says another rank of its output than it has.
+        """Whether a layer of somebody's own says another shape of its output than it has.
 
-        What is recorded behind it would have that rank. Its calls tell the true one.
+        What is recorded behind it would have that shape. Its calls tell the true one.
         """
         is_stock = not isinstance(step.op, keras.layers.Layer) or is_from_keras(step.op)
         if is_stock or has_parts(step.op) or self.opens is _nothing:
             return False
         found = exact_shapes(step.op, *self._in_symbols(args, kwargs))
-        return found is not None and list(map(len, found)) != list(map(len, step.shapes))
+        return found is not None and not all(map(_agree, found, step.shapes))
 
     def _in_symbols(self, args: tuple, kwargs: dict) -> tuple:
         read = {i: self.specs[i] for i in refs_in((args, kwargs))}
