@@ -469,6 +469,23 @@ def _length(network, backend, steps, rate, gate):
     return (NETWORKS[network], f"{steps}", f"{rate}", gate, f"{count}", *gaps)
 
 
+TARGETS = (("macs", 0.3), ("macs", 0.5), ("macs", 0.7), ("weights", 0.5))
+
+
+def targets():
+    """Other shares than half of the MACs, of a trained ResNet-20."""
+    training = TRAINED | {"model": "resnet20", "fit_rate": 0.02}
+    dense, body = runs("dense", training), []
+    for measure, share_gone in TARGETS:
+        target = {"measure": measure, "sparsity": share_gone}
+        own, l1 = runs("dynamic", training, round_to=1, **target), runs("l1_even", training, **target)
+        count = results.difference(own, l1, "test")[2]
+        what = f"{share_gone:.0%} of the {'MACs' if measure == 'macs' else measure}"
+        body.append((what, f"{count}", ahead(own, dense), ahead(own, l1, "held_out"), ahead(own, l1)))
+    head = ("removed", "seeds", "of dense, test", "of L1 cuts, held out", "of L1 cuts, test")
+    return table(head, body)
+
+
 TRIED = {  # method -> the same without, what it is
     "dynamic+teacher": ("dynamic", "`teacher=model`, the network before pruning"),
     "l1_even+teacher": ("l1_even", "the same teacher for cuts by L1 norm"),
@@ -599,7 +616,7 @@ BLOCKS = {
     f.__name__: f
     for f in (
         *(start, short_macs, short_weights, shares, others, longer, whole, networks, compaction),
-        *(lengths, tried, step_times, profile, training, speed, coverage, gates),
+        *(lengths, targets, tried, step_times, profile, training, speed, coverage, gates),
     )
 }
 

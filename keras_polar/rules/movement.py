@@ -238,9 +238,10 @@ class UnstackRule(Rule):
     def flow(self, site: CallSite) -> list[Ids]:
         (ids,) = site.inputs
         axis = site.op.axis % ids.ndim
-        one = site.tie_along(ids, [axis])
+        is_batch = axis == 0 and not varies(ids, axis)
+        one = None if is_batch else site.tie_along(ids, [axis])
         if one is None:
-            return site.pin_all("makes one tensor per unit")
+            return site.pin_all("makes one tensor per unit or sample")
         return [one.take(0, axis) for _ in site.output_shapes]
 
 

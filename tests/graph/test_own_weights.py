@@ -398,6 +398,46 @@ def test_rows_of_a_table_are_cut_with_what_they_are_added_to(how):
     assert table.output_dim < 6
 
 
+class Hands(layers.Layer):
+    """Gives others what it holds."""
+
+    def __init__(self, how="each", **kwargs):
+        super().__init__(**kwargs)
+        self.how, self.dense = how, layers.Dense(6)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.table = self.add_weight((5, 6), "random_normal", name="table")
+
+    def call(self, x):
+        rows = ops.expand_dims(self.table, 0)
+        if self.how == "each":
+            return self.dense(x), ops.tile(rows, (ops.shape(x)[0], 1, 1))
+        rows = rows if self.how == "all" else ops.take(self.table, [4, 3, 2, 1, 0], axis=0)
+        return self.dense(x), rows
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+
+def handing(how):
+    x = keras.Input((5, 6))
+    h, rows = Hands(how, name="own")(layers.Dense(6, name="before")(x))
+    return randomise(keras.Model(x, layers.Dense(3, name="head")(h + rows)))
+
+
+def test_what_each_sample_is_handed_out_is_cut():
+    model = handing("each")
+    assert {row.name: row.prunable for row in keras_polar.inspect(model).rows}["before"] == 6
+    check(model)
+
+
+@pytest.mark.parametrize("how", ["all", "rows"])
+def test_what_all_samples_are_handed_out_stays(how):
+    found = {row.name: row for row in keras_polar.inspect(handing(how)).rows}
+    assert "own variable" in found["before"].reason
+
+
 def test_entries_that_are_no_rows_stay():
     model = sequence(Gathered("columns", name="own"))
     rows = {row.name: row for row in keras_polar.inspect(model).rows}

@@ -96,7 +96,7 @@ def _merged(first: RecordedRun, second: RecordedRun, modes: tuple = (False, True
     """What two runs have in common, layers in place of the weights that the code uses itself."""
     opened, weights = Merge(first, second, modes).opened(), first.weights
     steps = with_products(opened.steps, weights, opened.outputs, BATCHES[0])
-    held, steps = held_by(weights, steps, BATCHES[0])
+    held, steps = held_by(weights, steps, opened.outputs, BATCHES[0])
     return replace(opened, steps=steps, held=held)
 
 

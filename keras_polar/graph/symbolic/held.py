@@ -72,18 +72,19 @@ class Held:
 
 
 def held_by(
-    weights: list[OwnWeight], steps: list[RecordedCall], batch: int
+    weights: list[OwnWeight], steps: list[RecordedCall], outputs: list, batch: int
 ) -> tuple[list[Held], list[RecordedCall]]:
     """The variables that recorded calls use, and the calls that are left.
 
     Args:
+        outputs: of all the calls.
         batch: the size that stands for the number of samples.
 
     Raises:
         CannotTrace: one is used in another way than element by element with every sample.
     """
     found: list[Held] = []
-    weights, steps = _gathered(weights, steps)
+    weights, steps = _gathered(weights, steps, outputs)
     for w in weights:
         forms, left = _forms(w.symbol, steps)
         uses = {
@@ -92,6 +93,7 @@ def held_by(
             for x in tensors_in((step.args, step.kwargs))
             if id(x) in forms
         }
+        uses |= {_for_each(x, w.symbol, batch) for x in outputs if id(x) in forms}
         if len(uses) > 1 or None in uses:
             raise CannotTrace(
                 f"uses its own variable {w.variable.path!r} directly, not just as a kernel, or "
@@ -103,7 +105,7 @@ def held_by(
 
 
 def _gathered(
-    weights: list[OwnWeight], steps: list[RecordedCall]
+    weights: list[OwnWeight], steps: list[RecordedCall], outputs: list
 ) -> tuple[list[OwnWeight], list[RecordedCall]]:
     """Rows of the tables whose entries are only read in another order, and the calls that are left.
 
@@ -115,7 +117,8 @@ def _gathered(
         read = {id(x): x for s in left for x in tensors_in((s.args, s.kwargs)) if id(x) in numbers}
         found = [_rows(w, x, numbers[i]) for i, x in read.items()]
         rows = [r for r in found if r is not None]
-        if len(left) == len(steps) or len(rows) < len(found):
+        is_output = any(id(x) in numbers for x in outputs)
+        if len(left) == len(steps) or len(rows) < len(found) or is_output:
             made.append(w)
         else:
             made, steps = made + rows, left
@@ -168,8 +171,8 @@ def _forms(symbol: KerasTensor, steps: list[RecordedCall]) -> tuple[dict, list[R
 
 def _per_sample(step: RecordedCall, x: Any, symbol: Any, batch: int) -> tuple | None:
     """The shape with which a form of a variable can stand beside parts of a sample; how many."""
-    if math.prod(x.shape) == batch * math.prod(symbol.shape) and x.shape[0] == batch:
-        return tuple(x.shape[1:]), 1
+    if (given := _for_each(x, symbol, batch)) is not None:
+        return given
     others = [y for y in tensors_in((step.args, step.kwargs)) if y is not x]
     if not isinstance(step.op, _ELEMENTWISE) or len(others) != 1 or not others[0].shape:
         return None
@@ -178,6 +181,12 @@ def _per_sample(step: RecordedCall, x: Any, symbol: Any, batch: int) -> tuple | 
     padded = (1,) * missing + tuple(x.shape)
     fits = parts and not rest and missing >= 0 and padded[0] == 1
     return (padded[1:] or (1,), parts) if fits else None
+
+
+def _for_each(x: Any, symbol: Any, batch: int) -> tuple | None:
+    """The same of a form that has been spread over the samples."""
+    is_spread = math.prod(x.shape) == batch * math.prod(symbol.shape) and x.shape[0] == batch
+    return (tuple(x.shape[1:]), 1) if is_spread else None
 
 
 def table_of(held: Held) -> Any:
