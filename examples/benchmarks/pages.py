@@ -478,10 +478,15 @@ def targets():
     dense, body = runs("dense", training), []
     for measure, share_gone in TARGETS:
         target = {"measure": measure, "sparsity": share_gone}
-        own, l1 = runs("dynamic", training, round_to=1, **target), runs("l1_even", training, **target)
+        own, l1 = (
+            runs("dynamic", training, round_to=1, **target),
+            runs("l1_even", training, **target),
+        )
         count = results.difference(own, l1, "test")[2]
         what = f"{share_gone:.0%} of the {'MACs' if measure == 'macs' else measure}"
-        body.append((what, f"{count}", ahead(own, dense), ahead(own, l1, "held_out"), ahead(own, l1)))
+        body.append(
+            (what, f"{count}", ahead(own, dense), ahead(own, l1, "held_out"), ahead(own, l1))
+        )
     head = ("removed", "seeds", "of dense, test", "of L1 cuts, held out", "of L1 cuts, test")
     return table(head, body)
 
