@@ -18,13 +18,17 @@ def axes_of(axis: Any, ndim: int) -> set:
 
 
 def units_on(ids: Ids) -> list[int]:
-    """For every axis how many places on it have different units, 0 if there are none on it.
+    """For every axis its size if there are units on it, else 0."""
+    return [n if varies(ids, a) else 0 for a, n in enumerate(ids.shape)]
+
+
+def kinds_on(ids: Ids, axis: int) -> int:
+    """How many places on an axis have different units.
 
     A token put in front of others has units of its own: these are two kinds of places.
     """
     (own,) = drop_constant_axes(ids)
-    rows = (np.moveaxis(own, a, 0).reshape(n, -1) for a, n in enumerate(own.shape))
-    return [len(np.unique(r, axis=0)) if varies(ids, a) else 0 for a, r in enumerate(rows)]
+    return len(np.unique(np.moveaxis(own, axis, 0).reshape(own.shape[axis], -1), axis=0))
 
 
 def widest(ids: Ids, axes: set) -> int | None:

@@ -15,9 +15,9 @@ from keras_polar.rules.common import (
     axes_of,
     channel_axis,
     in_float32,
+    kinds_on,
     mean_of_open,
     spread,
-    units_on,
     widest,
 )
 from keras_polar.rules.ids import Ids, broadcast_along, no_unit, varies
@@ -212,8 +212,7 @@ def _freest(ids: Ids, axes: set) -> int | None:
     axis, other = widest(ids, axes), widest(ids, {*range(ids.ndim)} - axes)
     if axis is None or other is None:
         return axis
-    number = units_on(ids)
-    return axis if number[axis] > number[other] else None
+    return axis if kinds_on(ids, axis) > kinds_on(ids, other) else None
 
 
 class UnitNormRule(Rule):
