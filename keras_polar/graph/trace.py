@@ -9,6 +9,7 @@ on other tensors, which is how every new model of this library comes to be.
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,12 @@ from keras_polar.graph.symbolic.expand import open_layer, run_functional
 from keras_polar.graph.symbolic.held import Held, steps_to, table_of
 from keras_polar.graph.symbolic.merge import Expansion
 from keras_polar.graph.symbolic.products import Product
-from keras_polar.graph.symbolic.record import CannotTrace, RecordedCall, exact_shapes
+from keras_polar.graph.symbolic.record import (
+    CannotTrace,
+    RecordedCall,
+    exact_shapes,
+    variables_behind,
+)
 
 
 def _nothing(op: Any) -> bool:
@@ -49,8 +55,11 @@ def _agree(a: tuple, b: tuple) -> bool:
 class _Tracer:
     """Turns nodes of functional models and steps of opened layers into calls, in order."""
 
-    def __init__(self, opens: Callable, opens_inside: Callable, keeps_masks: bool) -> None:
+    def __init__(
+        self, opens: Callable, opens_inside: Callable, keeps_masks: bool, elsewhere: frozenset
+    ) -> None:
         self.opens, self.keeps_masks = opens, keeps_masks
+        self.elsewhere = elsewhere  # ids of variables that several layers hold
         self.opens_inside = functools.cache(opens_inside)
         self.depth = 0  # of opened layers around the step that is added
         self.bare: dict[int, Any] = {}  # id(layer) -> the layer without its activation
@@ -73,6 +82,10 @@ class _Tracer:
             if not node.is_input and all(id(x) in table for x in node.input_tensors):
                 self.step(_as_step(node), table, path, training)
         return tree.map_structure(lambda x: table[id(x)], core_model._outputs_struct)
+
+    def reached(self) -> set[int]:
+        """Ids of the variables that calls use."""
+        return {id(v) for call in self.calls for v in variables_behind(call.op).values()}
 
     def step(self, step: RecordedCall, table: dict, path: str, training: Any) -> None:
         """Adds the calls of one step; `table` gets the Refs of its outputs."""
@@ -125,7 +138,7 @@ class _Tracer:
         def inside(x: Any) -> bool:
             return functional(x) is not None or self.opens_inside(x)
 
-        return open_layer(op, args, kwargs, inside, self.keeps_masks, keeps_plain)
+        return open_layer(op, args, kwargs, inside, self.keeps_masks, keeps_plain, self.elsewhere)
 
     def _activated(self, step: RecordedCall, args: tuple, kwargs: dict, path: str) -> list | None:
         """A part of an opened layer, followed by what an activation does that no file can tell.
@@ -275,7 +288,7 @@ class _Tracer:
 
     def _closed_at(self, core_model: Any, size: int) -> set[int]:
         """Ids of the layers that stay whole as well with this for all that is unknown."""
-        other = _Tracer(self.opens, self.opens_inside, self.keeps_masks)
+        other = _Tracer(self.opens, self.opens_inside, self.keeps_masks, self.elsewhere)
         shapes = [[x.shape[0], *(n or size for n in x.shape[1:])] for x in core_model.inputs]
         refs = list(map(other.new_tensor, core_model.inputs, shapes))
         inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
@@ -335,9 +348,12 @@ def trace(
     core_model = core_of(model)
     # By the masks of its outputs a model weighs its losses; anywhere else they are arguments.
     keeps_masks = any(backend.get_keras_mask(x) is not None for x in core_model.outputs)
-    tracer = _Tracer(opens, opens_inside or opens, keeps_masks)
-    refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
-    outputs = tracer.run(core_model, refs, "", None)
+    for elsewhere in (_shared_variables(core_model), frozenset()):
+        tracer = _Tracer(opens, opens_inside or opens, keeps_masks, elsewhere)
+        refs = [tracer.new_tensor(x, x.shape) for x in core_model.inputs]
+        outputs = tracer.run(core_model, refs, "", None)
+        if elsewhere <= tracer.reached():
+            break
     tracer.say_of_open_sizes(core_model)
     inputs = tree.pack_sequence_as(core_model._inputs_struct, refs)
     layers = tuple(x._keras_history.operation for x in core_model.inputs)
@@ -346,6 +362,22 @@ def trace(
     calls = [replace(call, name=names[id(call.op)]) for call in tracer.calls]
     # What only feeds an unused output of a nested model is not part of the function.
     return alive(Graph(model.name, inputs, outputs, layers, tuple(calls), tuple(tracer.specs)))
+
+
+def _shared_variables(core_model: Any) -> frozenset:
+    layers = {id(x): x for x in _flat_operations(core_model)}
+    held = Counter(id(v) for x in layers.values() for v in getattr(x, "weights", ()))
+    return frozenset(i for i, n in held.items() if n > 1)
+
+
+def _flat_operations(core_model: Any) -> Iterator:
+    """The operations of a model, those of nested models in place of these."""
+    for node in _ordered_nodes(core_model):
+        inner = functional(node.operation)
+        if inner is None:
+            yield node.operation
+        else:
+            yield from _flat_operations(inner)
 
 
 def _ordered_nodes(core_model: Any) -> Iterator:

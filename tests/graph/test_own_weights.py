@@ -358,6 +358,65 @@ def test_embeddings_of_positions_that_are_mixed_stay():
     assert {row.name: row.prunable for row in keras_polar.inspect(model).rows}["before"] == 0
 
 
+class Queries(layers.Layer):
+    """Reads the table of an embedding that it never calls (as detectors do), or calls as well."""
+
+    def __init__(self, calls=False, **kwargs):
+        super().__init__(**kwargs)
+        self.calls, self.dense = calls, layers.Dense(6)
+        self.queries = layers.Embedding(5, 6, name="queries")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.queries.build()
+
+    def call(self, x):
+        rows = ops.expand_dims(self.queries.embeddings, 0)
+        y = self.dense(x) + ops.tile(rows, (ops.shape(x)[0], 1, 1))
+        return y + self.queries(ops.argmax(x, axis=-1)) if self.calls else y
+
+    def get_config(self):
+        return {**super().get_config(), "calls": self.calls}
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_the_table_of_an_embedding_is_read(calls):
+    own = Queries(calls, name="own")
+    model = sequence(own, Block())
+    table = own.queries.embeddings
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["queries"].prunable == 6, rows["queries"].reason
+    _, small = check(model)
+    assert small.get_layer("queries").output_dim < 6
+    assert own.queries.embeddings is table
+
+
+class Keeps(layers.Layer):
+    """Makes a part, and leaves it to others to use it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.head = layers.Dense(6), layers.Dense(6, name="lent")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.head.build((*shape[:-1], 6))
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_part_that_only_others_use(is_used):
+    own, x = Keeps(name="own"), keras.Input((5, 6))
+    h = own(layers.Dense(6, name="before")(x))
+    h = own.head(h) if is_used else h
+    model = randomise(keras.Model(x, layers.Dense(3, name="head")(layers.Dense(7)(h))))
+    rows = {row.name: row for row in keras_polar.inspect(model).rows}
+    assert rows["before"].prunable == (6 if is_used else 0), rows["before"].reason
+    check(model)
+
+
 class Gathered(layers.Layer):
     """Rows of a table at numbers that are always the same: biases of relative positions, say."""
 

@@ -17,7 +17,7 @@ import ast
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def open_layer(
     opens: Callable[[Any], bool],
     keeps_masks: bool = True,
     keeps_plain: bool = True,
+    elsewhere: Container[int] = (),
 ) -> Expansion:
     """The calls that `op(*args, **kwargs)` consists of.
 
@@ -62,6 +63,7 @@ def open_layer(
         keeps_masks: whether the masks that Keras attaches to its outputs are wanted on them:
             operations do not hand them on, though who takes one as an argument has it anyway.
         keeps_plain: whether a layer without sublayers and kernels stays as it is.
+        elsewhere: ids of variables that others use, so that the layer itself need not.
 
     Raises:
         CannotTrace: the layer has to stay as it is.
@@ -88,7 +90,7 @@ def open_layer(
         if keeps_plain and _close_plain(first, opened, closed):
             continue
         opened = replace(opened, inlets=first.inputs, closed=closed)
-        _check_variables(op, opened)
+        _check_variables(op, opened, elsewhere)
         return opened
 
 
@@ -177,12 +179,12 @@ def _check_masks(run: RecordedRun) -> None:
         raise CannotTrace("passes an implicit mask on; pass the mask as an argument instead")
 
 
-def _check_variables(op: Any, opened: Expansion) -> None:
+def _check_variables(op: Any, opened: Expansion, elsewhere: Container[int]) -> None:
     """Nothing that is trained may be missing from the calls that stand for the layer."""
     reached = {id(v) for s in opened.steps for v in getattr(s.op, "weights", ())}
     reached |= {id(h.variable) for h in opened.held}
     for variable in op.weights:
-        if variable.trainable and id(variable) not in reached:
+        if variable.trainable and id(variable) not in reached and id(variable) not in elsewhere:
             raise CannotTrace(f"does not use its variable {variable.path!r} by way of a sublayer")
 
 

@@ -305,6 +305,7 @@ class CallRecorder:
         self.weights: list[OwnWeight] = []
         self.has_symbols = False
         self.symbols: dict[int, dict] = {}  # id(layer) -> attribute -> what stands for a variable
+        self.tables: dict[int, tuple] = {}  # id(embedding) -> its table, and what stands for it
         self.is_paused = False
         self.stack: list = []
         self.paths: dict[int, str] = {}
@@ -321,6 +322,11 @@ class CallRecorder:
                     known[id(v)] = _symbol_of(layer, v)
                     self.weights.append(OwnWeight(layer, name, v, known[id(v)]))
                 self.symbols.setdefault(id(layer), {})[name] = known[id(v)]
+        for layer in (x for x in self.layers if _is_table(x)):
+            table, symbol = layer.embeddings, _symbol_of(layer, layer.embeddings)
+            rows = np.arange(table.shape[0])
+            self.weights.append(OwnWeight(layer, "embeddings", table, symbol, rows))
+            self.tables[id(layer)] = table, symbol
 
     @contextmanager
     def __call__(self, training: Any) -> Iterator:
@@ -330,11 +336,13 @@ class CallRecorder:
         try:
             for layer, c in classes:
                 object.__setattr__(layer, "__class__", watched[c])
+                self._show_table(layer, 1)
             with Reads(self), in_mode(training):
                 yield
         finally:
             for layer, c in classes:
                 object.__setattr__(layer, "__class__", c)
+                self._show_table(layer, 0)
             for o, inbound, outbound in lengths:
                 del o._inbound_nodes[inbound:], o._outbound_nodes[outbound:]
 
@@ -355,7 +363,19 @@ class CallRecorder:
             {"__call__": __call__, "add_loss": add_loss, "__module__": layer_class.__module__},
         )
 
+    def _show_table(self, layer: Any, place: int) -> None:
+        """What code finds that reads the table of an embedding: it, or what stands for it."""
+        if id(layer) in self.tables:
+            vars(layer)["_embeddings"] = self.tables[id(layer)][place]
+
     def called(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
+        self._show_table(layer, 0)
+        try:
+            return self._called(layer, layer_class, args, kwargs)
+        finally:
+            self._show_table(layer, 1)
+
+    def _called(self, layer: Any, layer_class: Any, args: tuple, kwargs: dict) -> Any:
         if not self.is_paused and self.has_symbols and _looks_up(layer, args, kwargs):
             return self._rows(layer, to_numpy(args[0]))
         if self.is_paused or not tensors_in((args, kwargs)):
@@ -453,6 +473,11 @@ class CallRecorder:
     def use(self, variable: Any) -> None:
         if id(variable) not in self.buffers:
             raise CannotTrace(f"uses its own variable {variable.path!r} directly")
+
+
+def _is_table(layer: Any) -> bool:
+    is_plain = type(layer) is keras.layers.Embedding and layer.built
+    return is_plain and not layer.lora_enabled and layer.quantization_mode is None
 
 
 def _looks_up(layer: Any, args: tuple, kwargs: dict) -> bool:
