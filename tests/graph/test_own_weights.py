@@ -373,7 +373,7 @@ class Queries(layers.Layer):
     def call(self, x):
         rows = ops.expand_dims(self.queries.embeddings, 0)
         y = self.dense(x) + ops.tile(rows, (ops.shape(x)[0], 1, 1))
-        return y + self.queries(ops.argmax(x, axis=-1)) if self.calls else y
+        return y + self.queries(ops.argmax(x[..., :5], axis=-1)) if self.calls else y
 
     def get_config(self):
         return {**super().get_config(), "calls": self.calls}
@@ -432,7 +432,7 @@ class Gathered(layers.Layer):
     def call(self, x):
         x, numbers = self.dense(x), ops.array([0, 3, 3, 8, 1])
         if self.how == "columns":
-            return x + ops.take(self.table, ops.arange(6)[::-1], axis=1)[:5, :]
+            return x + ops.take(self.table, [5, 4, 3, 2, 1, 0], axis=1)[:5, :]
         rows = ops.take(self.table, numbers, axis=0)
         if self.how == "in windows":  # of one token each
             windows = ops.reshape(x, (-1, 1, 6)) * ops.take(self.table, ops.array([4]), axis=0)
