@@ -208,10 +208,11 @@ def writer(name, **options):
     return with_large_weights(made)
 
 
-AUDIO = 3000  # samples of a recording
-HEARD = {"encoder_input_values": (AUDIO, 1), "encoder_padding_mask": (AUDIO,)}
-HEARD |= {"decoder_token_ids": (8,), "decoder_padding_mask": (8,)}
 LENGTHS = {"encoder_sequence_length": 10, "decoder_sequence_length": 8}
+AUDIO = 3000  # samples of a recording
+SPOKEN = {"decoder_sequence_length": 8}
+HEARD = {"encoder_input_values": (AUDIO, 1), "encoder_padding_mask": (AUDIO,)}
+HEARD |= dict.fromkeys(("decoder_token_ids", "decoder_padding_mask"), (*SPOKEN.values(),))
 
 
 def translator():
@@ -234,7 +235,7 @@ def listener():
     sizes = {"vocabulary_size": tokenizer.vocabulary_size(), "hidden_dim": 16, "filter_dim": 16}
     backbone = M.MoonshineBackbone(**layers, **heads, **sizes, intermediate_dim=24)
     preprocessor = M.MoonshineAudioToTextPreprocessor(
-        hub.layers.MoonshineAudioConverter(), tokenizer, decoder_sequence_length=8
+        hub.layers.MoonshineAudioConverter(), tokenizer, **SPOKEN
     )
     return with_large_weights(M.MoonshineAudioToText(backbone, preprocessor=preprocessor))
 
@@ -306,7 +307,7 @@ TASKS = {
         recordings,
         {"audio": recordings(2)[0]["audio"]},
         texts=True,
-        loaded={"decoder_sequence_length": 8},
+        loaded=SPOKEN,
         options={"input_shape": HEARD},
         given={"dtype": "float32"},
     ),

@@ -20,7 +20,7 @@ from keras_polar.graph.keras_private import (
     nodes_in,
     source_of,
 )
-from keras_polar.graph.symbolic.record import MADE_FOR, variables_behind
+from keras_polar.graph.symbolic.record import MADE_FOR
 from keras_polar.rules import trace_model
 
 COMPILED = ("optimizer", "loss", "metrics", "weighted_metrics")
@@ -372,9 +372,7 @@ class _Match:
         return {
             id(old): new
             for op in made
-            for old, new in zip(
-                variables_behind(op).values(), self.layers[id(op)].weights, strict=True
-            )
+            for old, new in zip(MADE_FOR[op], self.layers[id(op)].weights, strict=True)
         }
 
     def mismatch(self, expected: str, found: str) -> ValueError:
