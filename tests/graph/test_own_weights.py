@@ -503,3 +503,37 @@ def test_entries_that_are_no_rows_stay():
     assert rows["before"].prunable == 0
     assert "own variable" in rows["own"].reason
     check(model)
+
+
+class Masked(Tokens):
+    """Has a token for patches that are hidden, and none is hidden here: KerasHub's DINOv2."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.hidden = self.add_weight((1, 6), "random_normal", name="hidden")
+
+    def call(self, x, hides=None):
+        if hides is not None:
+            x = ops.where(hides, self.hidden, x)
+        return super().call(x)
+
+
+def test_a_weight_that_the_call_does_not_use_holds_nothing():
+    x = keras.Input((5, 6))
+    h = layers.LayerNormalization()(Masked(name="tokens")(x))
+    model = randomise(keras.Model(x, layers.Dense(3, name="head")(h)))
+    rows = {r.name: r for r in keras_polar.inspect(model).rows}
+    assert "tokens" not in rows
+    assert rows["tokens_token"].prunable == 6
+    pair = check(model)
+    assert not any("hidden" in w.path for m in pair for w in m.weights)
+
+
+def test_a_weight_that_is_used_in_training_alone_holds_its_layer():
+    class Hiding(Masked):
+        def call(self, x, training=False):
+            return super().call(x, hides=x > 0 if training else None)
+
+    model = keras.Sequential([keras.Input((5, 6)), Hiding(name="tokens"), layers.Dense(3)])
+    rows = {r.name: r.reason for r in keras_polar.inspect(model).rows}
+    assert "differently in training" in rows["tokens"]

@@ -90,7 +90,7 @@ def open_layer(
         if keeps_plain and _close_plain(first, opened, closed):
             continue
         opened = replace(opened, inlets=first.inputs, closed=closed)
-        _check_variables(op, opened, elsewhere)
+        _check_variables(op, opened, {*elsewhere} | (first.idle & second.idle))
         return opened
 
 
@@ -179,12 +179,12 @@ def _check_masks(run: RecordedRun) -> None:
         raise CannotTrace("passes an implicit mask on; pass the mask as an argument instead")
 
 
-def _check_variables(op: Any, opened: Expansion, elsewhere: Container[int]) -> None:
+def _check_variables(op: Any, opened: Expansion, needless: Container[int]) -> None:
     """Nothing that is trained may be missing from the calls that stand for the layer."""
     reached = {id(v) for s in opened.steps for v in getattr(s.op, "weights", ())}
     reached |= {id(h.variable) for h in opened.held}
     for variable in op.weights:
-        if variable.trainable and id(variable) not in reached and id(variable) not in elsewhere:
+        if variable.trainable and id(variable) not in reached and id(variable) not in needless:
             raise CannotTrace(f"does not use its variable {variable.path!r} by way of a sublayer")
 
 

@@ -99,6 +99,7 @@ class RecordedRun:
     inputs: list = field(default_factory=list)  # the inlets that are no variables
     variables: dict[str, Any] = field(default_factory=dict)  # of a leaf: name -> its symbol
     weights: list[OwnWeight] = field(default_factory=list)  # that the calls use themselves
+    idle: set[int] = field(default_factory=set)  # ids of variables whose layers do not use them
     loses_mask: bool = False  # an output has a mask that the calls do not attach to it
 
 
@@ -162,6 +163,7 @@ def run_layer(
         watch.buffers,
         inputs=list(fresh.values()),
         weights=weights,
+        idle={id(w.variable) for w in watch.weights if id(w.symbol) not in used and w.rows is None},
         loses_mask=watch.loses_mask,
     )
 
