@@ -95,13 +95,15 @@ def difference(runs, control, key):
     pairs = [
         r[key] - known[r["seed"]] for r in runs if r.get(key) is not None and r["seed"] in known
     ]
-    if not pairs:
-        return None
-    half = _half_interval(np.array(pairs)) if len(pairs) > 1 else None
-    return float(np.mean(pairs)), half, len(pairs)
+    return (*interval(pairs), len(pairs)) if pairs else None
 
 
-def _half_interval(values):
+def interval(values):
+    """The mean, and half of its 95 % interval by Student's t: None of a single value."""
+    return float(np.mean(values)), _half(np.array(values)) if len(values) > 1 else None
+
+
+def _half(values):
     from scipy.stats import t  # slow to import
 
     error = values.std(ddof=1) / np.sqrt(len(values))
