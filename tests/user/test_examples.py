@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -115,6 +116,16 @@ def test_comparison_page_is_up_to_date(comparison):
     report, results = comparison("report"), comparison("results")
     page = report.PAGE.read_text(encoding="utf-8")
     assert report.page(page, results.load(report.RESULTS)) == page, "run comparison/report.py"
+
+
+def test_every_comparison_has_a_picture_of_its_own(comparison):
+    report = comparison("report")
+    shown = re.findall(r"\]\((images/compare_.*?)\)", report.PAGE.read_text(encoding="utf-8"))
+    there = {f"images/{p.name}" for p in (report.PAGE.parent / "images").glob("compare_*")}
+    assert len(shown) == len(set(shown))
+    assert set(shown) == there
+    alone = [{"method": "static", "regime": "trained"}]  # nothing to set it against
+    assert not report._is_drawn(alone[0], alone)
 
 
 def test_page_without_markers_is_refused(comparison):

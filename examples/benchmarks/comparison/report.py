@@ -118,7 +118,9 @@ def written(runs):
     """What stands between the markers."""
     text = f"{_described(runs)}"
     for training, own in _trainings(runs):
-        text += f"\n## {_title(training)}\n\n![{_caption(training)}]({_picture(training)})\n"
+        text += f"\n## {_title(training)}\n"
+        if _is_drawn(training, own):
+            text += f"\n![{_caption(training)}]({_picture(training)})\n"
         for target in _targets(own):
             columns, rows = table(results.of_target(own, target))
             lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
@@ -169,8 +171,9 @@ def _title(training):
     width = f" of width {training['width']}" if training["width"] else ""
     side = training["image_size"]
     images = f"{training['train_images']:,} training images of {side}x{side} pixels"
+    steps = f"{training['steps']} steps at a peak rate of {training['fit_rate']}"
     ways = {
-        "trained": f"trained for {training['epochs']} epochs, then {training['steps']} steps",
+        "trained": f"trained for {training['epochs']} epochs, then {steps}",
         "pretrained": f"{training['epochs']} epochs on weights of ImageNet",
         "scratch": f"{training['epochs']} epochs from scratch",
     }
@@ -196,7 +199,7 @@ def _picture(training):
     words = ["compare", *begun, training["model"]]
     words += [f"w{training['width']}"] if training["width"] else []
     words += [f"{training['image_size']}px", training["train_images"], f"e{training['epochs']}"]
-    words += [f"steps{training['steps']}"] if training["steps"] else []
+    words += [f"steps{training['steps']}", f"rate{training['fit_rate']}"] * bool(training["steps"])
     words += ["jax"] if training["backend"] == "jax" else []
     return f"images/{'_'.join(map(str, words))}.png"
 
@@ -206,6 +209,17 @@ def _picture(training):
 
 def _caption(training):
     return "Accuracy against what is kept" if training["regime"] == "scratch" else "Differences"
+
+
+def _control(runs):
+    """What others are set against in a picture: L1 with even shares, or dense; None if neither."""
+    known = {r["method"] for r in runs}
+    return next((c for c in reversed(CONTROLS) if c in known), None)
+
+
+def _is_drawn(training, runs):
+    """A picture of trained networks shows differences, for which there has to be a control."""
+    return training["regime"] == "scratch" or _control(runs) is not None
 
 
 def draw(runs, training):
@@ -268,17 +282,17 @@ def _draw_method(panel, runs, key, looks):
 
 
 def draw_ahead(runs, title):
-    """Points ahead of L1 with even shares, with 95 % intervals; a panel per target."""
+    """Points ahead of the control, with 95 % intervals; a panel per target."""
     import matplotlib.pyplot as plt
 
-    targets, control = _targets(runs), CONTROLS[-1]
+    targets, control = _targets(runs), _control(runs)
     figure = plt.figure(figsize=(2 + 4 * len(targets), 6), layout="constrained")
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
     for panel, target in zip(panels, targets, strict=True):
         _draw_target(panel, results.of_target(runs, target), control)
         panel.set_title(_removed(target), fontsize="medium")
         panel.set_xlabel(f"points ahead of {control} on the same seeds")
-    panels[0].legend(loc="lower right")
+    panels[0].legend(loc="best")
     figure.suptitle(title.replace(", trained", ",\ntrained"), fontsize="medium")
     return figure
 
@@ -309,7 +323,15 @@ def main(argv):
     path.write_text(page(path.read_text(encoding="utf-8"), runs), encoding="utf-8")
     (path.parent / "images").mkdir(exist_ok=True)
     for training, own in _trainings(runs):
-        draw(own, training).savefig(path.parent / _picture(training), dpi=120)
+        if _is_drawn(training, own):
+            _save(draw(own, training), path.parent / _picture(training))
+
+
+def _save(figure, path):
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
