@@ -71,6 +71,7 @@ NAMES = {
     "shallow": "a shallower network, from scratch",
     "l1_even": "filters with the smallest L1 norm, cut when our gates settle",
     "random_even": "filters at random, cut when our gates settle",
+    "fisher_per_cost": "least Fisher information over cost, cut when our gates settle",
     "slimming": "network slimming: L1 on the scales of BatchNorm (Liu et al., 2017)",
     "polarized_slimming": "the same with the polarization regulariser of Zhuang et al. (2020)",
     "group_norm_free": "smallest norm of all that makes a unit, over all groups (as OTO and ATO)",
@@ -234,7 +235,8 @@ def start():
         for m, found in methods.items()
     ]
     weights = [runs("dynamic", TRAINED | {"model": n}, "weights", round_to=1) for n in NETWORKS]
-    of_weights = [ahead(own, whole) for own, whole in zip(weights, dense, strict=True)]
+    paired = (results.difference(*p, "test")[0] for p in zip(dense, weights, strict=True))
+    of_weights = [f"{100 * gap:.1f}" for gap in paired]
     alone = runs("static", {**ON_GPU, "schedule": ""})
     whole, longer = (runs(m, ON_GPU) for m in ("dense", "narrow_longer"))
     own, (full, narrow) = runs("dynamic", LONG), (runs(m, LONG) for m in ("dense", "narrow_longer"))
@@ -244,16 +246,16 @@ seventh of the training before: accuracy in %, in brackets against the dense net
 {len(ours[0])} seeds, the same data and optimiser for all, images encoded as JPEG once more.
 
 {table(("", *NETWORKS.values()), body)}
-- **The loss against dense is {listed(loss(*p) for p in zip(ours, dense, strict=True))} points.**
+- **The loss against dense is {listed(loss(*p) for p in zip(ours, dense, strict=True))} points**,
+  with half of the *weights* gone instead {listed(of_weights)}
+  ({", ".join(str(len(own)) for own in weights)} seeds).
 - Ahead of L1 by {listed(ahead(*p) for p in zip(ours, l1, strict=True))}, of Fisher by
   {listed(ahead(*p) for p in zip(ours, fisher, strict=True))} points (95 % intervals).
-- Half of the *weights* removed instead: {listed(of_weights)} points of dense
-  ({", ".join(str(len(own)) for own in weights)} seeds).
 - From scratch (ResNet-20, {ON_GPU["epochs"]} epochs, static gates, {len(alone)} seeds, an H100)
   ours is {ahead(alone, longer)} points ahead of a narrow network with as many operations of
   training on test images, **{ahead(alone, longer, "held_out")} on training images held out**;
-  **{ahead(alone, whole)} of dense**. With dynamic gates (one seed, TensorFlow):
-  {ahead(own, narrow)} and **{ahead(own, full)}**.
+  **{ahead(alone, whole)} of dense**. With dynamic gates, one seed:
+  {ahead(own, narrow)}, **{ahead(own, full)}**.
 - {transferred()}
 """
 
@@ -262,17 +264,13 @@ def transferred():
     """What a pretrained network comes to, in a sentence."""
     own = runs("dynamic", {**TRANSFER, "schedule": ""}, round_to=1)
     dense, l1 = (runs(m, TRANSFER) for m in ("dense", "l1_even"))
-    fisher, narrow = (f"{accuracy(runs(m, TRANSFER)):.1f}" for m in ("fisher_per_cost", "narrow"))
-    (first,) = (r for r in own if r["seed"] == 0)
     times = ([r for r in found if "tflite_latency_ratio" in r] for found in (own, l1))
     return f"""\
 Transfer (EfficientNet-Lite0 with weights of ImageNet, {own[0]["train_images"]:,} images at 64
 pixels, {own[0]["epochs"]} epochs that fine-tune and prune half of the MACs, {len(own)} seeds):
 {accuracy(own):.1f} %, **the whole network {accuracy(dense):.1f} % ({ahead(own, dense)})**, cut at
-the same step by L1 norm {accuracy(l1):.1f} % ({ahead(own, l1)}). The .tflite files take
-{" and ".join(map(time, times))} of the whole network's time, ours and L1's. Of the first seed,
-where ours has {accuracy([first]):.1f}: by Fisher information over cost {fisher}; a narrow network
-from random weights {narrow}."""
+the same step by L1 norm {accuracy(l1):.1f} % ({ahead(own, l1)}); our file takes
+{" and L1's ".join(map(time, times))} of the whole network's time."""
 
 
 def on_trained(network):
@@ -503,6 +501,25 @@ def _interval(gaps):
     return f"{mean:+.1f} ± {half:.1f}"
 
 
+def transfers():
+    """What was run on weights of ImageNet, the whole network trained on as long beside it."""
+    methods = ("dense", "dynamic", "fisher_per_cost", "l1_even", "narrow")
+    body = [_transfer(method, TRANSFER) for method in methods]
+    body += [_transfer(method, {**TRANSFER, "epochs": 10}) for method in ("dense", "dynamic")]
+    head = ("", "epochs", "seeds", "test, %", "of the whole, held out", "of the whole, test")
+    return table(head, body)
+
+
+def _transfer(method, training):
+    dense, gaps = runs("dense", training), ("", "")
+    own = dense
+    if method != "dense":
+        options = ({"schedule": ""}, 1) if method == "dynamic" else ({}, None)
+        own = runs(method, training | options[0], round_to=options[1])
+        gaps = [ahead(own, dense, key) for key in ("held_out", "test")]
+    return (NAMES[method], f"{training['epochs']}", f"{len(own)}", spread(own), *gaps)
+
+
 LENGTHS = (200, 600)  # steps of fits of all trained networks with the default
 OTHER_LENGTHS = (  # network, steps, peak rate, backend, gates
     ("resnet20", 600, 0.02, "jax", "static"),
@@ -707,7 +724,19 @@ BLOCKS = {
     f.__name__: f
     for f in (
         *(start, short_macs, short_weights, shares, others, longer, whole, networks, compaction),
-        *(controls, lengths, targets, tried, step_times, profile, training, speed, coverage, gates),
+        *(
+            transfers,
+            controls,
+            lengths,
+            targets,
+            tried,
+            step_times,
+            profile,
+            training,
+            speed,
+            coverage,
+            gates,
+        ),
     )
 }
 

@@ -30,7 +30,7 @@ def train(model, data, *, sparsity, ramp, steps, learning_rate, weight_decay):
 
     schedule = tfmot.sparsity.keras.PolynomialDecay(0.0, sparsity, *ramp, frequency=10)
     twin = _with_decay(translated(model), weight_decay)
-    pruned = tfmot.sparsity.keras.prune_low_magnitude(twin, pruning_schedule=schedule)
+    pruned = _prunable(twin, pruning_schedule=schedule)
     _compile(pruned, learning_rate, steps)
     update = tfmot.sparsity.keras.UpdatePruningStep()
     pruned.fit(data, steps_per_epoch=steps, verbose=2, callbacks=[update])
@@ -83,6 +83,18 @@ def _with_decay(twin, weight_decay):
     copy = tf_keras.models.clone_model(twin)
     copy.set_weights(twin.get_weights())
     return copy
+
+
+def _prunable(twin, **options):
+    """The same network around the layers as tfmot wraps them: it refuses some without weights."""
+    import tensorflow_model_optimization as tfmot
+    import tf_keras
+
+    def wrapped(layer):
+        wrap = tfmot.sparsity.keras.prune_low_magnitude
+        return wrap(layer, **options) if layer.weights else layer
+
+    return tf_keras.models.clone_model(twin, clone_function=wrapped)
 
 
 def _compile(model, peak, steps):
