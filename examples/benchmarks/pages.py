@@ -503,7 +503,7 @@ def _interval(gaps):
 
 def transfers():
     """What was run on weights of ImageNet, the whole network trained on as long beside it."""
-    methods = ("dense", "dynamic", "fisher_per_cost", "l1_even", "narrow")
+    methods = ("dense", "dynamic", "fisher_per_cost", "l1_even", "narrow", "magnitude")
     body = [_transfer(method, TRANSFER) for method in methods]
     body += [_transfer(method, {**TRANSFER, "epochs": 10}) for method in ("dense", "dynamic")]
     head = ("", "epochs", "seeds", "test, %", "of the whole, held out", "of the whole, test")
