@@ -115,7 +115,8 @@ def test_layers_of_other_kinds(middle, tmp_path):
     y = middle(layers.Conv2D(16, 3, activation="relu")(x))
     model = keras.Model(x, layers.Dense(3)(layers.Flatten()(y)))
     table = keras_polar.latency_table(model, tmp_path / "table.json", runs=1)
-    gated = keras_polar.apply(model, 0.1, measure="latency", latency_table=table, min_units=1)
+    # Little: what so small layers take hardly depends on their widths.
+    gated = keras_polar.apply(model, 0.01, measure="latency", latency_table=table, min_units=1)
     assert gated.budget.full_cost > 0
 
 

@@ -17,7 +17,7 @@ import ast
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def open_layer(
     opens: Callable[[Any], bool],
     keeps_masks: bool = True,
     keeps_plain: bool = True,
-    elsewhere: Container[int] = (),
+    elsewhere: Collection[int] = (),
 ) -> Expansion:
     """The calls that `op(*args, **kwargs)` consists of.
 
