@@ -243,6 +243,14 @@ class OwnVariable(Parts):
         return self.plain(x) * ops.sort(self.scale)
 
 
+class ReturnsItsOwn(OwnVariable):
+    def call(self, x):
+        return self.plain(x), self.scale
+
+    def compute_output_shape(self, shape):
+        return shape, (6,)
+
+
 class OwnVariableCast(OwnVariable):
     def call(self, x):
         return self.plain(x) * ops.cast(self.scale, "bool")
@@ -362,6 +370,15 @@ def test_what_cannot_be_opened_stays_whole_and_says_why(number):
     assert "whole" in rows["before"].reason
     assert note in rows["whole"].reason
     assert any(v is w for v in layer.variables for w in model.variables)
+
+
+def test_a_layer_that_returns_a_variable_stays_whole():
+    x = keras.Input((5, 6))
+    y, scale = ReturnsItsOwn(name="whole")(layers.Dense(6, name="before")(x))
+    model = randomise(keras.Model(x, layers.Dense(7, name="after")(y * scale)))
+    (note,) = notes(model).values()
+    assert "own variable" in note
+    assert {r.name: r.prunable for r in keras_polar.inspect(model).rows}["before"] == 0
 
 
 def test_a_variable_that_nothing_changes_becomes_a_constant():

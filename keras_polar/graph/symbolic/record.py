@@ -153,7 +153,7 @@ def run_layer(
         flat = [x for x in tree.flatten(outputs) if x is not None]
         flat = [_symbolic(x, inlets[0]) for x in flat]
         steps = named(steps_between(flat, inlets, watch), watch)
-    used = {id(x) for s in steps for x in tensors_in((s.args, s.kwargs))}
+    used = {id(x) for s in steps for x in tensors_in((s.args, s.kwargs))} | set(map(id, flat))
     weights = [w for w in watch.weights if id(w.symbol) in used]
     return RecordedRun(
         [*fresh.values(), *(w.symbol for w in weights)],
