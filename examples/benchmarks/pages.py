@@ -289,7 +289,12 @@ def beside(found, dense):
 def ahead(found, control, key="test"):
     """Points ahead of a control on the same seeds, with half of the 95 % interval."""
     gap, half, _ = results.difference(found, control, key)
-    return f"{100 * gap:+.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
+    return signed(gap, half)
+
+
+def signed(mean, half):
+    """In points, with half of the interval if there is one."""
+    return f"{100 * mean:+.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
 
 
 def listed(texts):
@@ -474,7 +479,7 @@ def _leads(method):
         [_lead(network, method, key) for network in NETWORKS] for key in ("held_out", "test")
     )
     together = (np.mean(gaps, axis=0) for gaps in (held_out, test))
-    return [_interval(gaps) for gaps in (*test, *together)]
+    return [signed(*results.interval(gaps)) for gaps in (*test, *together)]
 
 
 def _lead(network, method, key):
@@ -487,18 +492,13 @@ def _lead(network, method, key):
 
 
 def _gaps(method, training, key, round_to=None):
-    """By seed, in points: how far a method is ahead of the dense network."""
+    """By seed: how far a method is ahead of the dense network."""
     training = training | {"fit_rate": 0.02}
     own, dense = (
         {r["seed"]: r[key] for r in found}
         for found in (runs(method, training, round_to=round_to), runs("dense", training))
     )
-    return np.array([100 * (own[seed] - dense[seed]) for seed in SEEDS])
-
-
-def _interval(gaps):
-    mean, half = results.interval(gaps)
-    return f"{mean:+.1f} ± {half:.1f}"
+    return np.array([own[seed] - dense[seed] for seed in SEEDS])
 
 
 def transfers():
@@ -555,7 +555,7 @@ def _mean_length(steps):
         for key in ("held_out", "test")
     )
     words = ("**mean of the three**", f"{steps}", "0.02", "dynamic", f"{len(SEEDS)}")
-    return (*words, *map(_interval, gaps))
+    return (*words, *(signed(*results.interval(own)) for own in gaps))
 
 
 TARGETS = (("macs", 0.3), ("macs", 0.5), ("macs", 0.7), ("weights", 0.5))
@@ -724,19 +724,8 @@ BLOCKS = {
     f.__name__: f
     for f in (
         *(start, short_macs, short_weights, shares, others, longer, whole, networks, compaction),
-        *(
-            transfers,
-            controls,
-            lengths,
-            targets,
-            tried,
-            step_times,
-            profile,
-            training,
-            speed,
-            coverage,
-            gates,
-        ),
+        *(transfers, controls, lengths, targets, tried),
+        *(step_times, profile, training, speed, coverage, gates),
     )
 }
 
